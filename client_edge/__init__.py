@@ -1,0 +1,1 @@
+"""The client: keeps the bottom, the top, the text and the labels."""

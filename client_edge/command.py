@@ -1,0 +1,29 @@
+"""`splitfl client`: its arguments. What it does is imported when it runs, so that `--help` is quick."""
+
+import argparse
+import json
+import sys
+
+from splitfl.command_line import add_config_arguments
+
+
+class Client:
+    """Take part in one run."""
+
+    summary = "take part in a run: keep text and labels here, train the ends of the model around the server's blocks"
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments."""
+        add_config_arguments(parser)
+        parser.add_argument(
+            "--json", action="store_true", help="print where this client's metrics are as JSON at the end"
+        )
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Read the config and take part."""
+        from client_edge.run import take_part
+        from splitfl.config import ClientConfig
+
+        folder = take_part(ClientConfig.load(arguments.config, arguments.overrides))
+        if arguments.json:
+            sys.stdout.write(json.dumps({"folder": str(folder)}) + "\n")

@@ -1,0 +1,171 @@
+"""The client's part of the model: bottom and top, their optimizer, and what a micro-batch needs between its four visits.
+
+Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from client_edge.data import Batch
+from splitfl.config import RunConfig
+from splitfl.models.cut import Cut, mask_of
+from splitfl.training.optimizer import PartOptimizer
+from splitfl.training.seeds import seed_dropout
+
+
+@dataclass(slots=True, kw_only=True)
+class MicroBatch:
+    """One micro-batch under way: forward here, there, here, and the same way back."""
+
+    batch: Batch
+    number: int
+    """Its place in the step, from 0."""
+    hidden_BSD: Tensor
+    """The bottom's activations, with their graph if anything below the cut trains."""
+    tied_gradients: list[Tensor | None]
+    """The head's gradients of tensors that the bottom has too, until the bottom's are added."""
+
+
+class Edge:
+    """Bottom and top of one client."""
+
+    def __init__(self, cut: Cut, run: RunConfig, client_id: str, device: torch.device) -> None:
+        """Take a cut whose client side is filled."""
+        self._run = run
+        self._client_id = client_id
+        self._device = device
+        self._bottom = cut.bottom()
+        self._top = cut.top()
+        self._trainable = cut.trainable("client")
+        self._tied = _shared(self._bottom, self._top)
+        self.optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
+        self.compute_seconds = 0.0
+        """CPU seconds of the thread that computes; all of the compute when torch has one thread."""
+
+    def bottom_forward(self, batch: Batch, *, step: int, number: int) -> MicroBatch:
+        """Embed a micro-batch and run the first blocks."""
+        self._bottom.train()
+        self._seed("bottom", step, number)
+        with self._counted(), torch.set_grad_enabled(self._run.bottom_trains):
+            hidden_BSD = self._bottom(batch.input_ids_BS.to(self._device), self._mask(batch))
+        return MicroBatch(batch=batch, number=number, hidden_BSD=hidden_BSD, tied_gradients=[])
+
+    def top_loss_and_backward(
+        self, micro_batch: MicroBatch, hidden_BSD: Tensor, *, step: int, num_label_tokens: int
+    ) -> tuple[float, Tensor]:
+        """Run the last blocks and the loss, and backward through them.
+
+        Returns the micro-batch's share of the step's mean loss over `num_label_tokens`, and the gradient with respect to
+        `hidden_BSD`.
+        """
+        batch = micro_batch.batch
+        self._top.train()
+        self._seed("top", step, micro_batch.number)
+        with self._counted(), self._tied_set_aside(micro_batch):
+            given_BSD = hidden_BSD.to(self._device).requires_grad_()
+            loss = self._top.loss(given_BSD, self._mask(batch), batch.labels_BS.to(self._device), num_label_tokens)
+            loss.backward()
+        if given_BSD.grad is None:
+            raise RuntimeError("the loss does not depend on the activations")
+        return loss.item(), given_BSD.grad
+
+    def bottom_backward(self, micro_batch: MicroBatch, gradient_BSD: Tensor | None) -> None:
+        """Run backward through the first blocks, if anything there trains, and add tied gradients together."""
+        with self._counted(), self._tied_brought_back(micro_batch):
+            if gradient_BSD is not None:
+                micro_batch.hidden_BSD.backward(gradient_BSD.to(self._device))
+
+    def evaluate_bottom(self, batch: Batch) -> Tensor:
+        """Run the first blocks without dropout or graph."""
+        self._bottom.eval()
+        with self._counted(), torch.inference_mode():
+            return self._bottom(batch.input_ids_BS.to(self._device), self._mask(batch))  # type: ignore[no-any-return]
+
+    def evaluate_top(self, batch: Batch, hidden_BSD: Tensor) -> float:
+        """Return the sum of the loss over the batch's label tokens."""
+        self._top.eval()
+        with self._counted(), torch.inference_mode():
+            labels_BS = batch.labels_BS.to(self._device)
+            return float(self._top.loss(hidden_BSD.to(self._device), self._mask(batch), labels_BS, 1))
+
+    def step(self, step: int, clip_coefficient: float) -> None:
+        """Apply the gradients of a step that the server has acknowledged."""
+        with self._counted():
+            self.optimizer.step(step, clip_coefficient)
+
+    def layers(self) -> dict[str, Tensor]:
+        """Return a copy of what trains here, by its name in the whole model, in its order."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._trainable.items()}
+
+    def load(self, layers: Sequence[Tensor]) -> None:
+        """Write merged layers over what trains here."""
+        with torch.no_grad():
+            for parameter, layer in zip(self._trainable.values(), layers, strict=True):
+                parameter.copy_(layer)
+        if self._run.federation.optimizer_state == "reset":
+            self.optimizer.reset_state()
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        return mask_of(batch.lengths_B, batch.input_ids_BS.shape[1], "right", self._device)
+
+    def _seed(self, part: str, step: int, number: int) -> None:
+        seed_dropout(self._run.seed, part, self._client_id, step, number)
+
+    @contextmanager
+    def _tied_set_aside(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Keep the head's gradients of tied tensors out of the sum until the embedding's can be added first.
+
+        The whole model adds both of one micro-batch before it accumulates them; another order gives other bits.
+        """
+        before = _take(self._tied)
+        try:
+            yield
+        finally:
+            micro_batch.tied_gradients = _take(self._tied)
+            _put(self._tied, before)
+
+    @contextmanager
+    def _tied_brought_back(self, micro_batch: MicroBatch) -> Iterator[None]:
+        before = _take(self._tied)
+        _put(self._tied, micro_batch.tied_gradients)
+        try:
+            yield
+        finally:
+            now = _take(self._tied)
+            _put(self._tied, [_sum(old, new) for old, new in zip(before, now, strict=True)])
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        begun = time.thread_time()
+        try:
+            yield
+        finally:
+            self.compute_seconds += time.thread_time() - begun
+
+
+def _shared(bottom: nn.Module, top: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that train in both segments."""
+    in_bottom = set(bottom.parameters())
+    return [parameter for parameter in top.parameters() if parameter in in_bottom and parameter.requires_grad]
+
+
+def _take(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    gradients = [parameter.grad for parameter in parameters]
+    _put(parameters, [None] * len(parameters))
+    return gradients
+
+
+def _put(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def _sum(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return new if old is None else old
+    return old.add_(new)

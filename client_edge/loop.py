@@ -1,0 +1,141 @@
+"""The client's training loop: rounds, steps, and the two directions of a micro-batch.
+
+One step: every micro-batch goes forward here (bottom), there (backbone), here (top and loss), and back the same way, with
+up to `link.max_in_flight` of them under way at once; then the commit, which both sides apply or neither.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from client_edge.data import Batch, TrainBatches
+from client_edge.edge import Edge, MicroBatch
+from client_edge.link import Link, RoundClosed, StepClosed
+from splitfl.protocol.messages import Merged, RoundOpened
+from splitfl.protocol.tensors import digest_of, realise
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What a committed step was."""
+
+    step: int
+    loss: float
+    """Mean over the step's label tokens."""
+    num_label_tokens: int
+
+
+def train(
+    edge: Edge,
+    link: Link,
+    batches: TrainBatches,
+    *,
+    num_examples: int,
+    on_step: Callable[[Step], None],
+    on_merge: Callable[[], None],
+) -> None:
+    """Train this client's layers around the remote backbone until the run's last round."""
+    is_last = False
+    while not is_last:
+        # wait for the others, take over layers we may have missed
+        round_ = link.open_round(num_examples)
+        if round_.layers:
+            edge.load([realise(layer) for layer in round_.layers])
+
+        # local steps, then everyone's layers in place of ours
+        try:
+            merged = _train_round(edge, link, batches, round_, num_examples, on_step)
+        except RoundClosed as closed:
+            log.warning("round %s closed without this client: %s", round_.round_number, closed)
+            edge.optimizer.discard()
+            merged = closed.merged
+        layers = [realise(layer) for layer in merged.layers]
+        edge.load(layers)
+
+        # every client says what it holds now, so that anyone can see that all hold the same
+        digest = digest_of(edge.layers().values())
+        link.report("loaded", phase="round", round_number=merged.round_number, metrics={}, digest=digest)
+        on_merge()
+        is_last = merged.is_last
+
+
+def _train_round(
+    edge: Edge,
+    link: Link,
+    batches: TrainBatches,
+    round_: RoundOpened,
+    num_examples: int,
+    on_step: Callable[[Step], None],
+) -> Merged:
+    if not round_.num_steps:
+        return link.sit_out()
+    num_tokens = 0
+    end = round_.first_step + round_.num_steps
+    while (step := link.session.next_step) < end:
+        try:
+            done = train_step(edge, link, batches.at(step), step)
+        except StepClosed as closed:
+            # applied on neither side; the others went on, and so do we
+            log.warning("step %s was given up: %s", step, closed)
+            edge.optimizer.discard()
+            continue
+        num_tokens += done.num_label_tokens
+        on_step(done)
+    return link.merge(edge.layers(), num_examples=num_examples, num_tokens=num_tokens)
+
+
+def train_step(edge: Edge, link: Link, batches: Sequence[Batch], step: int) -> Step:
+    """Run one step's micro-batches through both sides and commit it."""
+    num_label_tokens = sum(batch.num_label_tokens for batch in batches)
+    under_way: dict[int, MicroBatch] = {}
+    to_send = list(enumerate(batches))
+    loss = 0.0
+    while to_send or under_way:
+        # forward here, as far ahead as the server lets us
+        while to_send and link.session.has_credit:
+            number, batch = to_send.pop(0)
+            micro_batch = edge.bottom_forward(batch, step=step, number=number)
+            hidden_BSD = micro_batch.hidden_BSD.detach()
+            under_way[link.send_forward(hidden_BSD, batch.lengths_B, step=step, micro_batch=number)] = micro_batch
+
+        # whatever comes back next: activations to take the loss of, or a gradient to finish with
+        request_id, tensor, is_gradient = link.receive()
+        micro_batch = under_way[request_id]
+        if tensor is not None and not is_gradient:
+            share, gradient_BSD = edge.top_loss_and_backward(
+                micro_batch, tensor, step=step, num_label_tokens=num_label_tokens
+            )
+            loss += share
+            if link.session.terms.needs_backward:
+                link.send_backward(request_id, gradient_BSD)
+                continue
+            tensor = None
+        edge.bottom_backward(under_way.pop(request_id), tensor)
+
+    # commit: both sides step, or neither
+    committed = link.commit(num_label_tokens=num_label_tokens, loss=loss, norms_P=edge.optimizer.norms())
+    edge.step(step, committed.clip_coefficient)
+    return Step(step=step, loss=loss, num_label_tokens=num_label_tokens)
+
+
+def evaluate(edge: Edge, link: Link, batches: Iterable[Batch]) -> float:
+    """Return the mean loss per label token; the server keeps no graph, uses no dropout and counts no step."""
+    total, num_label_tokens = 0.0, 0
+    under_way: dict[int, Batch] = {}
+
+    def take_one() -> None:
+        nonlocal total
+        request_id, hidden_BSD, _ = link.receive()
+        if hidden_BSD is not None:
+            total += edge.evaluate_top(under_way.pop(request_id), hidden_BSD)
+
+    for batch in batches:
+        if not link.session.has_credit:
+            take_one()
+        under_way[link.send_forward(edge.evaluate_bottom(batch), batch.lengths_B, step=0, micro_batch=0)] = batch
+        num_label_tokens += batch.num_label_tokens
+    while under_way:
+        take_one()
+    return total / num_label_tokens if num_label_tokens else float("nan")

@@ -1,0 +1,23 @@
+"""`splitfl server`: its arguments. What it does is imported when it runs, so that `--help` is quick."""
+
+import argparse
+
+from splitfl.command_line import add_config_arguments
+
+
+class Server:
+    """Host the backbone of one run."""
+
+    summary = "host the backbone: wait for clients, train with them, merge their layers, write the model"
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments."""
+        add_config_arguments(parser)
+        parser.add_argument("--json", action="store_true", help="print the report as JSON at the end, and no progress")
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Read the config and serve one run."""
+        from server_backbone.serve import serve
+        from splitfl.config import ServerConfig
+
+        serve(ServerConfig.load(arguments.config, arguments.overrides), as_json=arguments.json)

@@ -1,0 +1,206 @@
+"""When a step may begin and when it is applied, for each `server_mode`: pure state, time comes in as a number.
+
+The one rule behind all three: weights never move under a live graph. Whatever a gate returns is put on the worker's queue
+in that order, and the worker does one thing at a time.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from splitfl.protocol.messages import Commit, Forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compute:
+    """Run this micro-batch forward."""
+
+    client_id: str
+    message: Forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Apply:
+    """Commit one optimizer step from these clients' gradients, in this order."""
+
+    members: tuple[tuple[str, Commit], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseStep:
+    """Go on without this client's open step: drop its graphs and gradients, and tell it."""
+
+    client_id: str
+    next_step: int
+    reason: str
+
+
+Action: TypeAlias = Compute | Apply | CloseStep
+
+
+class Gate(Protocol):
+    """What a `server_mode` decides. Every method returns what is to be done, in order."""
+
+    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        """Expect these clients to train."""
+
+    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        """Take a training micro-batch."""
+        ...
+
+    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        """Take the request to apply a step."""
+        ...
+
+    def finished(self, client_id: str, now_s: float) -> list[Action]:
+        """Take note that a client has no more steps in this round, or has left."""
+        ...
+
+    def ticked(self, now_s: float) -> list[Action]:
+        """Look at the deadlines."""
+        ...
+
+    def waiting_for(self) -> Sequence[str]:
+        """Name the clients that others wait for."""
+        ...
+
+
+class SharedGate:
+    """One optimizer step from all clients' gradients of a step (SplitFed-V2; FL-GLM's client-batch)."""
+
+    def __init__(self, step_timeout: float) -> None:
+        self._step_timeout = step_timeout
+        self._expected: set[str] = set()
+        self._asked: dict[str, Commit] = {}
+        self._deadline_s = float("inf")
+        self._step = 0
+
+    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        self._expected = set(trainers)
+        self._step = first_step
+
+    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        # A member's next forward cannot come before its commit is acknowledged, so no graph outlives a commit.
+        return [Compute(client_id=client_id, message=message)]
+
+    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        if not self._asked:
+            self._deadline_s = now_s + self._step_timeout
+        self._asked[client_id] = message
+        return self._apply_if_complete()
+
+    def finished(self, client_id: str, now_s: float) -> list[Action]:
+        self._expected.discard(client_id)
+        self._asked.pop(client_id, None)
+        return self._apply_if_complete()
+
+    def ticked(self, now_s: float) -> list[Action]:
+        if not self._asked or now_s < self._deadline_s:
+            return []
+        reason = f"the step went on after {self._step_timeout:g} s without this client"
+        late = sorted(self._expected - set(self._asked))
+        closed: list[Action] = [
+            CloseStep(client_id=client_id, next_step=self._step + 1, reason=reason) for client_id in late
+        ]
+        return closed + self._apply()
+
+    def waiting_for(self) -> Sequence[str]:
+        return sorted(self._expected - set(self._asked)) if self._asked else []
+
+    def _apply_if_complete(self) -> list[Action]:
+        return self._apply() if self._asked and self._expected <= set(self._asked) else []
+
+    def _apply(self) -> list[Action]:
+        members = tuple(sorted(self._asked.items()))
+        self._asked = {}
+        self._deadline_s = float("inf")
+        self._step += 1
+        return [Apply(members=members)]
+
+
+class SequentialGate:
+    """One client's step at a time, each computed and applied before the next begins (split learning's plain order)."""
+
+    def __init__(self, step_timeout: float) -> None:
+        self._step_timeout = step_timeout
+        self._owner: str | None = None
+        self._owner_step = 0
+        self._deadline_s = float("inf")
+        self._held: deque[tuple[str, Forward]] = deque()
+
+    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        self._held.clear()
+
+    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        if self._owner not in (None, client_id):
+            self._held.append((client_id, message))
+            return []
+        if self._owner is None:
+            self._take_turn(client_id, message, now_s)
+        return [Compute(client_id=client_id, message=message)]
+
+    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        return [Apply(members=((client_id, message),)), *self._next_turn(now_s)]
+
+    def finished(self, client_id: str, now_s: float) -> list[Action]:
+        self._held = deque(held for held in self._held if held[0] != client_id)
+        return self._next_turn(now_s) if self._owner == client_id else []
+
+    def ticked(self, now_s: float) -> list[Action]:
+        if self._owner is None or now_s < self._deadline_s:
+            return []
+        reason = f"its turn ended after {self._step_timeout:g} s without a commit"
+        closed = CloseStep(client_id=self._owner, next_step=self._owner_step + 1, reason=reason)
+        return [closed, *self._next_turn(now_s)]
+
+    def waiting_for(self) -> Sequence[str]:
+        return [self._owner] if self._owner and self._held else []
+
+    def _take_turn(self, client_id: str, message: Forward, now_s: float) -> None:
+        self._owner = client_id
+        self._owner_step = message.step
+        self._deadline_s = now_s + self._step_timeout
+
+    def _next_turn(self, now_s: float) -> list[Action]:
+        self._owner = None
+        if not self._held:
+            return []
+        client_id, first = self._held[0]
+        self._take_turn(client_id, first, now_s)
+        mine = [message for holder, message in self._held if holder == client_id]
+        self._held = deque(held for held in self._held if held[0] != client_id)
+        return [Compute(client_id=client_id, message=message) for message in mine]
+
+
+class FrozenGate:
+    """No weight of the server moves, so nobody waits for anybody."""
+
+    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        pass
+
+    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        return [Compute(client_id=client_id, message=message)]
+
+    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        return [Apply(members=((client_id, message),))]
+
+    def finished(self, client_id: str, now_s: float) -> list[Action]:
+        return []
+
+    def ticked(self, now_s: float) -> list[Action]:
+        return []
+
+    def waiting_for(self) -> Sequence[str]:
+        return []
+
+
+def gate_for(server_mode: str, step_timeout: float) -> Gate:
+    """Return the gate of a `server_mode`."""
+    match server_mode:
+        case "shared":
+            return SharedGate(step_timeout)
+        case "sequential":
+            return SequentialGate(step_timeout)
+        case _:
+            return FrozenGate()

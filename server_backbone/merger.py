@@ -1,0 +1,90 @@
+"""The merge at the end of a round: uploads wait on disk, the strategy folds them, and the result is everyone's.
+
+Uploads are spooled so that memory does not grow with the number of clients; they are folded in the order of the clients'
+ids, one tensor at a time, so the order in which they arrived never matters.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from splitfl.federation.strategy import Strategy
+from splitfl.models import checkpoint
+from splitfl.models.checkpoint import TensorFile
+from splitfl.models.export import TRAINED_FILE
+from splitfl.protocol.messages import Upload
+from splitfl.protocol.tensors import realise
+
+
+class FirstLayers(Mapping[str, Tensor]):
+    """What every client starts with: read from the checkpoint when asked for, since a server need not hold it."""
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], Tensor]) -> None:
+        self._names = list(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Merger:
+    """Keeps the client-side layers that are everyone's."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        first_layers: Mapping[str, Tensor],
+        run_dir: Path,
+        weight_by: Literal["num_examples", "num_tokens", "uniform"],
+    ) -> None:
+        """`first_layers` are what every client starts with, by name, in the model's order."""
+        self.strategy = strategy
+        self._names = list(first_layers)
+        self._layers = first_layers
+        self._run_dir = run_dir
+        self._weight_by = weight_by
+        self._weights: dict[str, float] = {}
+
+    def spool(self, client_id: str, upload: Upload) -> None:
+        """Write one client's layers to disk; raise `RemoteProtocolError` when a value is not finite."""
+        layers = {name: realise(frames) for name, frames in zip(self._names, upload.layers, strict=True)}
+        self._spool_dir.mkdir(exist_ok=True)
+        checkpoint.save_tensors(self._spooled(client_id), layers)
+        self._weights[client_id] = {
+            "num_examples": upload.num_examples,
+            "num_tokens": upload.num_tokens,
+            "uniform": 1,
+        }[self._weight_by]
+
+    def merge(self, clients: Sequence[str]) -> dict[str, float]:
+        """Fold these clients' layers into everyone's; return the weights used."""
+        updates = [(TensorFile(self._spooled(client_id)), self._weights[client_id]) for client_id in sorted(clients)]
+        self._layers = self.strategy.aggregate_train(updates)
+        weights = {client_id: self._weights[client_id] for client_id in sorted(clients)}
+        self._weights = {}
+        shutil.rmtree(self._spool_dir, ignore_errors=True)
+        return weights
+
+    def layers(self) -> Mapping[str, Tensor]:
+        """Return everyone's layers, in the model's order; they are never written to again."""
+        return self._layers
+
+    def save(self, backbone: Mapping[str, Tensor]) -> None:
+        """Write all that is trained, both sides of one moment in one file, which replaces the last one whole."""
+        checkpoint.save_tensors(self._run_dir / TRAINED_FILE, {**self._layers, **backbone})
+
+    @property
+    def _spool_dir(self) -> Path:
+        return self._run_dir / "uploads"
+
+    def _spooled(self, client_id: str) -> Path:
+        return self._spool_dir / f"{client_id}.safetensors"

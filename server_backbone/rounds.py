@@ -1,0 +1,199 @@
+"""When a round opens, closes and is merged: pure state, time comes in as a number.
+
+A round gathers clients, opens for those the strategy chooses, and closes when all of them have uploaded or left, or at
+its deadline with those that are done.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TypeAlias
+
+from splitfl.config import FederationSection
+
+Choose: TypeAlias = Callable[[int, Sequence[str]], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """A round begins for all these clients; those who train do `local_steps` steps from `first_step` on."""
+
+    round_number: int
+    clients: tuple[str, ...]
+    trainers: tuple[str, ...]
+    first_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """A round closes; an empty `reason` means that these uploads become everyone's layers."""
+
+    round_number: int
+    uploaded: tuple[str, ...]
+    absent: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """The run is over; an empty `reason` means it went through to its last round."""
+
+    reason: str
+
+
+Decision: TypeAlias = Open | Merge | End
+
+
+class _Stage(Enum):
+    GATHERING = auto()
+    OPEN = auto()
+    MERGING = auto()
+    PARTING = auto()
+    """All rounds are merged; clients evaluate and say goodbye."""
+    OVER = auto()
+
+
+class Rounds:
+    """The run's rounds, one after the other."""
+
+    def __init__(self, federation: FederationSection, choose: Choose, now_s: float) -> None:
+        self._federation = federation
+        self._choose = choose
+        self._stage = _Stage.GATHERING
+        self._deadline_s = now_s + federation.wait_timeout
+        self._connected: set[str] = set()
+        self._ready: set[str] = set()
+        self._trainers: set[str] = set()
+        self._chosen: set[str] = set()
+        self._uploaded: set[str] = set()
+        self.round_number = 0
+        self.num_merged = 0
+
+    @property
+    def first_step(self) -> int:
+        """Number of the open round's first step, counted over the run from 1."""
+        return (self.round_number - 1) * self._federation.local_steps + 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the open round is the run's last."""
+        return self.round_number == self._federation.num_rounds
+
+    @property
+    def is_parting(self) -> bool:
+        """Whether all rounds are done."""
+        return self._stage in (_Stage.PARTING, _Stage.OVER)
+
+    def joined(self, client_id: str) -> None:
+        """Take note of a client; it takes part from the next round on."""
+        self._connected.add(client_id)
+
+    def ready(self, client_id: str) -> list[Decision]:
+        """Take note that a client waits for the next round."""
+        self._ready.add(client_id)
+        return self._open_if_complete()
+
+    def uploaded(self, client_id: str) -> list[Decision]:
+        """Take note of a trainer's layers."""
+        self._uploaded.add(client_id)
+        return self._close_if_complete()
+
+    def left(self, client_id: str) -> list[Decision]:
+        """Take note that a client is gone, in order or not."""
+        self._connected.discard(client_id)
+        self._ready.discard(client_id)
+        self._trainers.discard(client_id)
+        match self._stage:
+            case _Stage.GATHERING:
+                return self._open_if_complete()
+            case _Stage.OPEN:
+                return self._close_if_complete()
+            case _Stage.PARTING if not self._connected:
+                return self._end("")
+        return []
+
+    def merged(self, now_s: float) -> list[Decision]:
+        """Take note that the clients have been told of the merge."""
+        self.num_merged += 1
+        is_last = self.is_last
+        self._stage = _Stage.PARTING if is_last else _Stage.GATHERING
+        self._deadline_s = now_s + (self._federation.round_timeout if is_last else self._federation.wait_timeout)
+        return self._end("") if is_last and not self._connected else []
+
+    def ticked(self, now_s: float) -> list[Decision]:
+        """Look at the deadline of whatever is waited for."""
+        if now_s < self._deadline_s:
+            return []
+        match self._stage:
+            case _Stage.GATHERING if len(self._ready) >= self._federation.min_available_clients:
+                return self._open()
+            case _Stage.GATHERING:
+                waited = f"waited {self._federation.wait_timeout:g} s (federation.wait_timeout) for"
+                return self._end(f"{waited} {self._wanted()}; ready: {', '.join(sorted(self._ready)) or 'none'}")
+            case _Stage.OPEN:
+                return self._close()
+            case _Stage.PARTING:
+                return self._end("")
+        return []
+
+    def opened(self, now_s: float) -> None:
+        """Start the clock of the round that was just announced."""
+        self._deadline_s = now_s + self._federation.round_timeout
+
+    def waiting_for(self) -> str:
+        """Say in words what the run waits for, "" when clients are at work."""
+        match self._stage:
+            case _Stage.GATHERING:
+                missing = sorted(self._connected - self._ready)
+                busy = f", {', '.join(missing)} still at work" if missing else ""
+                return f"{self._wanted()} to begin round {self.round_number + 1} ({len(self._ready)} ready{busy})"
+            case _Stage.OPEN if self._uploaded:
+                return f"layers of {', '.join(sorted(self._trainers - self._uploaded))}"
+            case _Stage.PARTING:
+                return f"last evaluations of {', '.join(sorted(self._connected))}"
+        return ""
+
+    def _wanted(self) -> str:
+        wanted = self._federation.min_available_clients
+        return f"{wanted} client" + ("s" if wanted > 1 else "")
+
+    def _open_if_complete(self) -> list[Decision]:
+        enough = len(self._ready) >= self._federation.min_available_clients
+        if self._stage is not _Stage.GATHERING or not enough or self._connected - self._ready:
+            return []
+        return self._open()
+
+    def _open(self) -> list[Decision]:
+        self.round_number += 1
+        clients = tuple(sorted(self._ready))
+        trainers = tuple(self._choose(self.round_number, clients))
+        self._chosen = set(trainers)
+        self._trainers = set(trainers)
+        self._uploaded = set()
+        self._ready = set()
+        self._stage = _Stage.OPEN
+        self._deadline_s = float("inf")
+        return [Open(round_number=self.round_number, clients=clients, trainers=trainers, first_step=self.first_step)]
+
+    def _close_if_complete(self) -> list[Decision]:
+        return self._close() if self._trainers <= self._uploaded else []
+
+    def _close(self) -> list[Decision]:
+        self._stage = _Stage.MERGING
+        self._deadline_s = float("inf")
+        done = tuple(sorted(self._uploaded))
+        fewest = self._federation.min_train_clients
+        reason = "" if len(done) >= fewest else f"{len(done)} clients finished, min_train_clients = {fewest}"
+        return [
+            Merge(
+                round_number=self.round_number,
+                uploaded=done,
+                absent=tuple(sorted(self._chosen - self._uploaded)),
+                reason=reason,
+            )
+        ]
+
+    def _end(self, reason: str) -> list[Decision]:
+        self._stage = _Stage.OVER
+        self._deadline_s = float("inf")
+        return [End(reason=reason)]

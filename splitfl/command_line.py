@@ -1,0 +1,83 @@
+"""The one command, `splitfl`: finds its sub-commands, prints errors as sentences, ends with documented exit codes.
+
+Each role registers its own sub-commands in the entry-point group `splitfl.commands`; a module named there must import
+nothing heavy, so that `splitfl --help` is quick.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol
+
+from splitfl import __version__
+from splitfl.errors import SplitflError
+
+_INTERRUPTED = 130
+
+
+class Command(Protocol):
+    """One sub-command."""
+
+    summary: str
+    """One line for `--help`."""
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments."""
+        ...
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Do it, or raise a `SplitflError`."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `splitfl` and return its exit code."""
+    found = sorted(entry_points(group="splitfl.commands"), key=lambda entry: entry.name)
+    return _run({entry.name: entry.load()() for entry in found}, argv)
+
+
+def run_one(name: str, command: Command, argv: Sequence[str] | None = None) -> int:
+    """Run one command as `python -m PACKAGE` does; return its exit code."""
+    return _run({name: command}, [name, *(sys.argv[1:] if argv is None else argv)])
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add `--config` and `--set`."""
+    parser.add_argument("--config", type=Path, required=required, metavar="FILE.toml", help="the settings")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="a setting that overrides the file's; may be given several times",
+    )
+
+
+def _run(commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="splitfl",
+        description="Train a language model together without sharing text: clients keep text, labels and the ends of the"
+        " model; a server computes the blocks in between.",
+    )
+    parser.add_argument("--version", action="version", version=f"splitfl {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in commands.items():
+        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
+        subparser.add_argument("-v", "--verbose", action="store_true", help="log what happens inside")
+        command.configure(subparser)
+    arguments = parser.parse_args(argv)
+    level = logging.DEBUG if arguments.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        commands[arguments.command].run(arguments)
+    except SplitflError as error:
+        sys.stderr.write(f"splitfl {arguments.command}: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write(f"splitfl {arguments.command}: interrupted\n")
+        return _INTERRUPTED
+    return 0

@@ -1,0 +1,1 @@
+"""The sub-commands that belong to neither role."""

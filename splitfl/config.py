@@ -1,0 +1,477 @@
+"""The settings of a run: one typed tree, read from TOML, with `--set section.key=value` laid over it.
+
+The server's tree (`ServerConfig`) is the run's: what both roles must agree on (`RunConfig`) travels to the clients in the
+welcome, so nothing has to be kept equal by hand on two machines. A client's own tree (`ClientConfig`) holds only what is
+its own: where the server is, who it is, and where its text lies.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from splitfl.errors import ConfigError
+
+Part = Literal["lora", "full", "none"]
+
+# A name that is a safe file name on every system, in a log line and in a header.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class Section(BaseModel):
+    """A frozen group of settings; the sentence under each field is its documentation (docs/configuration.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelSection(Section):
+    """Which model is trained and where it is cut."""
+
+    model_name_or_path: str = ""
+    """A directory with `config.json`, a tokenizer and safetensors, or a Hugging Face hub id. Only the server reads it."""
+
+    bottom_layers: int = Field(1, ge=0)
+    """Blocks below the first cut, on the client, after the embedding."""
+
+    top_layers: int = Field(1, ge=0)
+    """Blocks above the last cut, on the client, before the final norm and the LM head."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights on both sides and of the activations on the wire."""
+
+    attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention code of transformers, the same on both sides; "auto" is what transformers picks for the family."""
+
+
+class TrainSection(Section):
+    """What trains, per part of the model."""
+
+    bottom: Part = "lora"
+    """The client's blocks below the first cut: adapters, all weights, or nothing."""
+
+    top: Part = "lora"
+    """The client's blocks above the last cut."""
+
+    backbone: Part = "lora"
+    """The server's blocks; `server_mode = "frozen"` overrides it with "none"."""
+
+    backbone_layers: int = Field(0, ge=0)
+    """How many of the server's blocks train, counted from the last; 0 means all of them."""
+
+    norm_head: bool = False
+    """Whether the final norm and the LM head train; a head tied to the embedding trains only if `embeddings` does."""
+
+    embeddings: bool = False
+    """Whether the token (and position) embeddings train; rows that change in an upload tell which tokens were used."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters (LoRA) for every part that says "lora"."""
+
+    r: int = Field(8, ge=1)
+    """Rank of the adapters."""
+
+    alpha: float = Field(16.0, gt=0)
+    """Scale of the adapters: their output is multiplied by alpha / r."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before each adapter while training."""
+
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers inside a block that get an adapter; empty means peft's choice for the model's family."""
+
+
+class OptimizerSection(Section):
+    """The optimizer and its schedule, the same on both sides."""
+
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    """AdamW, or plain SGD without momentum."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate of both sides."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decay of matrices; vectors (norms and biases) never decay."""
+
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's first moment."""
+
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW's second moment."""
+
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this global norm over both sides; 0 means no clipping."""
+
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    """Schedule over the run's `num_rounds * local_steps` steps, as in transformers."""
+
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+
+
+class FederationSection(Section):
+    """Rounds, who takes part in them, and how the backbone and the merges treat several clients."""
+
+    server_mode: Literal["shared", "sequential", "frozen"] = "shared"
+    """`shared`: one backbone step from all clients' gradients; `sequential`: a step per client, one client at a time;
+    `frozen`: the backbone does not learn."""
+
+    num_rounds: int = Field(3, ge=1)
+    """Rounds in the run; each ends with a merge of the client-side layers."""
+
+    local_steps: int = Field(10, ge=1)
+    """Optimizer steps of each client per round."""
+
+    per_device_train_batch_size: int = Field(4, ge=1)
+    """Examples in one micro-batch."""
+
+    gradient_accumulation_steps: int = Field(2, ge=1)
+    """Micro-batches in one step; with two or more, client and server compute at the same time."""
+
+    per_device_eval_batch_size: int = Field(8, ge=1)
+    """Examples in one batch of an evaluation."""
+
+    strategy: Literal["FedAvg"] = "FedAvg"
+    """How the client-side layers are merged."""
+
+    weight_by: Literal["num_examples", "num_tokens", "uniform"] = "num_examples"
+    """What weighs a client in a merge: its training examples, the label tokens it trained on in the round, or nothing."""
+
+    fraction_train: float = Field(1.0, gt=0, le=1)
+    """Share of the connected clients that train in a round, drawn with the run's seed."""
+
+    min_train_clients: int = Field(1, ge=1)
+    """Fewest clients whose layers make a merge; below it the old layers stay."""
+
+    min_available_clients: int = Field(1, ge=1)
+    """Clients that must be connected and ready before a round opens."""
+
+    optimizer_state: Literal["keep", "reset"] = "keep"
+    """What becomes of a client's optimizer state when merged layers arrive."""
+
+    evaluate: Literal["ends", "rounds"] = "ends"
+    """Evaluate each client's held-out text before and after the run, or after every round as well."""
+
+    wait_timeout: float = Field(600.0, gt=0)
+    """Seconds to wait for `min_available_clients` before the run is given up."""
+
+    round_timeout: float = Field(3600.0, gt=0)
+    """Seconds after which a round closes with the clients that are done."""
+
+    step_timeout: float = Field(120.0, gt=0)
+    """Seconds after which a step goes on without a client that has not finished it."""
+
+    @model_validator(mode="after")
+    def _clients_add_up(self) -> Self:
+        if self.min_train_clients > self.min_available_clients:
+            raise ValueError(
+                f"min_train_clients ({self.min_train_clients}) must not exceed min_available_clients"
+                f" ({self.min_available_clients})"
+            )
+        return self
+
+
+class TextSection(Section):
+    """How every client turns text into tokens."""
+
+    max_seq_length: int = Field(512, ge=2)
+    """Tokens after which an example is cut off; the client reports how many were."""
+
+    append_eos: bool = True
+    """Whether each example ends with the tokenizer's end-of-sequence token."""
+
+
+class LinkSection(Section):
+    """The wire between one client and the server."""
+
+    max_in_flight: int = Field(2, ge=1, le=64)
+    """Micro-batches a client may have under way at once."""
+
+    frame_bytes: int = Field(1 << 20, ge=1 << 12, le=1 << 26)
+    """Largest frame a tensor is cut into."""
+
+    heartbeat_interval: float = Field(2.0, gt=0)
+    """Seconds between two heartbeats on the control connection."""
+
+    heartbeat_timeout: float = Field(10.0, gt=0)
+    """Seconds of silence on the control connection after which the peer counts as gone."""
+
+    slowest_link_bytes_per_second: float = Field(1_250_000.0, gt=0)
+    """The slowest client link to allow for; a frame must pass it in less than half the heartbeat timeout."""
+
+    @model_validator(mode="after")
+    def _a_heartbeat_passes(self) -> Self:
+        if self.heartbeat_interval * 2 > self.heartbeat_timeout:
+            raise ValueError(
+                f"heartbeat_timeout ({self.heartbeat_timeout} s) must be at least twice heartbeat_interval"
+                f" ({self.heartbeat_interval} s)"
+            )
+        seconds = self.frame_bytes / self.slowest_link_bytes_per_second
+        if seconds >= self.heartbeat_timeout / 2:
+            raise ValueError(
+                f"a frame of frame_bytes ({self.frame_bytes}) takes {seconds:.1f} s on the slowest link, which must stay"
+                f" below half of heartbeat_timeout ({self.heartbeat_timeout} s)"
+            )
+        return self
+
+
+class ServerSection(Section):
+    """The server's own: where it listens, computes and writes. Not sent to clients."""
+
+    address: str = "tcp://127.0.0.1:5555"
+    """Where to listen: tcp://HOST:PORT on loopback, or ipc://PATH; other hosts are refused until keys exist."""
+
+    run_id: str = Field("", pattern=r"^$|" + NAME_PATTERN)
+    """Name of the run and of its folder; empty means date and time."""
+
+    runs_dir: Path = Path("runs")
+    """Folder in which the run's folder is made."""
+
+    cache_dir: Path | None = None
+    """Folder for prepared client parts; empty means the user's cache."""
+
+    device: str = "cpu"
+    """Where the backbone computes: cpu, cuda, cuda:1, mps, as in torch. Not run on a GPU yet."""
+
+    num_threads: int = Field(0, ge=0)
+    """Threads torch computes with; 0 leaves it to torch."""
+
+    export_model: bool = True
+    """Whether the trained model is written to the run's folder at the end."""
+
+
+class ClientSection(Section):
+    """Who this client is and where its server is."""
+
+    client_id: str = Field("", pattern=r"^$|" + NAME_PATTERN)
+    """Name of this client in reports and merges; letters, digits, `.`, `_` and `-`."""
+
+    server_address: str = "tcp://127.0.0.1:5555"
+    """The server's address."""
+
+    output_dir: Path = Path("client-runs")
+    """Folder for this client's own metrics; nothing in it is sent."""
+
+    cache_dir: Path | None = None
+    """Folder for layers and tokenizers received from servers; empty means the user's cache."""
+
+    device: str = "cpu"
+    """Where this client computes: cpu, cuda, mps, as in torch. Not run on a GPU yet."""
+
+    num_threads: int = Field(0, ge=0)
+    """Threads torch computes with; 0 leaves it to torch."""
+
+    connect_timeout: float = Field(60.0, gt=0)
+    """Seconds to wait for a server's first answer."""
+
+
+class DataSection(Section):
+    """The client's text, which never leaves this machine."""
+
+    path: Path = Path("train.jsonl")
+    """Training text: .jsonl (objects with a `text`, or a `prompt` and a `completion`) or .txt (an example a line)."""
+
+    eval_path: Path | None = None
+    """Held-out text of the same form; empty means a share of `path` is held out."""
+
+    eval_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of `path` held out when there is no `eval_path`; 0 means no evaluation."""
+
+    also_evaluate: dict[str, Path] = {}
+    """Further held-out files by name, evaluated at the end and reported under that name."""
+
+    text_field: str = "text"
+    """Field of a JSONL object that holds a whole example."""
+
+    prompt_field: str = "prompt"
+    """Field of a JSONL object that holds what is given; no loss is taken on it."""
+
+    completion_field: str = "completion"
+    """Field of a JSONL object that holds what is to be learned."""
+
+
+class Config(Section):
+    """A whole tree: read it with `load`, see `fingerprint` for comparing two."""
+
+    command: ClassVar[str]
+
+    @classmethod
+    def load(cls, path: Path | None, overrides: Iterable[str] = ()) -> Self:
+        """Read TOML and lay `section.key=value` strings over it; raise `ConfigError` naming the setting and the rule."""
+        tree = {} if path is None else _read_toml(path)
+        for override in overrides:
+            _lay_over(tree, override)
+        return cls.from_tree(tree, source="--set" if path is None else str(path))
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any], *, source: str) -> Self:
+        """Build the tree from plain values; `source` is named in the error."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_explain(cls, error)}") from None
+
+
+class RunConfig(Config):
+    """What both roles must agree on; the welcome carries it to every client."""
+
+    seed: int = Field(42, ge=0, lt=2**31)
+    """Seed of adapters, data order, dropout and client sampling."""
+
+    model: ModelSection = ModelSection()
+    train: TrainSection = TrainSection()
+    lora: LoraSection = LoraSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    federation: FederationSection = FederationSection()
+    text: TextSection = TextSection()
+    link: LinkSection = LinkSection()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of one client that takes part in every round: what the schedule runs over."""
+        return self.federation.num_rounds * self.federation.local_steps
+
+    @property
+    def backbone_trains(self) -> bool:
+        """Whether the server's weights move at all."""
+        return self.federation.server_mode != "frozen" and self.train.backbone != "none"
+
+    @property
+    def bottom_trains(self) -> bool:
+        """Whether anything below the first cut trains, so that its gradient must be sent back."""
+        return self.train.embeddings or (self.train.bottom != "none" and self.model.bottom_layers > 0)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all values both roles must agree on."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Write the run's settings as one line of JSON with sorted keys."""
+        return json.dumps(self.model_dump(mode="json", include=set(RunConfig.model_fields)), sort_keys=True)
+
+
+class ServerConfig(RunConfig):
+    """The server's file: the run's settings and the server's own."""
+
+    command: ClassVar[str] = "server"
+
+    server: ServerSection = ServerSection()
+
+    def run_config(self) -> RunConfig:
+        """Return what the clients get: the model's name without the server's folders, and nothing of `[server]`."""
+        settings = json.loads(self.to_json())
+        settings["model"]["model_name_or_path"] = Path(self.model.model_name_or_path).name
+        return RunConfig.model_validate(settings)
+
+    @model_validator(mode="after")
+    def _names_a_model(self) -> Self:
+        if not self.model.model_name_or_path:
+            raise ValueError("model.model_name_or_path is empty: name a model directory or a hub id")
+        return self
+
+
+class ClientConfig(Config):
+    """A client's file."""
+
+    command: ClassVar[str] = "client"
+
+    client: ClientSection = ClientSection()
+    data: DataSection = DataSection()
+
+    @model_validator(mode="after")
+    def _has_a_name(self) -> Self:
+        if not self.client.client_id:
+            raise ValueError("client.client_id is empty: give this client a name, such as clinic-a")
+        return self
+
+
+def to_toml(config: Config) -> str:
+    """Write the tree as TOML that `load` reads back to an equal tree; unset paths are left out."""
+    import tomlkit
+
+    return tomlkit.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; --config names a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value`; the value is TOML, or plain text where it is not."""
+    name, equals, text = override.partition("=")
+    *sections, key = name.strip().split(".")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write --set section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+        tree = inner
+    tree[key] = value
+
+
+def _explain(tree: type[Config], error: ValidationError) -> str:
+    """Put pydantic's findings into one sentence a person can act on."""
+    return "; ".join(_explain_one(tree, finding) for finding in error.errors())
+
+
+def _explain_one(tree: type[Config], finding: Any) -> str:
+    where = [str(part) for part in finding["loc"]]
+    name = ".".join(where)
+    if finding["type"] == "extra_forbidden":
+        return f"unknown setting {name}{_nearest(tree, where)}"
+    message = finding["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if finding["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name} = {finding['input']!r}: {message}"
+
+
+def _nearest(tree: type[Section], where: Sequence[str]) -> str:
+    """Name the known setting most like an unknown one, here or in another section."""
+    here = _known(tree)
+    same_key = [name for name in here if name.split(".")[-1] == where[-1]]
+    close = same_key or difflib.get_close_matches(".".join(where), here, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(_siblings(tree, where))}"
+
+
+def _siblings(tree: type[Section], where: Sequence[str]) -> Iterable[str]:
+    for part in where[:-1]:
+        field = tree.model_fields.get(part)
+        if field is None or not _is_section(field.annotation):
+            break
+        tree = field.annotation  # type: ignore[assignment]
+    return tree.model_fields
+
+
+def _known(tree: type[Section], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in tree.model_fields.items():
+        if _is_section(field.annotation):
+            names += _known(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)

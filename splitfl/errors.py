@@ -1,0 +1,82 @@
+"""Every error a caller may want to catch, and the exit code a command ends with.
+
+SplitflError               1
+  ConfigError              2   a value the user gave is wrong
+  DataError                3   a data file is missing, empty or malformed
+  ModelError               4   a model or checkpoint cannot be used, or cannot be cut there
+  ProtocolError
+    LocalProtocolError    70   we tried to break the protocol: a bug on this side
+    RemoteProtocolError    5   the peer broke it: drop the peer, keep serving
+  TransportError           6   an address cannot be used
+    PeerGone               7   the peer did not answer, closed, or fell silent past its deadline
+  Refused                  8   the server said no, and why
+  Incomplete               9   the run ended before its last round
+
+Ctrl-C ends a command with 130, as shells expect.
+"""
+
+from typing import ClassVar
+
+
+class SplitflError(Exception):
+    """Anything splitfl raises on purpose; its text is one sentence for a person."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(SplitflError):
+    """A value the user gave is wrong; the text names the setting, the value and the rule."""
+
+    exit_code = 2
+
+
+class DataError(SplitflError):
+    """A data file is missing, empty or malformed; the text names the file and the line."""
+
+    exit_code = 3
+
+
+class ModelError(SplitflError):
+    """A model or checkpoint cannot be used, or cannot be cut there."""
+
+    exit_code = 4
+
+
+class ProtocolError(SplitflError):
+    """A message that the protocol does not allow here."""
+
+
+class LocalProtocolError(ProtocolError):
+    """We tried to break the protocol: a bug on this side."""
+
+    exit_code = 70
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer broke the protocol: drop the peer, keep serving."""
+
+    exit_code = 5
+
+
+class TransportError(SplitflError):
+    """An address cannot be used."""
+
+    exit_code = 6
+
+
+class PeerGone(TransportError):
+    """The peer did not answer, closed, or fell silent past its deadline."""
+
+    exit_code = 7
+
+
+class Refused(SplitflError):
+    """The server said no, and why."""
+
+    exit_code = 8
+
+
+class Incomplete(SplitflError):
+    """The run ended before its last round; the text says what is kept and where."""
+
+    exit_code = 9

@@ -1,0 +1,201 @@
+"""Where the blocks of a Hugging Face causal LM are, and shallow copies of it that hold only some of them.
+
+Nothing here copies model code or weights. A *view* is a copy of the few module objects on the way from the model to its
+block list, sharing every parameter; in a view the block list is another one, the config says so, and the ends the view
+does not own are neutral: identity for what follows the blocks, zero for learned positions, nothing for the embedding.
+
+Shapes: B micro-batch, S sequence, D hidden width, V vocabulary.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from splitfl.errors import ModelError
+
+# Attributes of block owners that hold a projection before or after the blocks (opt).
+_INPUT_PROJECTIONS = ("project_in",)
+_OUTPUT_PROJECTIONS = ("project_out",)
+# Numbers of block owners that scale embeddings wherever they come from (granite): 1 for whoever does not embed.
+_INPUT_SCALES = ("embedding_multiplier",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anatomy:
+    """Where things are in one causal LM."""
+
+    owner_path: tuple[str, ...]
+    """Attributes from the causal LM to the module that owns the blocks, e.g. ("model", "decoder")."""
+
+    blocks_name: str
+    """Attribute of the owner that is the block list, e.g. "layers" or "h"."""
+
+    num_blocks: int
+
+    input_names: tuple[str, ...]
+    """Children of the owner that act before the blocks: embeddings, positions, input dropout and projection."""
+
+    output_names: tuple[str, ...]
+    """Children of the owner that act after the blocks: final norm and output projection."""
+
+    @property
+    def blocks_path(self) -> str:
+        """Prefix of the block's parameter names, e.g. "model.layers"."""
+        return ".".join((*self.owner_path, self.blocks_name))
+
+    def base_prefix(self) -> str:
+        """Name of the base model inside the causal LM, e.g. "model" or "transformer"."""
+        return self.owner_path[0]
+
+
+def anatomy_of(model: PreTrainedModel) -> Anatomy:
+    """Find the blocks and the ends of a causal LM, or raise `ModelError` saying why it cannot be cut."""
+    kind = model.config.model_type
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{kind} is an encoder-decoder model: only decoder-only causal LMs can be cut")
+    if not model.can_generate():
+        raise ModelError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM")
+    num_blocks = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_blocks and _holds_distinct_blocks(module)
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"{kind} cannot be cut: {len(found)} lists of modules have num_hidden_layers = {num_blocks} entries,"
+            " and exactly one must"
+        )
+    *owner_path, blocks_name = found[0].split(".")
+    if not owner_path:
+        raise ModelError(f"{kind} cannot be cut: its blocks belong to the causal LM itself, not to a base model")
+    owner = model.get_submodule(".".join(owner_path))
+    inputs, outputs = _ends(kind, owner, blocks_name)
+    return Anatomy(
+        owner_path=tuple(owner_path),
+        blocks_name=blocks_name,
+        num_blocks=len(owner.get_submodule(blocks_name)),  # type: ignore[arg-type]
+        input_names=inputs,
+        output_names=outputs,
+    )
+
+
+def _holds_distinct_blocks(blocks: nn.ModuleList) -> bool:
+    """Tell blocks from lists of leaves that happen to be as long; blocks that share weights count as one."""
+    return all(any(block.children()) for block in blocks)
+
+
+def _ends(kind: str, owner: nn.Module, blocks_name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    inputs, outputs = [], []
+    norms = []
+    for name, child in owner.named_children():
+        if name == blocks_name or _is_stateless(child):
+            continue
+        if isinstance(child, nn.Embedding | nn.Dropout) or name in _INPUT_PROJECTIONS:
+            inputs.append(name)
+        elif "Norm" in type(child).__name__:
+            norms.append(name)
+        elif name in _OUTPUT_PROJECTIONS:
+            outputs.append(name)
+        else:
+            raise ModelError(
+                f"{kind} cannot be cut: what {name} ({type(child).__name__}) does around the blocks is unknown"
+            )
+    if len(norms) > 1:
+        raise ModelError(f"{kind} cannot be cut: it has {len(norms)} norms around its blocks ({', '.join(norms)})")
+    return tuple(inputs), tuple(outputs + norms)
+
+
+def _is_stateless(child: nn.Module) -> bool:
+    """Rotary embeddings and the like: no weights, needed by every segment."""
+    return not isinstance(child, nn.Dropout) and not any(True for _ in child.parameters())
+
+
+class NoPosition(nn.Module):
+    """Stand where learned positions were: adds nothing, whatever it is called with."""
+
+    def forward(self, *_: object, **__: object) -> Tensor:
+        """Return a scalar zero, which broadcasts and keeps the dtype of what it is added to."""
+        return torch.zeros(())
+
+
+def view_of(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    blocks: Sequence[nn.Module],
+    config: PreTrainedConfig,
+    *,
+    owns_input: bool,
+    owns_output: bool,
+) -> PreTrainedModel:
+    """Return a shallow causal LM with these blocks in its list, sharing all parameters with `model`.
+
+    `config` is the view's own, see `config_for`.
+    """
+    view = _shallow(model, config)
+    owner: nn.Module = view
+    for name in anatomy.owner_path:
+        child = _shallow(owner.get_submodule(name), config)
+        owner._modules[name] = child
+        owner = child
+    owner._modules[anatomy.blocks_name] = nn.ModuleList(blocks)
+    if not owns_input:
+        for name in anatomy.input_names:
+            owner._modules[name] = _neutral_input(owner.get_submodule(name))
+        for name in _INPUT_SCALES:
+            if name in vars(owner):
+                setattr(owner, name, 1.0)
+    if not owns_output:
+        for name in anatomy.output_names:
+            owner._modules[name] = None if name in _OUTPUT_PROJECTIONS else nn.Identity()
+        _drop_head(view)
+    return view
+
+
+def base_of(view: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
+    """Return the base model (no LM head) inside a view."""
+    return view.get_submodule(anatomy.base_prefix())
+
+
+def _shallow(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
+    """Copy one module object, not what it holds; replacing a child of the copy leaves the original alone."""
+    twin = copy.copy(module)
+    for name, value in vars(module).items():
+        if name.startswith("_") and isinstance(value, dict):  # torch's registries: children, parameters, buffers, hooks
+            twin.__dict__[name] = copy.copy(value)
+    if isinstance(module, PreTrainedModel):
+        twin.config = config
+    return twin
+
+
+def config_for(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """Copy a config for other blocks; `layers` names, for each, the layer whose per-layer settings it takes."""
+    num_blocks = config.num_hidden_layers
+    twin = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        # by name, because a list of token ids may be as long as there are layers
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == num_blocks:
+            twin.__dict__[name] = type(value)(value[layer] for layer in layers)
+    attribute = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
+    twin.__dict__[attribute] = len(layers)
+    twin.use_cache = False
+    return twin
+
+
+def _neutral_input(child: nn.Module) -> nn.Module | None:
+    if isinstance(child, nn.Embedding):
+        return NoPosition()
+    if isinstance(child, nn.Dropout):
+        return nn.Identity()
+    return None
+
+
+def _drop_head(view: PreTrainedModel) -> None:
+    """Forget everything of the causal LM but its base model."""
+    for name in list(view._modules):
+        if name != view.base_model_prefix:
+            view._modules[name] = None

@@ -1,0 +1,153 @@
+"""From a run's folder to an ordinary Hugging Face directory: trained tensors in their places, adapters merged in.
+
+One tensor is in memory at a time, so a machine that could not hold the model can still write it.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from splitfl.config import ServerConfig
+from splitfl.errors import ConfigError, ModelError
+from splitfl.models import checkpoint
+from splitfl.models.checkpoint import Piece, TensorFile
+from splitfl.models.cut import Cut
+from splitfl.models.source import (
+    DESCRIPTION_FILES,
+    Weights,
+    default_cache_dir,
+    empty_model,
+    locate,
+    read_config,
+    server_weights,
+)
+from splitfl.models.trainable import checkpoint_name, choose_trainable, is_adapter
+
+CONFIG_FILE = "config.toml"
+TRAINED_FILE = "trained.safetensors"
+_SHARD_BYTES = 5_000_000_000  # as large as the hub likes a file
+
+
+def export_run(run_dir: Path, output_dir: Path) -> Path:
+    """Write the model that a run has trained so far; `output_dir` appears whole or not at all."""
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise ConfigError(f"{run_dir}: not a run's folder: it has no {CONFIG_FILE}")
+    if not (run_dir / TRAINED_FILE).is_file():
+        raise ConfigError(f"{run_dir}: nothing to export yet: the run has not finished its first round")
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ConfigError(f"{output_dir} exists and is not empty: name another folder, or remove it first")
+    config = ServerConfig.load(run_dir / CONFIG_FILE)
+    directory = locate(config.model.model_name_or_path)
+    cut = empty_cut(directory, config)
+    cache_dir = config.server.cache_dir or default_cache_dir()
+    weights = server_weights(directory, cut, seed=config.seed, cache_dir=cache_dir)
+    return write_model(cut, weights, TensorFile(run_dir / TRAINED_FILE), directory, output_dir)
+
+
+def empty_cut(directory: Path, config: ServerConfig) -> Cut:
+    """Build the run's model without memory, cut and with its adapters in place."""
+    model = empty_model(read_config(directory), config.model)
+    cut = Cut.of(model, bottom_layers=config.model.bottom_layers, top_layers=config.model.top_layers)
+    choose_trainable(cut, config)
+    return cut
+
+
+def write_model(cut: Cut, weights: Weights, trained: Mapping[str, Tensor], directory: Path, output_dir: Path) -> Path:
+    """Write config, tokenizer and weights: what `AutoModelForCausalLM.from_pretrained` loads."""
+    half_done = output_dir.with_name(f".{output_dir.name}.partial")
+    shutil.rmtree(half_done, ignore_errors=True)
+    half_done.mkdir(parents=True)
+    try:
+        for name in DESCRIPTION_FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, half_done / name)
+        _name_dtype(half_done / "config.json", cut.whole.dtype)
+        _write_weights(_pieces(cut, weights, trained), half_done)
+        if output_dir.exists():
+            output_dir.rmdir()
+        half_done.replace(output_dir)
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)
+    return output_dir
+
+
+def _pieces(cut: Cut, weights: Weights, trained: Mapping[str, Tensor]) -> dict[str, Piece]:
+    adapted = {name.rsplit(".lora_", 1)[0] for name in trained if is_adapter(name)}
+    pieces: dict[str, Piece] = {}
+    for side in ("client", "server"):
+        for name, (names, empty) in cut.tensors_of(side).items():  # type: ignore[arg-type]
+            if is_adapter(name):
+                continue
+            layer = name.removesuffix(".base_layer.weight")
+            if name in trained:
+                piece = checkpoint.piece_of_tensor(partial(trained.__getitem__, name), empty.dtype, empty.shape)
+            elif layer != name and layer in adapted:
+                merged = partial(_merged, cut, weights, trained, layer, names, empty)
+                piece = checkpoint.piece_of_tensor(merged, empty.dtype, empty.shape)
+            else:
+                piece = _stored(weights, names, empty)
+            pieces[checkpoint_name(name)] = piece
+    return pieces
+
+
+def _stored(weights: Weights, names: list[str], empty: Tensor) -> Piece:
+    """Take a tensor over from the checkpoint, in the run's type."""
+    entry = weights.find(names)
+    if entry is None:
+        raise ModelError(f"the checkpoint has no tensor {names[0]}")
+    if checkpoint.DTYPES[entry.dtype] == empty.dtype:
+        return checkpoint.piece_of_entry(entry)
+
+    def read() -> Tensor:
+        values = torch.empty(empty.shape, dtype=empty.dtype)
+        checkpoint.read_into(entry, values)
+        return values
+
+    return checkpoint.piece_of_tensor(read, empty.dtype, empty.shape)
+
+
+def _merged(
+    cut: Cut, weights: Weights, trained: Mapping[str, Tensor], layer: str, names: list[str], empty: Tensor
+) -> Tensor:
+    """Return W + scaling * B A, in float32 and then the model's type (LoRA, arXiv:2106.09685, section 4.1)."""
+    base = torch.empty(empty.shape, dtype=empty.dtype)
+    weights.read(names, base)
+    update = trained[f"{layer}.lora_B.default.weight"] @ trained[f"{layer}.lora_A.default.weight"]
+    module = cut.whole.get_submodule(layer)
+    if module.fan_in_fan_out:  # gpt2's Conv1D keeps its weight transposed
+        update = update.T
+    return (base.float() + update.float() * module.scaling["default"]).to(empty.dtype)  # type: ignore[index]
+
+
+def _name_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # the name transformers 4 had for it
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_weights(pieces: dict[str, Piece], folder: Path) -> None:
+    shards: list[dict[str, Piece]] = [{}]
+    size = 0
+    for name, piece in pieces.items():
+        if shards[-1] and size + piece.num_bytes > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = piece
+        size += piece.num_bytes
+    if len(shards) == 1:
+        checkpoint.write(folder / "model.safetensors", shards[0])
+        return
+    where = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        checkpoint.write(folder / file_name, shard)
+        where |= dict.fromkeys(shard, file_name)
+    total = sum(piece.num_bytes for piece in pieces.values())
+    index = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")

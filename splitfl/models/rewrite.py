@@ -1,0 +1,42 @@
+"""Write a checkpoint with one tensor a parameter: `python -m splitfl.models.rewrite SOURCE DESTINATION [GGUF_FILE]`.
+
+Loads the whole model as transformers does (GGUF, experts that are stored one by one), so it runs in a process of its own,
+once; the result is cached by whoever asked.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from splitfl.models import checkpoint
+
+
+def main(source: Path, destination: Path, gguf_file: str | None) -> None:
+    """Convert; `destination` appears whole or not at all."""
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype="auto")
+    half_done = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    half_done.mkdir(parents=True)
+    try:
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # what is written are plain weights
+        model.config.save_pretrained(half_done)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(half_done)
+        if gguf_file:
+            AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(half_done)
+        persistent = set(model.state_dict())
+        tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+        tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+        checkpoint.save_tensors(half_done / "model.safetensors", tensors, mode=0o644)
+        shutil.rmtree(destination, ignore_errors=True)
+        half_done.replace(destination)
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)

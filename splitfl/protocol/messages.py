@@ -1,0 +1,301 @@
+"""The messages between one client and the server: a closed set, without torch.
+
+A tensor is described (dtype name, shape, raw buffers) and becomes a real one only in `protocol.tensors`, after the session
+has checked it. What may cross is a closed list: activations and their gradients, row lengths, counts of label tokens and
+examples, gradient norms, learning rates, metrics, and the layers of a merge. Token ids, labels, logits and text never do;
+`tests/test_wire.py` watches for them.
+
+Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+Buffer: TypeAlias = bytes | memoryview
+
+# Must match exactly before 1.0; add one whenever a message changes.
+WIRE_VERSION = 1
+
+# Bytes an element takes, for the types that may cross.
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"f32": 4, "bf16": 2, "u8": 1})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TensorFrames:
+    """A tensor as it travels: little-endian, row-major, cut into frames."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor, by its shape."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Hello:
+    """Client: ask to join."""
+
+    wire_version: int
+    software: str
+    client_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Welcome:
+    """Server: you are in; these are the run's settings and the files you need."""
+
+    session: str
+    """Token that ties a second connection to this one."""
+    run_id: str
+    settings: str
+    """The run's settings as JSON (`RunConfig.to_json`)."""
+    fingerprint: str
+    """SHA-256 (hex) of `settings`."""
+    file_names: tuple[str, ...]
+    file_sizes: tuple[int, ...]
+    file_hashes: tuple[str, ...]
+    """SHA-256 (hex) of each file's content."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fetch:
+    """Client: send a file of the welcome from this byte on."""
+
+    name: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chunk:
+    """Server: some bytes of a file."""
+
+    name: str
+    offset: int
+    content: TensorFrames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Attach:
+    """Client, on a second connection: this one is for control."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ping:
+    """Client, on the control connection: I am alive."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pong:
+    """Server: so am I, and this is what the run is waiting for ("" when for nothing)."""
+
+    number: int
+    waiting_for: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Leave:
+    """Client, on the control connection: I go before the end, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ready:
+    """Client: I hold the layers of this merge (0: the first ones) and wait for the next round."""
+
+    round_number: int
+    num_examples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoundOpened:
+    """Server: a round begins. `num_steps` 0 means you sit this one out; `layers` comes when yours are older."""
+
+    round_number: int
+    first_step: int
+    num_steps: int
+    layers: tuple[TensorFrames, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Forward:
+    """Client: run one micro-batch through the backbone; `step` 0 is an evaluation and keeps no graph."""
+
+    request_id: int
+    step: int
+    micro_batch: int
+    hidden_BSD: TensorFrames
+    lengths_B: tuple[int, ...]
+    left_padded: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ForwardDone:
+    """Server: the backbone's activations."""
+
+    request_id: int
+    hidden_BSD: TensorFrames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Backward:
+    """Client: the loss's gradient with respect to the backbone's activations."""
+
+    request_id: int
+    gradient_BSD: TensorFrames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BackwardDone:
+    """Server: the gradient with respect to the client's activations; None when nothing below trains."""
+
+    request_id: int
+    gradient_BSD: TensorFrames | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Commit:
+    """Client: all micro-batches of the step are through; apply it."""
+
+    step: int
+    num_label_tokens: int
+    loss: float
+    """Mean loss over the step's label tokens, for the report."""
+    norms_P: TensorFrames
+    """Norm of each client-side gradient, in the model's order; -1 where a tensor has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Committed:
+    """Server: the step is applied; scale your gradients by this and apply yours."""
+
+    step: int
+    commit_number: int
+    clip_coefficient: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepRefused:
+    """Server: the step is applied on neither side; discard it and go on with `next_step`."""
+
+    step: int
+    next_step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Upload:
+    """Client: my layers at the end of the round, in the model's order, and what weighs them."""
+
+    round_number: int
+    num_examples: int
+    num_tokens: int
+    layers: tuple[TensorFrames, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Merged:
+    """Server: the round is over; these layers are everyone's now (the old ones when it was not accepted)."""
+
+    round_number: int
+    accepted: bool
+    reason: str
+    is_last: bool
+    layers: tuple[TensorFrames, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Report:
+    """Client: a measurement of mine (`topic` "evaluated" or "loaded")."""
+
+    topic: str
+    phase: str
+    round_number: int
+    metrics: dict[str, float]
+    digest: str
+    """SHA-256 (hex) of the layers loaded after a merge, "" otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Goodbye:
+    """Client: I have done my part; these are my totals."""
+
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Farewell:
+    """Server: noted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Refusal:
+    """Server: no, and why; the session is over."""
+
+    reason: str
+
+
+Message: TypeAlias = (
+    Hello
+    | Welcome
+    | Fetch
+    | Chunk
+    | Attach
+    | Ping
+    | Pong
+    | Leave
+    | Ready
+    | RoundOpened
+    | Forward
+    | ForwardDone
+    | Backward
+    | BackwardDone
+    | Commit
+    | Committed
+    | StepRefused
+    | Upload
+    | Merged
+    | Report
+    | Goodbye
+    | Farewell
+    | Refusal
+)
+
+# Wire numbers are forever: add, never renumber.
+KINDS: Mapping[int, type[Message]] = MappingProxyType(
+    {
+        1: Hello,
+        2: Welcome,
+        3: Fetch,
+        4: Chunk,
+        5: Attach,
+        6: Ping,
+        7: Pong,
+        8: Leave,
+        9: Ready,
+        10: RoundOpened,
+        11: Forward,
+        12: ForwardDone,
+        13: Backward,
+        14: BackwardDone,
+        15: Commit,
+        16: Committed,
+        17: StepRefused,
+        18: Upload,
+        19: Merged,
+        20: Report,
+        21: Goodbye,
+        22: Farewell,
+        23: Refusal,
+    }
+)

@@ -1,0 +1,61 @@
+"""From real tensors to described ones and back.
+
+Ownership: `describe` does not copy where it can avoid it, so a tensor that is described must never be written to again.
+Activations and gradients are not; parameters are, so snapshot them first.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from splitfl.errors import RemoteProtocolError
+from splitfl.protocol.messages import TensorFrames
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def wire_dtype(dtype: torch.dtype) -> str:
+    """Return the name under which a dtype travels."""
+    return _NAMES[dtype]
+
+
+def describe(tensor: Tensor, frame_bytes: int) -> TensorFrames:
+    """Describe a tensor in frames of at most `frame_bytes`; its memory is used as it is if it is contiguous on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    raw = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return TensorFrames(
+        dtype=_NAMES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        buffers=tuple(raw[start : start + frame_bytes] for start in range(0, len(raw), frame_bytes)),
+    )
+
+
+def realise(frames: TensorFrames, device: torch.device | str = "cpu") -> Tensor:
+    """Return a tensor of its own, aligned memory; raise `RemoteProtocolError` when a value is NaN or infinite.
+
+    The bytes are copied once: small frames arrive unaligned, several frames must be put together, and one path for all
+    sizes costs less than it saves.
+    """
+    tensor = torch.empty(frames.shape, dtype=DTYPES[frames.dtype])
+    if tensor.numel():
+        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        start = 0
+        for buffer in frames.buffers:
+            target[start : start + len(buffer)] = buffer
+            start += len(buffer)
+    # a norm sees NaN and infinity ten times faster than isfinite().all() does; float64 so that large finite values pass
+    if tensor.is_floating_point() and not torch.linalg.vector_norm(tensor, dtype=torch.float64).isfinite():
+        raise RemoteProtocolError("a tensor with values that are not finite")
+    return tensor.to(device)
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 (hex) over the tensors' bytes in order: equal on all sides exactly when the values are."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        for buffer in describe(tensor, max(tensor.nbytes, 1)).buffers:
+            digest.update(buffer)
+    return digest.hexdigest()

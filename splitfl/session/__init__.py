@@ -1,0 +1,1 @@
+"""Who may say what next, and what has been applied: pure state, no clock, no socket, no torch."""

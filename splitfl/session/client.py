@@ -1,0 +1,175 @@
+"""The client's side of its session: what it may send, and whether an answer fits what was asked.
+
+Sending something illegal is our bug (`LocalProtocolError`); an answer that does not fit is the server's
+(`RemoteProtocolError`). Neither changes the state.
+"""
+
+from splitfl.errors import LocalProtocolError, RemoteProtocolError
+from splitfl.protocol.messages import (
+    Backward,
+    BackwardDone,
+    Commit,
+    Committed,
+    Farewell,
+    Forward,
+    ForwardDone,
+    Goodbye,
+    Merged,
+    Message,
+    Ready,
+    RoundOpened,
+    StepRefused,
+    TensorFrames,
+    Upload,
+)
+from splitfl.session.terms import Terms
+
+
+class ClientSession:
+    """What this client waits for, and the numbers it gives to what it asks."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.round_number = 0
+        """Number of the merge whose layers this client holds."""
+        self.open_round: RoundOpened | None = None
+        self.next_step = 0
+        self._graphs: dict[int, tuple[int, ...]] = {}
+        self._awaiting: dict[int, type[ForwardDone | BackwardDone]] = {}
+        self._abandoned: set[int] = set()
+        self._waits_for: type[Message] | None = None
+        self._last_request = 0
+        self._committing: int | None = None
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether another micro-batch may be sent."""
+        return len(self._graphs) < self.terms.max_in_flight
+
+    def forward(self, *, step: int, micro_batch: int, hidden_BSD: TensorFrames, lengths_B: tuple[int, ...]) -> Forward:
+        """Number a micro-batch; `step` 0 is an evaluation."""
+        if not self.has_credit:
+            raise LocalProtocolError(f"more than max_in_flight = {self.terms.max_in_flight} micro-batches under way")
+        if step and step != self.next_step:
+            raise LocalProtocolError(f"step {step} where step {self.next_step} is next")
+        self._last_request += 1
+        message = Forward(
+            request_id=self._last_request,
+            step=step,
+            micro_batch=micro_batch,
+            hidden_BSD=hidden_BSD,
+            lengths_B=lengths_B,
+            left_padded=False,
+        )
+        self._graphs[message.request_id] = hidden_BSD.shape
+        self._awaiting[message.request_id] = ForwardDone
+        return message
+
+    def backward(self, request_id: int, gradient_BSD: TensorFrames) -> Backward:
+        """Answer activations with their gradient."""
+        if request_id not in self._graphs or request_id in self._awaiting:
+            raise LocalProtocolError(f"backward {request_id} has no activations to answer")
+        self._awaiting[request_id] = BackwardDone
+        return Backward(request_id=request_id, gradient_BSD=gradient_BSD)
+
+    def commit(self, *, num_label_tokens: int, loss: float, norms_P: TensorFrames) -> Commit:
+        """Ask for the step that all micro-batches have gone through."""
+        if self._graphs:
+            raise LocalProtocolError(
+                f"commit of step {self.next_step} with {len(self._graphs)} micro-batches under way"
+            )
+        self._committing = self.next_step
+        return Commit(step=self.next_step, num_label_tokens=num_label_tokens, loss=loss, norms_P=norms_P)
+
+    def ready(self, num_examples: int) -> Ready:
+        """Ask for the next round."""
+        self._wait_for(RoundOpened)
+        return Ready(round_number=self.round_number, num_examples=num_examples)
+
+    def upload(self, *, num_examples: int, num_tokens: int, layers: tuple[TensorFrames, ...]) -> Upload:
+        """Hand over this round's layers."""
+        if self.open_round is None:
+            raise LocalProtocolError("layers outside a round")
+        self._wait_for(Merged)
+        return Upload(
+            round_number=self.open_round.round_number, num_examples=num_examples, num_tokens=num_tokens, layers=layers
+        )
+
+    def sit_out(self) -> None:
+        """Wait for the merge of a round without taking part."""
+        self._wait_for(Merged)
+
+    def goodbye(self, metrics: dict[str, float]) -> Goodbye:
+        """End the session in order."""
+        self._wait_for(Farewell)
+        return Goodbye(metrics=metrics)
+
+    def abandon_step(self, next_step: int) -> None:
+        """Forget a step that was refused; answers still under way are ignored when they come."""
+        self._abandoned |= set(self._awaiting)
+        self._graphs.clear()
+        self._awaiting.clear()
+        self._committing = None
+        self.next_step = next_step
+
+    def receive(self, message: Message) -> Message | None:
+        """Check that an answer is one we wait for; None means it belongs to a step we gave up."""
+        match message:
+            case ForwardDone(request_id=number) | BackwardDone(request_id=number):
+                return self._receive_answer(number, message)
+            case Committed():
+                if message.step != self._committing:
+                    raise RemoteProtocolError(f"step {message.step} committed where {self._committing} was asked for")
+                self._committing = None
+                self.next_step = message.step + 1
+                return message
+            case StepRefused():
+                if self.open_round is None or message.next_step < message.step:
+                    raise RemoteProtocolError(f"step {message.step} refused outside a round")
+                return message
+            case RoundOpened():
+                self._take(message)
+                if message.layers:
+                    self.terms.check_layers(message.layers)
+                self.open_round = message
+                self.next_step = message.first_step
+                return message
+            case Merged():
+                if self.open_round is None or message.round_number != self.open_round.round_number:
+                    raise RemoteProtocolError(f"layers of round {message.round_number}, which is not open here")
+                self.terms.check_layers(message.layers)
+                self.abandon_step(self.next_step)
+                self._waits_for = None
+                self.open_round = None
+                self.round_number = message.round_number
+                return message
+            case Farewell():
+                self._take(message)
+                return message
+        raise RemoteProtocolError(f"{type(message).__name__} is not a server's to send here")
+
+    def _receive_answer(self, number: int, message: ForwardDone | BackwardDone) -> Message | None:
+        if number in self._abandoned:
+            self._abandoned.discard(number)
+            return None
+        if self._awaiting.get(number) is not type(message):
+            raise RemoteProtocolError(f"{type(message).__name__} {number} was not asked for")
+        shape = self._graphs[number]
+        tensor = message.hidden_BSD if isinstance(message, ForwardDone) else message.gradient_BSD
+        if tensor is not None:
+            self.terms.check_like(tensor, shape)
+        del self._awaiting[number]
+        is_done = isinstance(message, BackwardDone) or not self.terms.needs_backward or not self.open_round
+        if is_done:
+            del self._graphs[number]
+        return message
+
+    def _wait_for(self, kind: type[Message]) -> None:
+        if self._graphs or self._waits_for is not None or self._committing is not None:
+            raise LocalProtocolError(f"waiting for {kind.__name__} while something else is under way")
+        self._waits_for = kind
+
+    def _take(self, message: Message) -> None:
+        if self._waits_for is not type(message):
+            raise RemoteProtocolError(f"{type(message).__name__} was not asked for")
+        self._waits_for = None

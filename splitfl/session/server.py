@@ -1,0 +1,254 @@
+"""The server's side of one client's session: which message is legal now, and what has been committed.
+
+A message either changes the state and is returned as something to do, or raises `RemoteProtocolError` and changes
+nothing. What the server decides on its own (a round opens, a step is committed or closed without this client) comes in
+through the methods named after it.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TypeAlias
+
+from splitfl.errors import LocalProtocolError, RemoteProtocolError
+from splitfl.protocol.messages import (
+    Backward,
+    BackwardDone,
+    Commit,
+    Committed,
+    Fetch,
+    Forward,
+    ForwardDone,
+    Goodbye,
+    Merged,
+    Message,
+    Ready,
+    Report,
+    RoundOpened,
+    StepRefused,
+    Upload,
+)
+from splitfl.session.terms import Terms
+
+
+class Phase(Enum):
+    """Where a client is in a round."""
+
+    IDLE = auto()
+    """Loading, evaluating, or done."""
+    READY = auto()
+    """Waiting for a round to open."""
+    TRAINING = auto()
+    COMMITTING = auto()
+    """Waiting for the acknowledgement of a step."""
+    MERGING = auto()
+    """Waiting for the merge: has uploaded, or sits this round out."""
+    GONE = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """Answer at once, without asking anybody; nothing else follows from the message."""
+
+    message: Message
+
+
+Accepted: TypeAlias = Fetch | Ready | Forward | Backward | Commit | Upload | Report | Goodbye
+
+
+@dataclass(slots=True)
+class _Graph:
+    """One micro-batch under way."""
+
+    shape: tuple[int, ...]
+    step: int
+    awaits_backward: bool = False
+    """The activations are back at the client, its gradient is not here yet."""
+
+
+class ServerSession:
+    """What one client may do next."""
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self.phase = Phase.IDLE
+        self.round_number = 0
+        self.next_step = 0
+        self.last_step = 0
+        self.last_commit: Committed | StepRefused | None = None
+        self._graphs: dict[int, _Graph] = {}
+        self._last_request = 0
+        self._micro_batches_begun = 0
+        self._micro_batches_done = 0
+        self._closed: set[int] = set()
+        """Requests of steps that went on without this client; what still comes for them is ignored."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Micro-batches under way."""
+        return len(self._graphs)
+
+    def receive(self, message: Message) -> Accepted | Reply | None:
+        """Check a message and take it in; None means it came for a step that is closed and is to be ignored."""
+        match message:
+            case Fetch():
+                self._require(message, Phase.IDLE)
+                return message
+            case Ready():
+                self._require(message, Phase.IDLE)
+                self.phase = Phase.READY
+                return message
+            case Forward(step=0):
+                self._admit_evaluation(message)
+                return message
+            case Forward():
+                return self._admit_training(message)
+            case Backward():
+                return self._admit_backward(message)
+            case Commit():
+                return self._admit_commit(message)
+            case Upload():
+                return self._admit_upload(message)
+            case Report():
+                return message
+            case Goodbye():
+                self._require(message, Phase.IDLE)
+                self.phase = Phase.GONE
+                return message
+        raise RemoteProtocolError(f"{type(message).__name__} is not a client's to send here")
+
+    def opened(self, round_: RoundOpened) -> None:
+        """Take note that a round has opened for this client."""
+        if self.phase is not Phase.READY:
+            raise LocalProtocolError(f"a round opened for a client that is {self.phase.name}")
+        self.round_number = round_.round_number
+        self.next_step = round_.first_step
+        self.last_step = round_.first_step + round_.num_steps - 1
+        self.phase = Phase.TRAINING if round_.num_steps else Phase.MERGING
+        self._begin_step()
+
+    def answered(self, reply: ForwardDone | BackwardDone) -> bool:
+        """Take note of a reply on its way; False means its step was closed meanwhile and it must not be sent."""
+        graph = self._graphs.get(reply.request_id)
+        if graph is None:
+            return False
+        if isinstance(reply, ForwardDone) and graph.step and self.terms.needs_backward:
+            graph.awaits_backward = True
+            return True
+        del self._graphs[reply.request_id]
+        if graph.step:
+            self._micro_batches_done += 1
+        return True
+
+    def committed(self, commit: Committed) -> None:
+        """Take note that the step this client waits for is applied."""
+        if self.phase is not Phase.COMMITTING:
+            raise LocalProtocolError(f"a step was committed for a client that is {self.phase.name}")
+        self.last_commit = commit
+        self.phase = Phase.TRAINING
+        self.next_step = commit.step + 1
+        self._begin_step()
+
+    def step_closed(self, next_step: int, reason: str) -> StepRefused:
+        """Go on without this client's open step: forget its micro-batches, return what to tell it."""
+        refusal = StepRefused(step=self.next_step, next_step=next_step, reason=reason)
+        training = {number for number, graph in self._graphs.items() if graph.step}
+        self._closed |= training
+        for number in training:
+            del self._graphs[number]
+        if self.phase is Phase.COMMITTING:
+            self.phase = Phase.TRAINING
+        self.last_commit = refusal
+        self.next_step = next_step
+        self._begin_step()
+        return refusal
+
+    def merged(self, merge: Merged) -> None:
+        """Take note that the round is over for this client, whether it had uploaded or not."""
+        if self.phase in (Phase.TRAINING, Phase.COMMITTING):
+            self.step_closed(self.last_step + 1, merge.reason)
+        self.phase = Phase.IDLE
+        self.round_number = merge.round_number
+
+    def _require(self, message: Message, *phases: Phase) -> None:
+        if self.phase not in phases:
+            raise RemoteProtocolError(f"{type(message).__name__} while {self.phase.name}")
+
+    def _begin_step(self) -> None:
+        self._micro_batches_begun = 0
+        self._micro_batches_done = 0
+
+    def _check_forward(self, message: Forward) -> None:
+        if message.request_id <= self._last_request:
+            raise RemoteProtocolError(f"request {message.request_id} after {self._last_request}: numbers must rise")
+        if self.num_in_flight >= self.terms.max_in_flight:
+            raise RemoteProtocolError(f"more than max_in_flight = {self.terms.max_in_flight} micro-batches under way")
+        self.terms.check_activations(message.hidden_BSD, message.lengths_B)
+
+    def _admit(self, message: Forward) -> None:
+        self._last_request = message.request_id
+        self._graphs[message.request_id] = _Graph(shape=message.hidden_BSD.shape, step=message.step)
+
+    def _admit_evaluation(self, message: Forward) -> None:
+        self._require(message, Phase.IDLE)
+        self._check_forward(message)
+        self._admit(message)
+
+    def _admit_training(self, message: Forward) -> Forward | None:
+        if self._is_for_a_closed_step(message.step):
+            self._closed.add(message.request_id)
+            return None
+        self._require(message, Phase.TRAINING)
+        if message.step != self.next_step or message.step > self.last_step:
+            raise RemoteProtocolError(f"Forward for step {message.step} where step {self.next_step} is next")
+        if message.micro_batch != self._micro_batches_begun or message.micro_batch >= self.terms.micro_batches:
+            raise RemoteProtocolError(
+                f"micro-batch {message.micro_batch} where {self._micro_batches_begun} of {self.terms.micro_batches} is next"
+            )
+        self._check_forward(message)
+        self._admit(message)
+        self._micro_batches_begun += 1
+        return message
+
+    def _admit_backward(self, message: Backward) -> Backward | None:
+        if message.request_id in self._closed:
+            self._closed.discard(message.request_id)
+            return None
+        graph = self._graphs.get(message.request_id)
+        if graph is None or not graph.awaits_backward:
+            raise RemoteProtocolError(f"backward {message.request_id} has no forward that waits for it")
+        self.terms.check_like(message.gradient_BSD, graph.shape)
+        graph.awaits_backward = False
+        return message
+
+    def _admit_commit(self, message: Commit) -> Commit | Reply | None:
+        if self.last_commit is not None and message.step == self.last_commit.step:
+            return Reply(message=self.last_commit)
+        if message.step < self.next_step:
+            raise RemoteProtocolError(f"commit of step {message.step}, which is past: step {self.next_step} is next")
+        self._require(message, Phase.TRAINING)
+        if message.step > self.next_step or message.step > self.last_step:
+            raise RemoteProtocolError(f"commit of step {message.step} leaves a gap: step {self.next_step} is next")
+        if any(graph.step for graph in self._graphs.values()) or self._micro_batches_done != self.terms.micro_batches:
+            raise RemoteProtocolError(
+                f"commit of step {message.step} after {self._micro_batches_done} of {self.terms.micro_batches} micro-batches"
+            )
+        self.terms.check_norms(message.norms_P)
+        self.phase = Phase.COMMITTING
+        return message
+
+    def _admit_upload(self, message: Upload) -> Upload | None:
+        if message.round_number < self.round_number or self.phase is Phase.IDLE:
+            return None  # the round closed without it, and the client has been told
+        self._require(message, Phase.TRAINING)
+        if message.round_number != self.round_number:
+            raise RemoteProtocolError(f"layers of round {message.round_number} in round {self.round_number}")
+        if self._graphs or self._micro_batches_begun:
+            raise RemoteProtocolError("layers in the middle of a step")
+        if message.num_examples < 1 or message.num_tokens < 0:
+            raise RemoteProtocolError("layers from no examples")
+        self.terms.check_layers(message.layers)
+        self.phase = Phase.MERGING
+        return message
+
+    def _is_for_a_closed_step(self, step: int) -> bool:
+        return isinstance(self.last_commit, StepRefused) and self.last_commit.step <= step < self.next_step

@@ -1,0 +1,64 @@
+"""What a server and one client agreed on, and the checks that follow from it for a described tensor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitfl.errors import RemoteProtocolError
+from splitfl.protocol.messages import TensorFrames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """The bounds of one session."""
+
+    hidden_size: int
+    dtype: str
+    """Wire name of the activations' type."""
+    max_seq_length: int
+    max_batch_size: int
+    max_in_flight: int
+    micro_batches: int
+    """Micro-batches in a step."""
+    needs_backward: bool
+    """Whether the backbone learns or anything below it does, so that gradients are sent."""
+    layer_shapes: tuple[tuple[int, ...], ...]
+    """Shapes of the client-side tensors that train, in the model's order."""
+    layer_dtypes: tuple[str, ...]
+
+    def check_activations(self, tensor: TensorFrames, lengths_B: Sequence[int]) -> None:
+        """Raise unless the tensor is activations BSD within the bounds, with a length for each row."""
+        self._check_hidden(tensor)
+        batch, length, _ = tensor.shape
+        if not 1 <= batch <= self.max_batch_size:
+            raise RemoteProtocolError(f"a batch of {batch} rows, more than the {self.max_batch_size} of this run")
+        if not 1 <= length <= self.max_seq_length:
+            raise RemoteProtocolError(f"rows of {length} tokens, more than max_seq_length = {self.max_seq_length}")
+        if len(lengths_B) != batch or any(not 1 <= row <= length for row in lengths_B):
+            raise RemoteProtocolError(f"lengths_B must give each of {batch} rows a length from 1 to {length}")
+
+    def check_like(self, tensor: TensorFrames, shape: tuple[int, ...]) -> None:
+        """Raise unless the tensor has the shape of the activations it answers."""
+        self._check_hidden(tensor)
+        if tensor.shape != shape:
+            raise RemoteProtocolError(f"a tensor of shape {tensor.shape} in answer to one of {shape}")
+
+    def check_layers(self, layers: Sequence[TensorFrames]) -> None:
+        """Raise unless these are all tensors that train on the client, in order."""
+        if tuple(layer.shape for layer in layers) != self.layer_shapes:
+            raise RemoteProtocolError(
+                f"{len(layers)} layers whose shapes are not those of this run's client-side layers"
+            )
+        if tuple(layer.dtype for layer in layers) != self.layer_dtypes:
+            raise RemoteProtocolError("layers whose types are not those of this run's client-side layers")
+
+    def check_norms(self, norms: TensorFrames) -> None:
+        """Raise unless there is one float32 norm for each client-side tensor that trains."""
+        if norms.shape != (len(self.layer_shapes),) or norms.dtype != "f32":
+            raise RemoteProtocolError(f"norms of shape {norms.shape} for {len(self.layer_shapes)} client-side tensors")
+
+    def _check_hidden(self, tensor: TensorFrames) -> None:
+        if len(tensor.shape) != 3 or tensor.shape[2] != self.hidden_size or tensor.dtype != self.dtype:
+            raise RemoteProtocolError(
+                f"activations of shape {tensor.shape} and type {tensor.dtype} where this run has"
+                f" (batch, length, {self.hidden_size}) and {self.dtype}"
+            )

@@ -1,0 +1,1 @@
+"""What both sides do alike when they train: the optimizer, its schedule, clipping, and seeds."""

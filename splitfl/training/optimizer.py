@@ -1,0 +1,85 @@
+"""One side's share of an optimizer step that equals the whole model's.
+
+Clipping needs the global norm over both sides. torch takes the norm of the per-tensor norms, in the model's order, and
+combining two finished norms is not bit-equal to that; so the per-tensor norms travel, and the server puts them in order.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from splitfl.config import OptimizerSection
+
+NO_GRADIENT = -1.0
+
+
+class PartOptimizer:
+    """The optimizer of the parameters that train on one side."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimizerSection, total_steps: int) -> None:
+        """Take parameters by their names in the whole model, in its order; `total_steps` is what the schedule runs over."""
+        self._parameters = list(parameters.values())
+        self._section = section
+        self._optimizer = self._build()
+        # get_scheduler is used for its curve alone: which step it is comes with each commit
+        reference = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+        schedule = get_scheduler(
+            section.lr_scheduler_type, reference, num_warmup_steps=section.warmup_steps, num_training_steps=total_steps
+        )
+        self._curve = schedule.lr_lambdas[0] if hasattr(schedule, "lr_lambdas") else lambda _: 1.0
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 1, as transformers' Trainer would use it."""
+        return self._section.learning_rate * float(self._curve(step - 1))
+
+    def norms(self) -> Tensor:
+        """Return the norm of each gradient (float32, P), -1 where a parameter has none."""
+        return torch.tensor(
+            [NO_GRADIENT if p.grad is None else float(torch.linalg.vector_norm(p.grad, 2.0)) for p in self._parameters],
+            dtype=torch.float32,
+        )
+
+    def step(self, step: int, clip_coefficient: float) -> None:
+        """Scale the gradients, apply them with the step's learning rate, and forget them."""
+        if not self._parameters:
+            return
+        if self._section.max_grad_norm > 0:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(clip_coefficient)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self._optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def reset_state(self) -> None:
+        """Forget the moments, as at the first step."""
+        self._optimizer = self._build()
+
+    def _build(self) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [p for p in self._parameters if p.ndim >= 2], "weight_decay": self._section.weight_decay},
+            {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        if not self._parameters:
+            groups = [{"params": [nn.Parameter(torch.zeros(()))], "weight_decay": 0.0}]  # torch refuses an empty list
+        if self._section.optim == "sgd":
+            return torch.optim.SGD(groups, lr=self._section.learning_rate)
+        betas = (self._section.adam_beta1, self._section.adam_beta2)
+        return torch.optim.AdamW(groups, lr=self._section.learning_rate, betas=betas, eps=self._section.adam_epsilon)
+
+
+def clip_coefficient(norms_in_model_order: Sequence[float], max_grad_norm: float) -> float:
+    """Return what `torch.nn.utils.clip_grad_norm_` would multiply all gradients by; 1.0 when `max_grad_norm` is 0."""
+    norms = [norm for norm in norms_in_model_order if norm != NO_GRADIENT]
+    if max_grad_norm <= 0 or not norms:
+        return 1.0
+    total = torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float32), 2.0)
+    return float((max_grad_norm / (total + 1e-6)).clamp(max=1.0))

@@ -1,0 +1,23 @@
+"""What a run's settings and its cut mean for a session: the bounds that both sides check messages against."""
+
+from splitfl.config import RunConfig
+from splitfl.models.cut import Cut
+from splitfl.protocol.tensors import wire_dtype
+from splitfl.session.terms import Terms
+
+
+def terms_of(run: RunConfig, cut: Cut) -> Terms:
+    """Return the terms of every session of a run; both sides compute them from the same settings and config."""
+    layers = list(cut.trainable("client").values())
+    federation = run.federation
+    return Terms(
+        hidden_size=cut.whole.config.get_text_config().hidden_size,
+        dtype=wire_dtype(cut.whole.dtype),
+        max_seq_length=run.text.max_seq_length,
+        max_batch_size=max(federation.per_device_train_batch_size, federation.per_device_eval_batch_size),
+        max_in_flight=run.link.max_in_flight,
+        micro_batches=federation.gradient_accumulation_steps,
+        needs_backward=run.backbone_trains or run.bottom_trains,
+        layer_shapes=tuple(tuple(layer.shape) for layer in layers),
+        layer_dtypes=tuple(wire_dtype(layer.dtype) for layer in layers),
+    )

@@ -1,0 +1,35 @@
+"""Which addresses may be used."""
+
+import ipaddress
+import re
+
+from splitfl.errors import TransportError
+
+SCHEMES = ("tcp", "ipc", "inproc")
+
+
+def check_address(address: str) -> None:
+    """Raise `TransportError` unless the address is of a known scheme and stays on this machine."""
+    scheme, found, rest = address.partition("://")
+    if not found or scheme not in SCHEMES or not rest:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise TransportError(f"address {address!r}: write one of {known} followed by where, e.g. tcp://127.0.0.1:5555")
+    if scheme != "tcp":
+        return
+    match = re.fullmatch(r"(\[[^\]]+\]|[^:\[\]]+):(\d{1,5}|\*)", rest)
+    if match is None or (match[2] != "*" and not 0 < int(match[2]) < 1 << 16):
+        raise TransportError(f"address {address!r}: write tcp://HOST:PORT with a port from 1 to 65535")
+    if not _is_loopback(match[1].strip("[]")):
+        raise TransportError(
+            f"address {address!r} is not on this machine, and splitfl has no keys yet: without them anyone could join and"
+            " read along. Use tcp://127.0.0.1:PORT or ipc://PATH, and reach it from elsewhere through a tunnel you trust"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

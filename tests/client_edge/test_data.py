@@ -1,0 +1,318 @@
+"""The client's text: what becomes a label, what is cut off, which order a resumed run repeats, what errors may say."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from client_edge.data import Batch, Dataset, Example, TrainBatches, collate, eval_batches, hold_out, read_examples
+from splitfl.config import DataSection
+from splitfl.errors import ConfigError, DataError
+
+BOS, EOS = 256, 257
+SECRET = "Mrs Example has a cough"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; without merges, so that positions can be counted by eye."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: number for number, character in enumerate(alphabet)} | {"<s>": BOS, "</s>": EOS}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+def write(path: Path, *objects: object) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in objects), encoding="utf-8")
+    return path
+
+
+def read(path: Path, tokenizer: object, *, length: int = 64, append_eos: bool = True, **fields: str) -> Dataset:
+    section = DataSection(path=path, **fields)
+    return read_examples(path, section=section, tokenizer=tokenizer, max_seq_length=length, append_eos=append_eos)
+
+
+def labels_of(dataset: Dataset) -> list[list[int]]:
+    return [example.labels.tolist() for example in dataset.examples]
+
+
+def ids_of(dataset: Dataset) -> list[list[int]]:
+    return [example.input_ids.tolist() for example in dataset.examples]
+
+
+def numbered(lengths: list[int]) -> Dataset:
+    """Make examples whose every id is the example's own number."""
+    ids = [torch.full((length,), number, dtype=torch.int64) for number, length in enumerate(lengths)]
+    return Dataset(examples=tuple(Example(input_ids=row, labels=row.clone()) for row in ids))
+
+
+def numbers_in(batch: Batch) -> list[int]:
+    return batch.input_ids_BS[:, 0].tolist()
+
+
+def test_a_text_is_learned_whole_and_ends_with_eos(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    dataset = read(write(tmp_path / "a.jsonl", {"text": "hello"}), tokenizer)
+    expected = [*tokenizer("hello", add_special_tokens=False)["input_ids"], EOS]
+    assert ids_of(dataset) == labels_of(dataset) == [expected]
+    assert dataset.examples[0].input_ids.dtype == dataset.examples[0].labels.dtype == torch.int64
+    assert (dataset.num_truncated, dataset.num_dropped) == (0, 0)
+
+
+def test_no_loss_is_taken_on_a_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "abc", "completion": " de"})
+    dataset = read(path, tokenizer, append_eos=False)
+    completion = tokenizer(" de", add_special_tokens=False)["input_ids"]
+    assert labels_of(dataset) == [[-100] * 3 + completion]
+    assert ids_of(dataset) == [tokenizer("abc", add_special_tokens=False)["input_ids"] + completion]
+
+
+def test_bos_goes_first_only_if_the_tokenizer_says_so(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    class WithBos(PreTrainedTokenizerFast):
+        add_bos_token = True
+
+    path = write(tmp_path / "a.jsonl", {"text": "hi"})
+    with_bos = WithBos(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    without = read(path, tokenizer)
+    with_it = read(path, with_bos)
+    assert ids_of(with_it) == [[BOS, *ids_of(without)[0]]]
+    assert labels_of(with_it) == [[-100, *labels_of(without)[0]]]
+
+
+def test_without_an_eos_token_none_is_appended(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    assert len(ids_of(read(write(tmp_path / "a.jsonl", {"text": "hi"}), bare))[0]) == 2
+
+
+@pytest.mark.parametrize(("text", "num_tokens", "num_truncated"), [("abcd", 5, 0), ("abcde", 5, 1), ("a" * 9, 5, 1)])
+def test_truncation_takes_the_eos_first(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, text: str, num_tokens: int, num_truncated: int
+) -> None:
+    dataset = read(write(tmp_path / "a.jsonl", {"text": text}), tokenizer, length=5)
+    assert len(ids_of(dataset)[0]) == num_tokens
+    assert (ids_of(dataset)[0][-1] == EOS) == (num_truncated == 0)
+    assert dataset.num_truncated == num_truncated
+
+
+def test_an_example_without_a_label_to_predict_is_dropped_and_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    long_prompt = {"prompt": "a" * 9, "completion": "b"}
+    only_position_0 = {"text": "a"}
+    kept = {"prompt": "aa", "completion": "bbbb"}
+    path = write(tmp_path / "a.jsonl", long_prompt, only_position_0, kept)
+    dataset = read(path, tokenizer, length=4, append_eos=False)
+    assert labels_of(dataset) == [[-100, -100, *tokenizer("bb", add_special_tokens=False)["input_ids"]]]
+    assert (len(dataset), dataset.num_truncated, dataset.num_dropped) == (1, 1, 2)
+
+
+def test_nothing_left_to_learn_names_the_setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "a" * 9, "completion": "b"})
+    with pytest.raises(DataError, match=r"none of 1 examples .* text\.max_seq_length"):
+        read(path, tokenizer, length=4)
+
+
+def test_plain_text_is_an_example_a_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.TXT"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\n  \ntwo \xe2\x80\xa8more\nthree")
+    texts = ["one", "two \u2028more", "three"]
+    expected = [[*tokenizer(text, add_special_tokens=False)["input_ids"], EOS] for text in texts]
+    # the setting for JSON fields has no say in plain text
+    assert ids_of(read(path, tokenizer, text_field="body")) == expected
+
+
+def test_fields_are_named_by_the_settings(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path / "a.json", {"body": "x"}, {"question": "q", "answer": "a"})
+    dataset = read(path, tokenizer, text_field="body", prompt_field="question", completion_field="answer")
+    assert [row[0] == -100 for row in labels_of(dataset)] == [False, True]
+
+
+def test_a_byte_order_mark_before_json_is_no_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "hi"}\n')
+    assert len(read(path, tokenizer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            f'{{"text": "{SECRET}',
+            r"line 3: not JSON: Unterminated string starting at, column 10; write one JSON object",
+        ),
+        (f'["{SECRET}"]', r"line 3: not an object but an array"),
+        (f'"{SECRET}"', r"line 3: not an object but a string"),
+        ("3", r"line 3: not an object but a number"),
+        ("true", r"line 3: not an object but true or false"),
+        ("null", r"line 3: not an object but null"),
+        ("[" * 100_000, r"line 3: not JSON: .* nested too deeply"),
+        ("1" * 5_000, r"line 3: not JSON: too long a number"),
+        (f'{{"body": "{SECRET}"}}', r"line 3: no field 'text', nor .*: 'body'; set data\.text_field"),
+        (f'{{"prompt": "{SECRET}"}}', r"line 3: .* both 'prompt' and 'completion'; the fields there are: 'prompt';"),
+        (f'{{"text": ["{SECRET}"]}}', r"line 3: field 'text' is not a string"),
+        (f'{{"prompt": "{SECRET}", "completion": null}}', r"line 3: field 'completion' is not a string"),
+        (f'{{"text": "{SECRET} \\ud800"}}', r"line 3: field 'text' holds half a surrogate pair"),
+    ],
+)
+def test_a_bad_line_is_named_and_never_quoted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, content: str, reason: str
+) -> None:
+    path = tmp_path / "clinic.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n\n{content}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"clinic\.jsonl, " + reason) as caught:
+        read(path, tokenizer)
+    assert SECRET not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b"", "an empty file"),
+        ("a.jsonl", b"\n  \n", "an empty file"),
+        ("a.txt", b"fine\ncaf\xe9\n", r"line 2: not UTF-8; save the file as UTF-8"),
+        ("a.csv", b"text\n", r"unknown suffix '\.csv'; known: \.jsonl, \.json, \.txt"),
+    ],
+)
+def test_a_bad_file_is_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str, content: bytes, reason: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}.*{reason}"):
+        read(path, tokenizer)
+
+
+def test_a_path_that_is_no_file_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        read(tmp_path / "none.jsonl", tokenizer)
+    with pytest.raises(DataError, match=r": a directory; name one file in it"):
+        read(tmp_path, tokenizer)
+    write(tmp_path / "file.jsonl", {"text": "x"})
+    with pytest.raises(DataError, match=r"cannot be read: Not a directory"):
+        read(tmp_path / "file.jsonl" / "inner.jsonl", tokenizer)
+
+
+def test_nothing_that_prints_itself_prints_ids(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    dataset = read(write(tmp_path / "a.jsonl", {"text": SECRET}), tokenizer)
+    batch = collate(dataset.examples)
+    assert "tensor" not in repr(dataset) + repr(dataset.examples[0]) + repr(batch)
+    assert "lengths_B=(24,)" in repr(batch)
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "held_out"),
+    [(10, 0.2, 2), (10, 0.001, 1), (2, 0.99, 1), (3, 0.9, 2), (10, 0.0, 0), (1, 0.0, 0)],
+)
+def test_holding_out_splits_without_loss(size: int, fraction: float, held_out: int) -> None:
+    dataset = Dataset(examples=numbered([2] * size).examples, num_truncated=3, num_dropped=4)
+    train, evaluation = hold_out(dataset, fraction, seed=1)
+    assert (len(train), len(evaluation)) == (size - held_out, held_out)
+    both = [int(example.input_ids[0]) for part in (train, evaluation) for example in part.examples]
+    assert sorted(both) == list(range(size))
+    assert (train.num_truncated, train.num_dropped, evaluation.num_truncated, evaluation.num_dropped) == (3, 4, 0, 0)
+
+
+def test_holding_out_is_drawn_by_the_seed_alone() -> None:
+    dataset = numbered([2] * 40)
+
+    def drawn(seed: int) -> list[int]:
+        return [int(example.input_ids[0]) for example in hold_out(dataset, 0.25, seed)[1].examples]
+
+    first = drawn(1)
+    torch.manual_seed(99)
+    assert drawn(1) == first
+    assert drawn(2) != first
+    assert first not in (list(range(10)), list(range(30, 40)))
+
+
+@pytest.mark.parametrize(("size", "fraction"), [(1, 0.1), (0, 0.0), (0, 0.5)])
+def test_holding_out_must_leave_something(size: int, fraction: float) -> None:
+    with pytest.raises(DataError, match="leaves nothing to train on"):
+        hold_out(numbered([2] * size), fraction, seed=1)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+def test_a_fraction_is_below_one(fraction: float) -> None:
+    with pytest.raises(ConfigError, match=r"data\.eval_fraction must be"):
+        hold_out(numbered([2] * 5), fraction, seed=1)
+
+
+def test_a_batch_is_padded_on_the_right() -> None:
+    rows = [
+        Example(input_ids=torch.tensor([5, 6, 7]), labels=torch.tensor([-100, 6, 7])),
+        Example(input_ids=torch.tensor([8, 9]), labels=torch.tensor([8, 9])),
+    ]
+    batch = collate(rows)
+    assert batch.input_ids_BS.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.labels_BS.tolist() == [[-100, 6, 7], [8, 9, -100]]
+    assert batch.lengths_B == (3, 2)
+    assert batch.num_label_tokens == 3  # the 8 at position 0 is never predicted
+
+
+def stream(
+    size: int, steps: range, *, seed: int = 1, client_id: str = "a", micro: int = 3, accumulate: int = 2
+) -> list[int]:
+    batches = TrainBatches(
+        numbered([2] * size),
+        seed=seed,
+        client_id=client_id,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulate,
+    )
+    drawn = [batches.at(step) for step in steps]
+    assert all(len(step) == accumulate for step in drawn)
+    assert all(len(batch.lengths_B) == micro for step in drawn for batch in step)
+    return [number for step in drawn for batch in step for number in numbers_in(batch)]
+
+
+def test_every_epoch_has_each_example_once_and_its_own_order() -> None:
+    drawn = stream(10, range(1, 6))  # 30 examples: three epochs, whose borders fall inside batches
+    epochs = [drawn[start : start + 10] for start in (0, 10, 20)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_a_step_depends_on_its_number_alone() -> None:
+    whole = stream(10, range(1, 6))
+    torch.manual_seed(7)
+    assert stream(10, range(4, 6)) == whole[18:]
+
+
+def test_micro_batches_cut_the_same_stream() -> None:
+    assert stream(10, range(1, 4), micro=6, accumulate=1) == stream(10, range(1, 4), micro=1, accumulate=6)
+
+
+def test_seed_and_client_change_the_order() -> None:
+    orders = {
+        tuple(stream(10, range(1, 3), seed=seed, client_id=client)) for seed in (1, 2) for client in ("a", "b", "1")
+    }
+    assert len(orders) == 6
+
+
+def test_the_order_is_the_same_in_every_version() -> None:
+    # A run resumed after an upgrade goes on in the same order only if these stay.
+    assert stream(5, range(1, 2), seed=42, client_id="clinic-a") == [2, 0, 3, 1, 4, 3]
+
+
+def test_a_dataset_smaller_than_a_batch_repeats() -> None:
+    assert Counter(stream(2, range(1, 3))) == {0: 6, 1: 6}
+
+
+def test_steps_count_from_one_and_something_must_be_there() -> None:
+    with pytest.raises(ValueError, match="count from 1, got 0"):
+        stream(3, range(1))
+    with pytest.raises(DataError, match=r"client a has no examples"):
+        stream(0, range(1, 2))
+
+
+def test_evaluation_takes_each_example_once_short_ones_first() -> None:
+    dataset = numbered([9, 2, 5, 2, 7])
+    batches = list(eval_batches(dataset, 2))
+    assert [numbers_in(batch) for batch in batches] == [[1, 3], [2, 4], [0]]
+    assert [batch.lengths_B for batch in batches] == [(2, 2), (5, 7), (9,)]
+    assert list(eval_batches(Dataset(examples=()), 2)) == []
