@@ -1,4 +1,4 @@
-"""The client's part of the model: bottom and top, their optimizer, and what a micro-batch needs between its four visits.
+"""The client's part of the model: bottom, top, their optimizer, and what a micro-batch needs between its four visits.
 
 Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client.
 """
@@ -60,8 +60,8 @@ class Edge:
     ) -> tuple[float, Tensor]:
         """Run the last blocks and the loss, and backward through them.
 
-        Returns the micro-batch's share of the step's mean loss over `num_label_tokens`, and the gradient with respect to
-        `hidden_BSD`.
+        Returns the micro-batch's share of the step's mean loss over `num_label_tokens`, and the gradient with respect
+        to `hidden_BSD`.
         """
         batch = micro_batch.batch
         self._top.train()
@@ -84,7 +84,7 @@ class Edge:
         """Run the first blocks without dropout or graph."""
         self._bottom.eval()
         with self._counted(), torch.inference_mode():
-            return self._bottom(batch.input_ids_BS.to(self._device), self._mask(batch))  # type: ignore[no-any-return]
+            return self._bottom(batch.input_ids_BS.to(self._device), self._mask(batch))
 
     def evaluate_top(self, batch: Batch, hidden_BSD: Tensor) -> float:
         """Return the sum of the loss over the batch's label tokens."""

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -211,7 +211,7 @@ class Link:
 
     def receive(self) -> tuple[int, Tensor | None, bool]:
         """Return the next answer to a micro-batch: (request, tensor, whether it is a gradient)."""
-        match self._answer((ForwardDone, BackwardDone), "the backbone"):
+        match self._one_of((ForwardDone, BackwardDone), "the backbone"):
             case ForwardDone(request_id=number, hidden_BSD=frames):
                 return number, realise(frames), False
             case BackwardDone(request_id=number, gradient_BSD=None):
@@ -269,8 +269,8 @@ class Link:
         if frames is None:
             self._endpoint.close()
             raise PeerGone(
-                f"no answer from {self.address} after {timeout_s:g} s of trying to connect: is the server running, and is"
-                " this its address?"
+                f"no answer from {self.address} after {timeout_s:g} s of trying to connect: is the server running, and"
+                " is this its address?"
             )
         match codec.decode(frames, max_frame_bytes=self._bounds.frame_bytes):
             case Welcome() as welcome:
@@ -284,8 +284,11 @@ class Link:
     def _send(self, message: Message) -> None:
         self._endpoint.send(codec.encode(message))
 
-    def _answer(self, wanted: type[M] | tuple[type[Message], ...], what: str) -> M:
+    def _answer(self, wanted: type[M], what: str) -> M:
         """Wait for an answer of this kind; what else may come instead is raised."""
+        return cast(M, self._one_of((wanted,), what))
+
+    def _one_of(self, wanted: tuple[type, ...], what: str) -> Message:
         while True:
             message = self._next(what)
             match message:
@@ -301,11 +304,11 @@ class Link:
                 case StepRefused():
                     self.session.abandon_step(message.next_step)
                     raise StepClosed(message)
-                case Merged() if wanted is not Merged:
+                case Merged() if Merged not in wanted:
                     raise RoundClosed(message)
             if not isinstance(message, wanted):
                 raise RemoteProtocolError(f"{type(message).__name__} while waiting for {what}")
-            return message  # type: ignore[return-value]
+            return message
 
     def _next(self, what: str) -> Message:
         while True:
@@ -337,8 +340,8 @@ def _settings_of(welcome: Welcome) -> RunConfig:
     run = RunConfig.from_tree(tree, source="the server's settings")
     if run.fingerprint() != welcome.fingerprint:
         raise RemoteProtocolError(
-            f"the run's settings have fingerprint {run.fingerprint():.12} here and {welcome.fingerprint:.12} on the server:"
-            " install the same splitfl on both"
+            f"the run's settings have fingerprint {run.fingerprint():.12} here and {welcome.fingerprint:.12} on the"
+            " server: install the same splitfl on both"
         )
     return run
 

@@ -1,7 +1,7 @@
 """The client's training loop: rounds, steps, and the two directions of a micro-batch.
 
-One step: every micro-batch goes forward here (bottom), there (backbone), here (top and loss), and back the same way, with
-up to `link.max_in_flight` of them under way at once; then the commit, which both sides apply or neither.
+One step: every micro-batch goes forward here (bottom), there (backbone), here (top and loss), and back the same way,
+with up to `link.max_in_flight` of them under way at once; then the commit, which both sides apply or neither.
 """
 
 import logging

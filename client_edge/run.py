@@ -15,13 +15,12 @@ from client_edge.data import Dataset, TrainBatches, eval_batches, hold_out, read
 from client_edge.edge import Edge
 from client_edge.link import Link
 from client_edge.loop import Step, evaluate, train
-from splitfl.config import ClientConfig, RunConfig
+from splitfl.config import ClientConfig, RunConfig, default_cache_dir
 from splitfl.errors import DataError, ModelError, SplitflError
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
 from splitfl.models.source import (
     DESCRIPTION_FILES,
-    default_cache_dir,
     empty_model,
     read_config,
     weights_of,
@@ -86,7 +85,13 @@ def train_and_report(
         metrics.emit("evaluated", phase=phase, round=round_number, **measured)
 
     def on_step(step: Step) -> None:
-        metrics.emit("step", step=step.step, loss=step.loss, num_label_tokens=step.num_label_tokens)
+        metrics.emit(
+            "step",
+            step=step.step,
+            loss=step.loss,
+            num_label_tokens=step.num_label_tokens,
+            compute_seconds=edge.compute_seconds,
+        )
 
     def on_merge() -> None:
         if federation.evaluate == "rounds" and link.session.round_number < federation.num_rounds:

@@ -1,1 +1,1 @@
-"""The server role: hosts the backbone and merges the clients' layers. `python -m server_backbone --config server.toml`."""
+"""The server role: hosts the backbone, merges the clients' layers. `python -m server_backbone --config server.toml`."""

@@ -1,7 +1,7 @@
 """When a step may begin and when it is applied, for each `server_mode`: pure state, time comes in as a number.
 
-The one rule behind all three: weights never move under a live graph. Whatever a gate returns is put on the worker's queue
-in that order, and the worker does one thing at a time.
+The one rule behind all three: weights never move under a live graph. Whatever a gate returns is put on the worker's
+queue in that order, and the worker does one thing at a time.
 """
 
 from collections import deque
@@ -44,6 +44,11 @@ class Gate(Protocol):
 
     def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
         """Expect these clients to train."""
+        ...
+
+    def round_closed(self) -> None:
+        """Forget what waits: whoever is still at work learns from the merge that its step is applied nowhere."""
+        ...
 
     def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
         """Take a training micro-batch."""
@@ -80,11 +85,18 @@ class SharedGate:
         self._expected = set(trainers)
         self._step = first_step
 
+    def round_closed(self) -> None:
+        self._expected = set()
+        self._asked = {}
+        self._deadline_s = float("inf")
+
     def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
         # A member's next forward cannot come before its commit is acknowledged, so no graph outlives a commit.
         return [Compute(client_id=client_id, message=message)]
 
     def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        if client_id not in self._expected:
+            return []  # the round closed before it came
         if not self._asked:
             self._deadline_s = now_s + self._step_timeout
         self._asked[client_id] = message
@@ -126,13 +138,21 @@ class SequentialGate:
         self._step_timeout = step_timeout
         self._owner: str | None = None
         self._owner_step = 0
+        self._is_open = False
         self._deadline_s = float("inf")
         self._held: deque[tuple[str, Forward]] = deque()
 
     def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        self._is_open = True
+
+    def round_closed(self) -> None:
+        self._is_open = False
+        self._owner = None
         self._held.clear()
 
     def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        if not self._is_open:
+            return []  # the round closed before it came
         if self._owner not in (None, client_id):
             self._held.append((client_id, message))
             return []
@@ -141,6 +161,8 @@ class SequentialGate:
         return [Compute(client_id=client_id, message=message)]
 
     def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        if client_id != self._owner:
+            return []  # the round closed before it came
         return [Apply(members=((client_id, message),)), *self._next_turn(now_s)]
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
@@ -177,6 +199,9 @@ class FrozenGate:
     """No weight of the server moves, so nobody waits for anybody."""
 
     def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        pass
+
+    def round_closed(self) -> None:
         pass
 
     def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:

@@ -20,7 +20,7 @@ class Jobs:
     def submit(
         self, work: Callable[[], T], then: Callable[[T], None], failed: Callable[[Exception], bool] = lambda _: False
     ) -> None:
-        """Run `work` on the compute thread and `then(result)` here; `failed` says whether it has dealt with an error."""
+        """Run `work` on the compute thread and `then(result)` here; `failed` says whether it dealt with an error."""
         future = self._executor.submit(work)
         self._waiting.append((future, then, failed))
         future.add_done_callback(lambda _: self._wake())

@@ -94,7 +94,9 @@ class Rounds:
         return self._open_if_complete()
 
     def uploaded(self, client_id: str) -> list[Decision]:
-        """Take note of a trainer's layers."""
+        """Take note of a trainer's layers; they come too late when the round has closed without them."""
+        if self._stage is not _Stage.OPEN or client_id not in self._chosen:
+            return []
         self._uploaded.add(client_id)
         return self._close_if_complete()
 
@@ -118,7 +120,9 @@ class Rounds:
         is_last = self.is_last
         self._stage = _Stage.PARTING if is_last else _Stage.GATHERING
         self._deadline_s = now_s + (self._federation.round_timeout if is_last else self._federation.wait_timeout)
-        return self._end("") if is_last and not self._connected else []
+        if is_last:
+            return [] if self._connected else self._end("")
+        return self._open_if_complete()  # the others may have left while those who are ready waited
 
     def ticked(self, now_s: float) -> list[Decision]:
         """Look at the deadline of whatever is waited for."""

@@ -23,13 +23,13 @@ from server_backbone.merger import FirstLayers, Merger
 from server_backbone.provisions import prepare
 from server_backbone.server import Server
 from server_backbone.worker import Worker
-from splitfl.config import ServerConfig, to_toml
+from splitfl.config import ServerConfig, default_cache_dir, to_toml
 from splitfl.errors import ConfigError, Incomplete
 from splitfl.federation.strategy import strategy_for
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
 from splitfl.models.export import CONFIG_FILE, TRAINED_FILE, write_model
-from splitfl.models.source import Weights, default_cache_dir, empty_model, locate, read_config, server_weights
+from splitfl.models.source import Weights, empty_model, locate, read_config, server_weights
 from splitfl.models.trainable import choose_trainable
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.memory import peak_rss_bytes
@@ -39,6 +39,8 @@ from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
 from splitfl.transport.zeromq import Listener
 
+# Columns of the table when the output is no terminal, which would otherwise count as 80 wide.
+_PLAIN_WIDTH = 120
 _VERSIONED = ("splitfl", "torch", "transformers", "peft", "pyzmq", "msgpack")
 
 
@@ -65,9 +67,9 @@ def serve(config: ServerConfig, *, as_json: bool = False) -> Path:
     with ExitStack() as stack:
         listener = stack.enter_context(listen(config))
         model = load(config, device)
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         _write_config(config, run_dir)
-        console = Console(stderr=as_json)
+        console = Console(stderr=as_json, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
         for note in model.notes:
             console.print(f"note: {note}", markup=False)
         metrics = stack.enter_context(MetricsLog(run_dir / "metrics.jsonl"))
@@ -147,8 +149,10 @@ def build_server(
 def _run_dir(config: ServerConfig) -> Path:
     run_id = config.server.run_id or datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = config.server.runs_dir / run_id
-    if run_dir.exists():
-        raise ConfigError(f"{run_dir} exists: set server.run_id to another name, or leave it empty for date and time")
+    if (run_dir / CONFIG_FILE).exists():
+        raise ConfigError(
+            f"{run_dir} holds a run: set server.run_id to another name, or leave it empty for date and time"
+        )
     return run_dir
 
 

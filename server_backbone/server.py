@@ -197,15 +197,15 @@ class Server:
         if hello.wire_version != WIRE_VERSION:
             self._refuse(
                 peer,
-                f"this server speaks wire version {WIRE_VERSION} and this client {hello.wire_version} ({hello.software:.40}):"
-                " install the same splitfl on both",
+                f"this server speaks wire version {WIRE_VERSION} and this client {hello.wire_version}"
+                f" ({hello.software:.40}): install the same splitfl on both",
             )
         elif hello.client_id in self._clients:
             wait = self.run.link.heartbeat_timeout
             self._refuse(
                 peer,
-                f"client_id {hello.client_id:.64} is connected already: choose another name, or, if that client was just"
-                f" stopped, try again in {wait:g} s",
+                f"client_id {hello.client_id:.64} is connected already: choose another name, or, if that client was"
+                f" just stopped, try again in {wait:g} s",
             )
         elif not re.fullmatch(NAME_PATTERN, hello.client_id):
             self._refuse(peer, "client_id must be 1 to 64 letters, digits, '.', '_' or '-'")
@@ -302,6 +302,7 @@ class Server:
                 clip_coefficient=clip_coefficient,
                 bytes_sent=client.received,
                 bytes_received=client.sent,
+                compute_seconds=self.worker.compute_seconds,
             )
             if client.session.next_step > client.session.last_step:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
@@ -323,9 +324,8 @@ class Server:
                 case Open():
                     self._open_round(decision, now_s)
                 case Merge():
-                    self._jobs.submit(
-                        partial(self._merge, decision), lambda layers, merge=decision: self._merged(merge, layers)
-                    )
+                    self._gate.round_closed()
+                    self._jobs.submit(partial(self._merge, decision), partial(self._merged, decision))
                 case End(reason=reason):
                     self.reason = reason
                     self._is_over = True

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -90,10 +91,11 @@ class Worker:
         return given_BSD.grad
 
     def commit(self, contributions: Sequence[Contribution]) -> float:
-        """Apply one optimizer step from several slots' gradients, weighted by label tokens; return the clip coefficient.
+        """Apply one optimizer step from several slots' gradients, weighted by label tokens; return the coefficient.
 
-        The norm that is clipped by is that of the whole model: the reduced backbone gradient's per-tensor norms, and for
-        the client-side tensors the same weighted mean of the clients' norms, an upper bound of the norm of their mean.
+        The norm that is clipped by is that of the whole model: the reduced backbone gradient's per-tensor norms, and
+        for the client-side tensors the same weighted mean of the clients' norms, an upper bound of the norm of their
+        mean.
         """
         with self._counted():
             total = sum(c.num_label_tokens for c in contributions)
@@ -120,9 +122,9 @@ class Worker:
         return {name: p.detach().to("cpu", copy=True) for name, p in self._trainable.items()}
 
     def _run_blocks(self, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool) -> Tensor:
-        side = "left" if left_padded else "right"
+        side: Literal["left", "right"] = "left" if left_padded else "right"
         mask_BS = mask_of(lengths_B, hidden_BSD.shape[1], side, self._device)
-        return self._backbone(hidden_BSD, mask_BS)  # type: ignore[no-any-return]
+        return self._backbone(hidden_BSD, mask_BS)
 
     @contextmanager
     def _gradients_of(self, slot: _Slot) -> Iterator[None]:

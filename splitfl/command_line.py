@@ -60,8 +60,8 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 def _run(commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="splitfl",
-        description="Train a language model together without sharing text: clients keep text, labels and the ends of the"
-        " model; a server computes the blocks in between.",
+        description="Train a language model together without sharing text: clients keep text, labels and the ends of"
+        " the model; a server computes the blocks in between.",
     )
     parser.add_argument("--version", action="version", version=f"splitfl {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

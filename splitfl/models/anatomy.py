@@ -78,7 +78,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     return Anatomy(
         owner_path=tuple(owner_path),
         blocks_name=blocks_name,
-        num_blocks=len(owner.get_submodule(blocks_name)),  # type: ignore[arg-type]
+        num_blocks=len(owner.get_submodule(blocks_name)),
         input_names=inputs,
         output_names=outputs,
     )

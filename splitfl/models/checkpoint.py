@@ -1,8 +1,8 @@
 """Reading some tensors of a safetensors checkpoint without the others, and writing such files.
 
-Bytes go straight from the file into the tensor's memory: reading through a memory map would count the same tensor twice in
-the process's peak, and a client must not need more than its own layers. The format: 8 bytes little-endian length of a
-JSON header, the header (name -> dtype, shape, offsets), then the tensors' bytes
+Bytes go straight from the file into the tensor's memory: reading through a memory map would count the same tensor twice
+in the process's peak, and a client must not need more than its own layers. The format: 8 bytes little-endian length of
+a JSON header, the header (name -> dtype, shape, offsets), then the tensors' bytes
 (https://github.com/huggingface/safetensors#format).
 """
 
@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -97,13 +97,13 @@ def read_into(entry: Entry, values: Tensor) -> None:
 
 
 def _bytes_of(values: Tensor) -> memoryview:
-    return memoryview(values.detach().reshape(-1).view(torch.uint8).numpy()) if values.numel() else memoryview(b"")
+    return values.detach().reshape(-1).view(torch.uint8).numpy().data if values.numel() else memoryview(b"")
 
 
-def _read_exactly(file: IO[bytes], target: memoryview, path: Path) -> None:
+def _read_exactly(file: FileIO, target: memoryview, path: Path) -> None:
     done = 0
     while done < len(target):
-        got = file.readinto(target[done : done + _CHUNK_BYTES])  # type: ignore[attr-defined]
+        got = file.readinto(target[done : done + _CHUNK_BYTES])
         if not got:
             raise ModelError(f"{path}: the file ends in the middle of a tensor; it was cut short or is being written")
         done += got
@@ -186,10 +186,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, mode: int = 0o600
     """Write tensors to a safetensors file; returns its SHA-256 (hex)."""
     return write(
         path,
-        {
-            name: piece_of_tensor(lambda t=tensor: t.detach(), tensor.dtype, tensor.shape)  # type: ignore[misc]
-            for name, tensor in tensors.items()
-        },
+        {name: piece_of_tensor(tensor.detach, tensor.dtype, tensor.shape) for name, tensor in tensors.items()},
         mode=mode,
     )
 
@@ -206,7 +203,7 @@ class TensorFile(Mapping[str, Tensor]):
         read_into(entry, values)
         return values
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from splitfl.config import ServerConfig
+from splitfl.config import ServerConfig, default_cache_dir
 from splitfl.errors import ConfigError, ModelError
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import Piece, TensorFile
@@ -20,7 +20,6 @@ from splitfl.models.cut import Cut
 from splitfl.models.source import (
     DESCRIPTION_FILES,
     Weights,
-    default_cache_dir,
     empty_model,
     locate,
     read_config,
@@ -80,7 +79,7 @@ def _pieces(cut: Cut, weights: Weights, trained: Mapping[str, Tensor]) -> dict[s
     adapted = {name.rsplit(".lora_", 1)[0] for name in trained if is_adapter(name)}
     pieces: dict[str, Piece] = {}
     for side in ("client", "server"):
-        for name, (names, empty) in cut.tensors_of(side).items():  # type: ignore[arg-type]
+        for name, (names, empty) in cut.tensors_of(side).items():
             if is_adapter(name):
                 continue
             layer = name.removesuffix(".base_layer.weight")
@@ -121,7 +120,7 @@ def _merged(
     module = cut.whole.get_submodule(layer)
     if module.fan_in_fan_out:  # gpt2's Conv1D keeps its weight transposed
         update = update.T
-    return (base.float() + update.float() * module.scaling["default"]).to(empty.dtype)  # type: ignore[index]
+    return (base.float() + update.float() * module.scaling["default"]).to(empty.dtype)
 
 
 def _name_dtype(config_file: Path, dtype: torch.dtype) -> None:
@@ -143,7 +142,7 @@ def _write_weights(pieces: dict[str, Piece], folder: Path) -> None:
     if len(shards) == 1:
         checkpoint.write(folder / "model.safetensors", shards[0])
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         checkpoint.write(folder / file_name, shard)

@@ -1,22 +1,34 @@
 """Write a checkpoint with one tensor a parameter: `python -m splitfl.models.rewrite SOURCE DESTINATION [GGUF_FILE]`.
 
-Loads the whole model as transformers does (GGUF, experts that are stored one by one), so it runs in a process of its own,
-once; the result is cached by whoever asked.
+Loads the whole model as transformers does (GGUF, experts that are stored one by one), so it runs in a process of its
+own, once; the result is cached by whoever asked.
 """
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from splitfl.models import checkpoint
+from splitfl.errors import ModelError
 
 
-def main(source: Path, destination: Path, gguf_file: str | None) -> None:
-    """Convert; `destination` appears whole or not at all."""
+def rewrite(directory: Path, destination: Path, *, gguf_file: str = "") -> None:
+    """Convert in a process of its own; `destination` appears whole or not at all."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "splitfl.models.rewrite", str(directory), str(destination)]
+    done = subprocess.run([*command, *([gguf_file] if gguf_file else [])], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ModelError(f"{directory}: could not be converted to plain safetensors: {last}")
+
+
+def _convert(source: Path, destination: Path, gguf_file: str | None) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from splitfl.models import checkpoint
+
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype="auto")
     half_done = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     half_done.mkdir(parents=True)
@@ -39,4 +51,4 @@ def main(source: Path, destination: Path, gguf_file: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)

@@ -5,8 +5,6 @@ Classes come from the installed transformers only; code that a checkpoint brings
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from splitfl.errors import ModelError
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import Entry
 from splitfl.models.cut import Cut, Side
+from splitfl.models.rewrite import rewrite
 from splitfl.models.trainable import checkpoint_name, first_adapter_values, is_adapter
 
 # What a client gets besides weights, if the model's directory has it. The names are fixed: a peer never chooses a path.
@@ -35,13 +34,6 @@ DESCRIPTION_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-
-
-def default_cache_dir() -> Path:
-    """Return the user's cache folder for splitfl, as the platform has it."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("splitfl")
 
 
 def locate(model_name_or_path: str) -> Path:
@@ -64,7 +56,7 @@ def locate(model_name_or_path: str) -> Path:
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
-    """Read `config.json`; raise `ModelError` for an unknown family, one without a causal LM, or one with its own code."""
+    """Read `config.json`; raise `ModelError` for an unknown family, one without a causal LM, or one with own code."""
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -99,14 +91,14 @@ def empty_model(config: PreTrainedConfig, section: ModelSection) -> PreTrainedMo
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0][:200]
         raise ModelError(f"{config.model_type} cannot be built with this transformers: {reason}") from None
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 class Weights:
     """A checkpoint's tensors by name, adapters' first values included."""
 
     def __init__(self, entries: Mapping[str, Entry], *, prefix: str, seed: int, later: Mapping[str, Tensor]) -> None:
-        """Take where tensors lie, the base model's name (which some checkpoints leave out), and `later` values that win."""
+        """Take where tensors lie, the base model's name (some leave it out), and `later` values that win."""
         self._entries = entries
         self._prefix = prefix + "."
         self._seed = seed
@@ -161,8 +153,8 @@ def shards_in(directory: Path) -> list[Path]:
 def server_weights(directory: Path, cut: Cut, *, seed: int, cache_dir: Path) -> Weights:
     """Open the checkpoint in a directory, rewriting it once if its tensors are not those of the model's modules.
 
-    Some families (mixtures of experts) are stored otherwise than they are computed; only transformers' own loading knows
-    how, and it needs the whole model in memory, so a process of its own does it.
+    Some families (mixtures of experts) are stored otherwise than they are computed; only transformers' own loading
+    knows how, and it needs the whole model in memory, so a process of its own does it.
     """
     weights = weights_of(shards_in(directory), cut, seed=seed)
     wanted = [names for side in ("client", "server") for names, _ in cut.tensors_of(side).values()]
@@ -176,16 +168,6 @@ def server_weights(directory: Path, cut: Cut, *, seed: int, cache_dir: Path) -> 
     if lacking := [names[0] for names in wanted if not is_adapter(names[0]) and weights.find(names) is None]:
         raise ModelError(f"{directory}: has no tensor {lacking[0]} ({len(lacking)} missing in all)")
     return weights
-
-
-def rewrite(directory: Path, destination: Path, *, gguf_file: str = "") -> None:
-    """Load a checkpoint as transformers does and write it with one tensor a parameter, in a process of its own."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "splitfl.models.rewrite", str(directory), str(destination)]
-    done = subprocess.run([*command, *([gguf_file] if gguf_file else [])], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ModelError(f"{directory}: could not be converted to plain safetensors: {last}")
 
 
 def write_part(path: Path, cut: Cut, side: Side, weights: Weights) -> str:

@@ -28,8 +28,8 @@ def split(model: PreTrainedModel, *, bottom_layers: int = 1, top_layers: int = 1
 
     `client` is a model of the same class that holds the embedding, the first and last blocks, the final norm and the LM
     head; calling it runs the backbone, and `loss.backward()` leaves gradients on both sides, equal bit for bit to the
-    whole model's on CPU. Both share `model`'s parameters, and no `requires_grad` changes. Raises `ModelError` for a model
-    that cannot be cut there.
+    whole model's on CPU. Both share `model`'s parameters, and no `requires_grad` changes. Raises `ModelError` for a
+    model that cannot be cut there.
     """
     cut = Cut.of(_unwrapped(model), bottom_layers=bottom_layers, top_layers=top_layers)
     backbone = cut.backbone()
@@ -69,4 +69,4 @@ def join(client: PreTrainedModel, backbone: Backbone) -> PreTrainedModel:
 
 def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """Look inside a `peft.PeftModel`: its adapters sit in the blocks and are cut with them."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,no-any-return]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

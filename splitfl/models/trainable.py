@@ -20,9 +20,9 @@ def choose_trainable(cut: Cut, run: RunConfig) -> list[str]:
     Raises `ConfigError` when nothing would train, or when an adapter's target module is in none of the blocks.
     """
     modes = _mode_per_layer(cut, run)
-    for layer, mode in modes.items():
+    for number, mode in modes.items():
         if mode == "lora":
-            _add_adapters(cut, cut.blocks[layer], run.lora)
+            _add_adapters(cut, cut.blocks[number], run.lora)
     embeddings = set(cut.anatomy.input_names)
     for name, parameter in cut.parameters():
         layer = cut.layer_of(name)
@@ -70,7 +70,7 @@ def _mode_per_layer(cut: Cut, run: RunConfig) -> dict[int, str]:
             f"train.backbone_layers = {run.train.backbone_layers}: the backbone has {len(middle)} blocks; 0 means all"
         )
     learning = set(middle[-run.train.backbone_layers :]) if run.backbone_trains else set()
-    return {**modes, **{layer: run.train.backbone if layer in learning else "none" for layer in middle}}  # type: ignore[dict-item]
+    return {**modes, **{layer: run.train.backbone if layer in learning else "none" for layer in middle}}
 
 
 def _end_of(name: str, cut: Cut) -> str:
@@ -91,7 +91,7 @@ def _add_adapters(cut: Cut, block: nn.Module, lora: LoraSection) -> None:
         )
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides by r, a float serves
+        lora_alpha=lora.alpha,  # peft divides by r, a float serves
         lora_dropout=lora.dropout,
         target_modules=list(targets),
         fan_in_fan_out=any(type(child).__name__ == "Conv1D" for child in block.modules()),

@@ -5,11 +5,9 @@ frames are the tensors' bytes, in the header's order. Nothing else is on the wir
 """
 
 import math
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from functools import cache
 from typing import Any
 
 import msgpack
@@ -33,7 +31,7 @@ def encode(message: Message) -> list[Buffer]:
     frames: list[Buffer] = []
     for field in fields(kind):
         value = getattr(message, field.name)
-        if field.name not in _tensor_fields(kind):
+        if field.name not in _TENSOR_FIELDS[kind]:
             plain[field.name] = value
             continue
         for tensor in _as_tuple(value):
@@ -75,14 +73,14 @@ def _refuse_extension(code: int, _data: bytes) -> Any:
 
 def _build(kind: type[Message], plain: dict[Any, Any], tensors: list[Any], buffers: Sequence[Buffer]) -> Message:
     values: dict[str, Any] = {}
-    for name, check in _plain_fields(kind).items():
+    for name, check in _PLAIN_FIELDS[kind].items():
         if name not in plain:
             raise RemoteProtocolError(f"{kind.__name__} without {name}")
         values[name] = check(plain[name], f"{kind.__name__}.{name}")
     if unknown := set(plain) - set(values):
         raise RemoteProtocolError(f"{kind.__name__} with unknown field {min(map(repr, unknown)):.40}")
     found = _take_tensors(kind, tensors, buffers)
-    for name, many in _tensor_fields(kind).items():
+    for name, many in _TENSOR_FIELDS[kind].items():
         values[name] = _fit(kind, name, many, found.pop(name, []))
     return kind(**values)
 
@@ -95,7 +93,7 @@ def _take_tensors(
     taken = 0
     for description in described:
         match description:
-            case [str(name), str(dtype), [*shape], int(count)] if name in _tensor_fields(kind) and type(count) is int:
+            case [str(name), str(dtype), [*shape], int(count)] if name in _TENSOR_FIELDS[kind] and type(count) is int:
                 _check_shape(kind, dtype, shape)
                 if not 0 <= count <= len(buffers) - taken:
                     raise RemoteProtocolError(f"{kind.__name__}.{name} says it has {count} frames, which did not come")
@@ -146,22 +144,16 @@ def _as_tuple(value: Any) -> tuple[TensorFrames, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-@cache
-def _tensor_fields(kind: type[Message]) -> Mapping[str, str]:
+def _tensor_fields(kind: type[Message]) -> dict[str, str]:
     """Return the fields that are tensors, each "one", "optional" or "many"."""
-    amounts = {TensorFrames: "one", TensorFrames | None: "optional", tuple[TensorFrames, ...]: "many"}
-    return {name: amounts[hint] for name, hint in _hints(kind).items() if hint in amounts}
+    amounts: dict[Any, str] = {TensorFrames: "one", TensorFrames | None: "optional", tuple[TensorFrames, ...]: "many"}
+    return {name: amounts[hint] for name, hint in typing.get_type_hints(kind).items() if hint in amounts}
 
 
-@cache
-def _plain_fields(kind: type[Message]) -> Mapping[str, Callable[[Any, str], Any]]:
+def _plain_fields(kind: type[Message]) -> dict[str, Callable[[Any, str], Any]]:
     """Return the fields that travel in the header, each with the function that checks its value."""
-    return {name: _checker(hint) for name, hint in _hints(kind).items() if name not in _tensor_fields(kind)}
-
-
-@cache
-def _hints(kind: type[Message]) -> Mapping[str, Any]:
-    return types.MappingProxyType(typing.get_type_hints(kind))
+    tensors = _tensor_fields(kind)
+    return {name: _checker(hint) for name, hint in typing.get_type_hints(kind).items() if name not in tensors}
 
 
 def _checker(hint: Any) -> Callable[[Any, str], Any]:
@@ -172,14 +164,16 @@ def _checker(hint: Any) -> Callable[[Any, str], Any]:
     return lambda value, where: _check_scalar(value, where, hint)
 
 
-def _check_scalar(value: Any, where: str, wanted: type) -> Any:
+def _check_scalar(value: Any, where: str, wanted: type[Any]) -> Any:
     # type() and not isinstance: True is an int to Python, and no number to us
-    if type(value) is not wanted or (wanted is int and not 0 <= value <= _MAX_INT):
-        raise RemoteProtocolError(f"{where} is no {wanted.__name__}" + (" from 0 to 2**62" if wanted is int else ""))
+    if type(value) is not wanted:
+        raise RemoteProtocolError(f"{where} is no {wanted.__name__}")
+    if wanted is int and not 0 <= value <= _MAX_INT:
+        raise RemoteProtocolError(f"{where} is not from 0 to 2**62")
     return value
 
 
-def _check_tuple(value: Any, where: str, wanted: type) -> tuple[Any, ...]:
+def _check_tuple(value: Any, where: str, wanted: type[Any]) -> tuple[Any, ...]:
     if type(value) is not list:
         raise RemoteProtocolError(f"{where} is no list")
     return tuple(_check_scalar(item, where, wanted) for item in value)
@@ -191,3 +185,7 @@ def _check_metrics(value: Any, where: str) -> dict[str, float]:
     ):
         raise RemoteProtocolError(f"{where} is no map of short names to floats")
     return value
+
+
+_TENSOR_FIELDS = {kind: _tensor_fields(kind) for kind in KINDS.values()}
+_PLAIN_FIELDS = {kind: _plain_fields(kind) for kind in KINDS.values()}

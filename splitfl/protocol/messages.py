@@ -1,9 +1,9 @@
 """The messages between one client and the server: a closed set, without torch.
 
-A tensor is described (dtype name, shape, raw buffers) and becomes a real one only in `protocol.tensors`, after the session
-has checked it. What may cross is a closed list: activations and their gradients, row lengths, counts of label tokens and
-examples, gradient norms, learning rates, metrics, and the layers of a merge. Token ids, labels, logits and text never do;
-`tests/test_wire.py` watches for them.
+A tensor is described (dtype name, shape, raw buffers) and becomes a real one only in `protocol.tensors`, after the
+session has checked it. What may cross is a closed list: activations and their gradients, row lengths, counts of label
+tokens and examples, gradient norms, learning rates, metrics, and the layers of a merge. Token ids, labels, logits and
+text never do; `tests/test_wire.py` watches for them.
 
 Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client.
 """

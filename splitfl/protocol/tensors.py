@@ -23,9 +23,9 @@ def wire_dtype(dtype: torch.dtype) -> str:
 
 
 def describe(tensor: Tensor, frame_bytes: int) -> TensorFrames:
-    """Describe a tensor in frames of at most `frame_bytes`; its memory is used as it is if it is contiguous on the CPU."""
+    """Describe a tensor in frames of at most `frame_bytes`; its memory is used as it is if contiguous on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    raw = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    raw = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
     return TensorFrames(
         dtype=_NAMES[tensor.dtype],
         shape=tuple(tensor.shape),
@@ -41,7 +41,7 @@ def realise(frames: TensorFrames, device: torch.device | str = "cpu") -> Tensor:
     """
     tensor = torch.empty(frames.shape, dtype=DTYPES[frames.dtype])
     if tensor.numel():
-        target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        target = tensor.reshape(-1).view(torch.uint8).numpy().data
         start = 0
         for buffer in frames.buffers:
             target[start : start + len(buffer)] = buffer

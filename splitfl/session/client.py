@@ -50,8 +50,12 @@ class ClientSession:
         """Number a micro-batch; `step` 0 is an evaluation."""
         if not self.has_credit:
             raise LocalProtocolError(f"more than max_in_flight = {self.terms.max_in_flight} micro-batches under way")
-        if step and step != self.next_step:
+        if self._waits_for is not None or self._committing is not None:
+            raise LocalProtocolError("a micro-batch while an answer from the server is waited for")
+        if step and (self.open_round is None or step != self.next_step):
             raise LocalProtocolError(f"step {step} where step {self.next_step} is next")
+        if not step and self.open_round is not None:
+            raise LocalProtocolError(f"an evaluation in the middle of round {self.open_round.round_number}")
         self._last_request += 1
         message = Forward(
             request_id=self._last_request,
@@ -78,11 +82,15 @@ class ClientSession:
             raise LocalProtocolError(
                 f"commit of step {self.next_step} with {len(self._graphs)} micro-batches under way"
             )
+        if self.open_round is None or self._waits_for is not None or self._committing is not None:
+            raise LocalProtocolError(f"commit of step {self.next_step}, which is not open")
         self._committing = self.next_step
         return Commit(step=self.next_step, num_label_tokens=num_label_tokens, loss=loss, norms_P=norms_P)
 
     def ready(self, num_examples: int) -> Ready:
         """Ask for the next round."""
+        if self.open_round is not None:
+            raise LocalProtocolError(f"ready in the middle of round {self.open_round.round_number}")
         self._wait_for(RoundOpened)
         return Ready(round_number=self.round_number, num_examples=num_examples)
 
@@ -97,10 +105,14 @@ class ClientSession:
 
     def sit_out(self) -> None:
         """Wait for the merge of a round without taking part."""
+        if self.open_round is None:
+            raise LocalProtocolError("sitting out a round that is not open")
         self._wait_for(Merged)
 
     def goodbye(self, metrics: dict[str, float]) -> Goodbye:
         """End the session in order."""
+        if self.open_round is not None:
+            raise LocalProtocolError(f"goodbye in the middle of round {self.open_round.round_number}")
         self._wait_for(Farewell)
         return Goodbye(metrics=metrics)
 
@@ -124,13 +136,12 @@ class ClientSession:
                 self.next_step = message.step + 1
                 return message
             case StepRefused():
-                if self.open_round is None or message.next_step < message.step:
-                    raise RemoteProtocolError(f"step {message.step} refused outside a round")
-                return message
+                return self._receive_refusal(message)
             case RoundOpened():
-                self._take(message)
+                self._require_asked(message)
                 if message.layers:
                     self.terms.check_layers(message.layers)
+                self._waits_for = None
                 self.open_round = message
                 self.next_step = message.first_step
                 return message
@@ -144,7 +155,8 @@ class ClientSession:
                 self.round_number = message.round_number
                 return message
             case Farewell():
-                self._take(message)
+                self._require_asked(message)
+                self._waits_for = None
                 return message
         raise RemoteProtocolError(f"{type(message).__name__} is not a server's to send here")
 
@@ -164,12 +176,22 @@ class ClientSession:
             del self._graphs[number]
         return message
 
+    def _receive_refusal(self, message: StepRefused) -> StepRefused | None:
+        if self.open_round is None or self._waits_for is not None:
+            raise RemoteProtocolError(f"step {message.step} refused while none is open")
+        if message.step < self.next_step:
+            return None  # our commit crossed the refusal on its way and was answered with it once more
+        if message.step > self.next_step or message.next_step <= message.step:
+            raise RemoteProtocolError(
+                f"step {message.step} refused in favour of {message.next_step} where step {self.next_step} is open"
+            )
+        return message
+
     def _wait_for(self, kind: type[Message]) -> None:
         if self._graphs or self._waits_for is not None or self._committing is not None:
             raise LocalProtocolError(f"waiting for {kind.__name__} while something else is under way")
         self._waits_for = kind
 
-    def _take(self, message: Message) -> None:
+    def _require_asked(self, message: Message) -> None:
         if self._waits_for is not type(message):
             raise RemoteProtocolError(f"{type(message).__name__} was not asked for")
-        self._waits_for = None

@@ -75,6 +75,8 @@ class ServerSession:
         self.next_step = 0
         self.last_step = 0
         self.last_commit: Committed | StepRefused | None = None
+        self._last_applied = 0
+        """The last step that was applied; those between it and `next_step` went on without this client."""
         self._graphs: dict[int, _Graph] = {}
         self._last_request = 0
         self._micro_batches_begun = 0
@@ -89,6 +91,8 @@ class ServerSession:
 
     def receive(self, message: Message) -> Accepted | Reply | None:
         """Check a message and take it in; None means it came for a step that is closed and is to be ignored."""
+        if self.phase is Phase.GONE:
+            raise RemoteProtocolError(f"{type(message).__name__} from a client that has gone")
         match message:
             case Fetch():
                 self._require(message, Phase.IDLE)
@@ -123,6 +127,8 @@ class ServerSession:
         self.round_number = round_.round_number
         self.next_step = round_.first_step
         self.last_step = round_.first_step + round_.num_steps - 1
+        self._last_applied = round_.first_step - 1
+        self._closed.clear()  # whatever was under way in the last round came before this client was ready
         self.phase = Phase.TRAINING if round_.num_steps else Phase.MERGING
         self._begin_step()
 
@@ -144,34 +150,40 @@ class ServerSession:
         if self.phase is not Phase.COMMITTING:
             raise LocalProtocolError(f"a step was committed for a client that is {self.phase.name}")
         self.last_commit = commit
+        self._last_applied = commit.step
         self.phase = Phase.TRAINING
         self.next_step = commit.step + 1
         self._begin_step()
 
     def step_closed(self, next_step: int, reason: str) -> StepRefused:
         """Go on without this client's open step: forget its micro-batches, return what to tell it."""
+        if self.phase not in (Phase.TRAINING, Phase.COMMITTING):
+            raise LocalProtocolError(f"a step was closed for a client that is {self.phase.name}")
         refusal = StepRefused(step=self.next_step, next_step=next_step, reason=reason)
-        training = {number for number, graph in self._graphs.items() if graph.step}
-        self._closed |= training
-        for number in training:
-            del self._graphs[number]
-        if self.phase is Phase.COMMITTING:
-            self.phase = Phase.TRAINING
+        self._forget_step(next_step)
+        self.phase = Phase.TRAINING
         self.last_commit = refusal
-        self.next_step = next_step
-        self._begin_step()
         return refusal
 
     def merged(self, merge: Merged) -> None:
         """Take note that the round is over for this client, whether it had uploaded or not."""
         if self.phase in (Phase.TRAINING, Phase.COMMITTING):
-            self.step_closed(self.last_step + 1, merge.reason)
+            self._forget_step(self.last_step + 1)  # the merge itself tells the client, so no refusal is recorded
         self.phase = Phase.IDLE
         self.round_number = merge.round_number
 
     def _require(self, message: Message, *phases: Phase) -> None:
         if self.phase not in phases:
             raise RemoteProtocolError(f"{type(message).__name__} while {self.phase.name}")
+
+    def _forget_step(self, next_step: int) -> None:
+        """Drop the open step; what still comes for it is ignored."""
+        training = {number for number, graph in self._graphs.items() if graph.step}
+        self._closed |= training
+        for number in training:
+            del self._graphs[number]
+        self.next_step = next_step
+        self._begin_step()
 
     def _begin_step(self) -> None:
         self._micro_batches_begun = 0
@@ -194,15 +206,15 @@ class ServerSession:
         self._admit(message)
 
     def _admit_training(self, message: Forward) -> Forward | None:
-        if self._is_for_a_closed_step(message.step):
-            self._closed.add(message.request_id)
+        if self._was_closed(message.step):
             return None
         self._require(message, Phase.TRAINING)
         if message.step != self.next_step or message.step > self.last_step:
             raise RemoteProtocolError(f"Forward for step {message.step} where step {self.next_step} is next")
         if message.micro_batch != self._micro_batches_begun or message.micro_batch >= self.terms.micro_batches:
             raise RemoteProtocolError(
-                f"micro-batch {message.micro_batch} where {self._micro_batches_begun} of {self.terms.micro_batches} is next"
+                f"micro-batch {message.micro_batch} where {self._micro_batches_begun} of {self.terms.micro_batches} is"
+                " next"
             )
         self._check_forward(message)
         self._admit(message)
@@ -223,6 +235,8 @@ class ServerSession:
     def _admit_commit(self, message: Commit) -> Commit | Reply | None:
         if self.last_commit is not None and message.step == self.last_commit.step:
             return Reply(message=self.last_commit)
+        if self._was_closed(message.step):
+            return None  # the client has been told, and waits for no answer
         if message.step < self.next_step:
             raise RemoteProtocolError(f"commit of step {message.step}, which is past: step {self.next_step} is next")
         self._require(message, Phase.TRAINING)
@@ -230,7 +244,8 @@ class ServerSession:
             raise RemoteProtocolError(f"commit of step {message.step} leaves a gap: step {self.next_step} is next")
         if any(graph.step for graph in self._graphs.values()) or self._micro_batches_done != self.terms.micro_batches:
             raise RemoteProtocolError(
-                f"commit of step {message.step} after {self._micro_batches_done} of {self.terms.micro_batches} micro-batches"
+                f"commit of step {message.step} after {self._micro_batches_done} of {self.terms.micro_batches}"
+                " micro-batches"
             )
         self.terms.check_norms(message.norms_P)
         self.phase = Phase.COMMITTING
@@ -244,11 +259,13 @@ class ServerSession:
             raise RemoteProtocolError(f"layers of round {message.round_number} in round {self.round_number}")
         if self._graphs or self._micro_batches_begun:
             raise RemoteProtocolError("layers in the middle of a step")
+        if self.next_step <= self.last_step:
+            raise RemoteProtocolError(f"layers at step {self.next_step}, before the round's last, {self.last_step}")
         if message.num_examples < 1 or message.num_tokens < 0:
             raise RemoteProtocolError("layers from no examples")
         self.terms.check_layers(message.layers)
         self.phase = Phase.MERGING
         return message
 
-    def _is_for_a_closed_step(self, step: int) -> bool:
-        return isinstance(self.last_commit, StepRefused) and self.last_commit.step <= step < self.next_step
+    def _was_closed(self, step: int) -> bool:
+        return self._last_applied < step < self.next_step

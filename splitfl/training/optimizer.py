@@ -1,7 +1,7 @@
 """One side's share of an optimizer step that equals the whole model's.
 
 Clipping needs the global norm over both sides. torch takes the norm of the per-tensor norms, in the model's order, and
-combining two finished norms is not bit-equal to that; so the per-tensor norms travel, and the server puts them in order.
+combining two finished norms is not bit-equal to that; so the per-tensor norms travel, and the server orders them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class PartOptimizer:
     """The optimizer of the parameters that train on one side."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimizerSection, total_steps: int) -> None:
-        """Take parameters by their names in the whole model, in its order; `total_steps` is what the schedule runs over."""
+        """Take parameters by their names in the whole model, in its order; the schedule runs over `total_steps`."""
         self._parameters = list(parameters.values())
         self._section = section
         self._optimizer = self._build()

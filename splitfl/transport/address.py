@@ -14,6 +14,8 @@ def check_address(address: str) -> None:
     if not found or scheme not in SCHEMES or not rest:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise TransportError(f"address {address!r}: write one of {known} followed by where, e.g. tcp://127.0.0.1:5555")
+    if scheme == "ipc" and rest.startswith(("@", "*")):
+        raise TransportError(f"address {address!r}: write ipc://PATH with the path of a file, whose rights say who may join")
     if scheme != "tcp":
         return
     match = re.fullmatch(r"(\[[^\]]+\]|[^:\[\]]+):(\d{1,5}|\*)", rest)
@@ -21,8 +23,9 @@ def check_address(address: str) -> None:
         raise TransportError(f"address {address!r}: write tcp://HOST:PORT with a port from 1 to 65535")
     if not _is_loopback(match[1].strip("[]")):
         raise TransportError(
-            f"address {address!r} is not on this machine, and splitfl has no keys yet: without them anyone could join and"
-            " read along. Use tcp://127.0.0.1:PORT or ipc://PATH, and reach it from elsewhere through a tunnel you trust"
+            f"address {address!r} is not on this machine, and splitfl has no keys yet: without them anyone could join"
+            " and read along. Use tcp://127.0.0.1:PORT or ipc://PATH, and reach it from elsewhere through a tunnel you"
+            " trust"
         )
 
 

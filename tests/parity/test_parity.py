@@ -1,7 +1,7 @@
 """Split training equals unsplit training bit for bit: the first test written, and the one that must never bend.
 
-The reference is plain transformers, torch and peft: the whole model, the same micro-batches, `clip_grad_norm_`, AdamW and
-`get_scheduler`. The split side is the product: a server and a client with the wire between them.
+The reference is plain transformers, torch and peft: the whole model, the same micro-batches, `clip_grad_norm_`, AdamW
+and `get_scheduler`. The split side is the product: a server and a client with the wire between them.
 """
 
 import itertools

@@ -1,0 +1,129 @@
+"""One server and its clients as processes of this machine, from start to end: what `demo` and `simulate` run.
+
+The roles are started by their module names and imported by nobody here.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import tomlkit
+
+from splitfl.errors import Incomplete
+from splitfl.telemetry.memory import pss_bytes
+
+_POLL_S = 0.5
+_PARTING_S = 15.0
+
+
+@dataclass(kw_only=True)
+class Fleet:
+    """The processes of one run."""
+
+    folder: Path
+    """Where their settings and logs are written."""
+    num_threads: int = 1
+    """Threads of each process, where the settings name none."""
+    shows_server: bool = True
+    """Whether the server's display is this command's; otherwise it goes to a log."""
+    pids: dict[str, int] = field(default_factory=dict, init=False)
+    peak_pss_bytes: int = field(default=0, init=False)
+    """Most memory all processes held at once, shared pages counted once (PSS; RSS where there is none)."""
+
+    def __post_init__(self) -> None:
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._logs: dict[str, IO[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _t: TracebackType | None) -> None:
+        """End whatever still runs: first asked, then made to."""
+        for ask in (signal.SIGTERM, signal.SIGKILL):
+            running = [process for process in self._processes.values() if process.poll() is None]
+            for process in running:
+                process.send_signal(ask)
+            _wait_for(running, _PARTING_S)
+        for log in self._logs.values():
+            log.close()
+
+    def start(self, name: str, module: str, settings: Mapping[str, Any]) -> None:
+        """Start a role with these settings."""
+        config = self.folder / f"{name}.toml"
+        config.write_text(tomlkit.dumps(settings), encoding="utf-8")
+        output: IO[bytes] | None = None
+        if not (name == "server" and self.shows_server):
+            output = self._logs[name] = (self.folder / f"{name}.log").open("wb")
+        self._processes[name] = subprocess.Popen(
+            [sys.executable, "-m", module, "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            env={**os.environ, **_threads(self.num_threads)},
+        )
+        self.pids[name] = self._processes[name].pid
+
+    def wait(self, on_exit: Callable[[str, int], None]) -> None:
+        """Wait until all have ended, telling of each; raise `Incomplete` when the server failed."""
+        left = dict(self._processes)
+        while left:
+            self._measure()
+            for name, process in list(left.items()):
+                if (code := process.poll()) is not None:
+                    del left[name]
+                    on_exit(name, code)
+                    if name == "server" and code != 0:
+                        raise Incomplete(f"the server ended with exit code {code}; {self.last_words('server')}")
+            time.sleep(_POLL_S)
+
+    def last_words(self, name: str) -> str:
+        """Return the last line of a process's log."""
+        log = self.folder / f"{name}.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+        return lines[-1] if lines else f"see {self.folder}"
+
+    def _measure(self) -> None:
+        total = pss_bytes(os.getpid()) + sum(map(pss_bytes, self.pids.values()))
+        self.peak_pss_bytes = max(self.peak_pss_bytes, total)
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C, so that the processes this command started are ended with it."""
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _threads(num_threads: int) -> dict[str, str]:
+    # Many processes on few cores: threads that spin while they wait would take the cores from those that compute.
+    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _wait_for(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline_s = time.monotonic() + seconds
+    while time.monotonic() < deadline_s and any(process.poll() is None for process in processes):
+        time.sleep(0.05)

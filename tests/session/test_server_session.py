@@ -1,0 +1,514 @@
+"""The server's side of a session: what is legal when, that the rest changes nothing, and that a step counts once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sample_messages import WIDTH, commit, forward, frames_of, layers, merged, opened, terms
+
+from splitfl.errors import LocalProtocolError, RemoteProtocolError
+from splitfl.protocol.messages import (
+    Attach,
+    Backward,
+    BackwardDone,
+    Committed,
+    Farewell,
+    Fetch,
+    Forward,
+    ForwardDone,
+    Goodbye,
+    Hello,
+    Leave,
+    Message,
+    Ping,
+    Ready,
+    Report,
+    StepRefused,
+    Upload,
+)
+from splitfl.session.server import Phase, Reply, ServerSession
+
+ACTIVATIONS = frames_of(2, 3, WIDTH)
+
+
+def snapshot(session: ServerSession) -> dict[str, str]:
+    """Return all of the state in a form that compares by content."""
+    return {name: repr(sorted(v) if isinstance(v, set) else v) for name, v in vars(session).items()}
+
+
+def backward(request_id: int, **changed: Any) -> Backward:
+    return Backward(request_id=request_id, **{"gradient_BSD": ACTIVATIONS, **changed})
+
+
+def upload(round_number: int = 1, **changed: Any) -> Upload:
+    usual: dict[str, Any] = {"num_examples": 5, "num_tokens": 60, "layers": layers()}
+    return Upload(round_number=round_number, **{**usual, **changed})
+
+
+def forwarded(session: ServerSession, request_id: int, step: int, micro_batch: int) -> None:
+    assert session.receive(forward(request_id, step, micro_batch)) is not None
+    assert session.answered(ForwardDone(request_id=request_id, hidden_BSD=ACTIVATIONS))
+
+
+def through(session: ServerSession, request_id: int, step: int, micro_batch: int) -> None:
+    """Take a micro-batch both ways."""
+    forwarded(session, request_id, step, micro_batch)
+    assert session.receive(backward(request_id)) is not None
+    assert session.answered(BackwardDone(request_id=request_id, gradient_BSD=None))
+
+
+def idle() -> ServerSession:
+    return ServerSession(terms())
+
+
+def ready() -> ServerSession:
+    session = idle()
+    session.receive(Ready(round_number=0, num_examples=5))
+    return session
+
+
+def training() -> ServerSession:
+    session = ready()
+    session.opened(opened())
+    return session
+
+
+def computing() -> ServerSession:
+    """A forward is with the worker."""
+    session = training()
+    session.receive(forward(1, 1, 0))
+    return session
+
+
+def awaiting_backward() -> ServerSession:
+    session = training()
+    forwarded(session, 1, 1, 0)
+    return session
+
+
+def computing_backward() -> ServerSession:
+    session = awaiting_backward()
+    session.receive(backward(1))
+    return session
+
+
+def through_one() -> ServerSession:
+    session = training()
+    through(session, 1, 1, 0)
+    return session
+
+
+def through_all() -> ServerSession:
+    session = through_one()
+    through(session, 2, 1, 1)
+    return session
+
+
+def committing() -> ServerSession:
+    session = through_all()
+    session.receive(commit(1))
+    return session
+
+
+def all_steps_done() -> ServerSession:
+    session = ready()
+    session.opened(opened(num_steps=1))
+    through(session, 1, 1, 0)
+    through(session, 2, 1, 1)
+    session.receive(commit(1))
+    session.committed(acknowledged(1))
+    return session
+
+
+def merging() -> ServerSession:
+    session = all_steps_done()
+    session.receive(upload())
+    return session
+
+
+def sitting_out() -> ServerSession:
+    session = ready()
+    session.opened(opened(num_steps=0))
+    return session
+
+
+def gone() -> ServerSession:
+    session = idle()
+    session.receive(Goodbye(metrics={}))
+    return session
+
+
+def acknowledged(step: int) -> Committed:
+    return Committed(step=step, commit_number=step, clip_coefficient=0.5)
+
+
+STATES: dict[str, Callable[[], ServerSession]] = {
+    state.__name__: state
+    for state in (
+        idle,
+        ready,
+        training,
+        computing,
+        awaiting_backward,
+        computing_backward,
+        through_one,
+        through_all,
+        committing,
+        all_steps_done,
+        merging,
+        sitting_out,
+        gone,
+    )
+}
+
+MESSAGES: dict[str, Message] = {
+    "Fetch": Fetch(name="config.json", offset=0),
+    "Ready": Ready(round_number=0, num_examples=5),
+    "Forward": forward(3, 1, 0),
+    "Forward, next": forward(3, 1, 1),
+    "Forward, evaluation": forward(3, 0),
+    "Backward": backward(1),
+    "Commit": commit(1),
+    "Upload": upload(),
+    "Goodbye": Goodbye(metrics={}),
+    # from another connection, or the server's own
+    "Hello": Hello(wire_version=1, software="x", client_id="a"),
+    "Attach": Attach(session="x"),
+    "Ping": Ping(number=1),
+    "Leave": Leave(reason="x"),
+    "ForwardDone": ForwardDone(request_id=1, hidden_BSD=ACTIVATIONS),
+    "Farewell": Farewell(),
+}
+
+LEGAL: dict[str, set[str]] = {
+    "idle": {"Fetch", "Ready", "Forward, evaluation", "Goodbye", "Upload"},  # an upload after its round is ignored
+    "ready": set(),
+    "training": {"Forward"},
+    "computing": {"Forward, next"},
+    "awaiting_backward": {"Forward, next", "Backward"},
+    "computing_backward": {"Forward, next"},
+    "through_one": {"Forward, next"},
+    "through_all": {"Commit"},
+    "committing": set(),
+    "all_steps_done": {"Upload", "Commit"},  # a repeated commit gets the recorded answer
+    "merging": {"Commit"},
+    "sitting_out": set(),
+    "gone": set(),
+}
+
+
+class TestPhases:
+    def test_a_legal_run(self) -> None:
+        session = idle()
+        assert session.receive(Fetch(name="config.json", offset=0)) is not None
+        through_evaluation(session, 1)
+        session.receive(Ready(round_number=0, num_examples=5))
+        assert session.phase is Phase.READY
+        session.opened(opened(num_steps=2))
+        for step, first_request in ((1, 2), (2, 4)):
+            through(session, first_request, step, 0)
+            through(session, first_request + 1, step, 1)
+            assert isinstance(session.receive(commit(step)), type(commit(step)))
+            session.committed(acknowledged(step))
+        assert (session.next_step, session.phase) == (3, Phase.TRAINING)
+        assert session.receive(upload()) is not None
+        session.merged(merged())
+        assert (session.phase, session.round_number) == (Phase.IDLE, 1)
+        through_evaluation(session, 6)
+        assert session.receive(Goodbye(metrics={"x": 1.0})) is not None
+        assert (session.phase, session.num_in_flight) == (Phase.GONE, 0)
+
+    @pytest.mark.parametrize("state", STATES)
+    @pytest.mark.parametrize("name", MESSAGES)
+    def test_what_is_illegal_raises_and_changes_nothing(self, state: str, name: str) -> None:
+        session = STATES[state]()
+        before = snapshot(session)
+        if name in LEGAL[state]:
+            session.receive(MESSAGES[name])
+            return
+        with pytest.raises(RemoteProtocolError):
+            session.receive(MESSAGES[name])
+        assert snapshot(session) == before
+
+    @pytest.mark.parametrize("state", STATES)
+    def test_a_report_is_taken_whenever_the_client_is_here(self, state: str) -> None:
+        session = STATES[state]()
+        before = snapshot(session)
+        report = Report(topic="loaded", phase="round", round_number=1, metrics={}, digest="")
+        if state == "gone":
+            with pytest.raises(RemoteProtocolError, match="gone"):
+                session.receive(report)
+        else:
+            assert session.receive(report) is report
+        assert snapshot(session) == before
+
+    def test_the_error_names_message_and_phase(self) -> None:
+        with pytest.raises(RemoteProtocolError, match="Fetch while COMMITTING"):
+            committing().receive(Fetch(name="x", offset=0))
+
+    def test_what_the_server_does_at_the_wrong_time_is_its_own_error(self) -> None:
+        for wrong in (
+            lambda session: session.opened(opened()),
+            lambda session: session.committed(acknowledged(1)),
+            lambda session: session.step_closed(2, "late"),
+        ):
+            session = idle()
+            before = snapshot(session)
+            with pytest.raises(LocalProtocolError):
+                wrong(session)
+            assert snapshot(session) == before
+
+
+def through_evaluation(session: ServerSession, request_id: int) -> None:
+    assert session.receive(forward(request_id, 0)) is not None
+    assert session.answered(ForwardDone(request_id=request_id, hidden_BSD=ACTIVATIONS))
+    assert session.num_in_flight == 0
+
+
+BAD_FORWARDS: dict[str, tuple[Forward, str]] = {
+    "number used before": (forward(1, 1, 1), "numbers must rise"),
+    "step ahead": (forward(3, 2, 1), "step 2 where step 1 is next"),
+    "step behind": (forward(3, 0, 1), "Forward while TRAINING"),
+    "micro-batch left out": (forward(3, 1, 2), "micro-batch 2 where 1 of 2 is next"),
+    "micro-batch again": (forward(3, 1, 0), "micro-batch 0 where 1 of 2 is next"),
+    "too many rows": (forward(3, 1, 1, hidden_BSD=frames_of(3, 3, WIDTH), lengths_B=(3, 3, 3)), "batch of 3 rows"),
+    "no rows": (forward(3, 1, 1, hidden_BSD=frames_of(0, 3, WIDTH), lengths_B=()), "batch of 0 rows"),
+    "too long": (forward(3, 1, 1, hidden_BSD=frames_of(2, 7, WIDTH)), "rows of 7 tokens"),
+    "no tokens": (forward(3, 1, 1, hidden_BSD=frames_of(2, 0, WIDTH)), "rows of 0 tokens"),
+    "too wide": (forward(3, 1, 1, hidden_BSD=frames_of(2, 3, 5)), r"this run has \(batch, length, 4\) and f32"),
+    "another type": (forward(3, 1, 1, hidden_BSD=frames_of(2, 3, WIDTH, dtype="bf16")), "and type bf16"),
+    "flat": (forward(3, 1, 1, hidden_BSD=frames_of(6, WIDTH)), "activations of shape"),
+    "a length missing": (forward(3, 1, 1, lengths_B=(3,)), "give each of 2 rows a length from 1 to 3"),
+    "a length of zero": (forward(3, 1, 1, lengths_B=(3, 0)), "give each of 2 rows a length from 1 to 3"),
+    "a length beyond the row": (forward(3, 1, 1, lengths_B=(3, 4)), "give each of 2 rows a length from 1 to 3"),
+}
+
+
+class TestMicroBatches:
+    @pytest.mark.parametrize("case", BAD_FORWARDS)
+    def test_a_forward_outside_the_terms(self, case: str) -> None:
+        session = through_one()
+        before = snapshot(session)
+        message, rule = BAD_FORWARDS[case]
+        with pytest.raises(RemoteProtocolError, match=rule):
+            session.receive(message)
+        assert snapshot(session) == before
+
+    def test_a_third_micro_batch_of_two(self) -> None:
+        session = through_all()
+        with pytest.raises(RemoteProtocolError, match="micro-batch 2 where 2 of 2"):
+            session.receive(forward(3, 1, 2))
+
+    def test_no_more_under_way_than_agreed(self) -> None:
+        session = ServerSession(terms(max_in_flight=1))
+        session.receive(forward(1, 0))
+        before = snapshot(session)
+        with pytest.raises(RemoteProtocolError, match="max_in_flight = 1"):
+            session.receive(forward(2, 0))
+        assert snapshot(session) == before
+        session.answered(ForwardDone(request_id=1, hidden_BSD=ACTIVATIONS))
+        assert session.receive(forward(2, 0)) is not None
+
+    def test_a_graph_is_under_way_until_its_backward_is_done(self) -> None:
+        session = awaiting_backward()
+        assert session.num_in_flight == 1
+        session.receive(backward(1))
+        assert session.num_in_flight == 1
+        session.answered(BackwardDone(request_id=1, gradient_BSD=None))
+        assert session.num_in_flight == 0
+
+    def test_without_backward_a_forward_is_all(self) -> None:
+        session = ServerSession(terms(needs_backward=False))
+        session.receive(Ready(round_number=0, num_examples=5))
+        session.opened(opened())
+        for number in (0, 1):
+            forwarded(session, number + 1, 1, number)
+            assert session.num_in_flight == 0
+        with pytest.raises(RemoteProtocolError, match="no forward that waits"):
+            session.receive(backward(1))
+        assert session.receive(commit(1)) is not None
+
+    @pytest.mark.parametrize("gradient", [frames_of(2, 4, WIDTH), frames_of(2, 3, 5), frames_of(2, 3, WIDTH, dtype="u8")])
+    def test_a_gradient_unlike_the_activations(self, gradient: Any) -> None:
+        session = awaiting_backward()
+        before = snapshot(session)
+        with pytest.raises(RemoteProtocolError):
+            session.receive(backward(1, gradient_BSD=gradient))
+        assert snapshot(session) == before
+
+    def test_one_backward_for_one_forward(self) -> None:
+        session = computing_backward()
+        with pytest.raises(RemoteProtocolError, match="backward 1 has no forward that waits for it"):
+            session.receive(backward(1))
+
+
+class TestOnce:
+    def test_a_repeated_commit_gets_the_recorded_answer(self) -> None:
+        session = committing()
+        recorded = acknowledged(1)
+        session.committed(recorded)
+        before = snapshot(session)
+        for _ in range(2):
+            answer = session.receive(commit(1))
+            assert isinstance(answer, Reply)
+            assert answer.message is recorded
+        assert snapshot(session) == before
+
+    def test_a_repeated_commit_of_a_refused_step_gets_the_refusal(self) -> None:
+        session = through_all()
+        refusal = session.step_closed(2, "late")
+        answer = session.receive(commit(1))
+        assert isinstance(answer, Reply)
+        assert answer.message is refusal
+
+    def test_a_gap_names_the_step_that_is_wanted(self) -> None:
+        session = through_all()
+        before = snapshot(session)
+        with pytest.raises(RemoteProtocolError, match="commit of step 2 leaves a gap: step 1 is next"):
+            session.receive(commit(2))
+        assert snapshot(session) == before
+
+    def test_an_old_commit_is_refused(self) -> None:
+        session = ready()
+        session.opened(opened(num_steps=3))
+        for step in (1, 2):
+            through(session, 2 * step, step, 0)
+            through(session, 2 * step + 1, step, 1)
+            session.receive(commit(step))
+            session.committed(acknowledged(step))
+        before = snapshot(session)
+        with pytest.raises(RemoteProtocolError, match="commit of step 1, which is past: step 3 is next"):
+            session.receive(commit(1))
+        assert snapshot(session) == before
+
+    def test_no_step_beyond_the_round(self) -> None:
+        session = all_steps_done()
+        with pytest.raises(RemoteProtocolError, match="commit of step 2 leaves a gap"):
+            session.receive(commit(2))
+        with pytest.raises(RemoteProtocolError, match="Forward for step 2"):
+            session.receive(forward(9, 2, 0))
+
+    @pytest.mark.parametrize("state", [training, through_one, awaiting_backward, computing_backward])
+    def test_a_commit_before_all_micro_batches(self, state: Callable[[], ServerSession]) -> None:
+        with pytest.raises(RemoteProtocolError, match=r"commit of step 1 after [01] of 2 micro-batches"):
+            state().receive(commit(1))
+
+    @pytest.mark.parametrize("norms", [frames_of(3), frames_of(2, dtype="bf16"), frames_of(2, 1)])
+    def test_a_commit_with_other_norms(self, norms: Any) -> None:
+        session = through_all()
+        before = snapshot(session)
+        with pytest.raises(RemoteProtocolError, match="norms of shape"):
+            session.receive(commit(1, norms_P=norms))
+        assert snapshot(session) == before
+
+
+BAD_UPLOADS: dict[str, tuple[Upload, str]] = {
+    "a later round": (upload(2), "layers of round 2 in round 1"),
+    "a layer missing": (upload(layers=layers()[:1]), "1 layers whose shapes"),
+    "another order": (upload(layers=layers()[::-1]), "2 layers whose shapes"),
+    "another type": (upload(layers=tuple(frames_of(*layer.shape, dtype="bf16") for layer in layers())), "types"),
+    "from no examples": (upload(num_examples=0), "no examples"),
+}
+
+
+class TestUploads:
+    @pytest.mark.parametrize("case", BAD_UPLOADS)
+    def test_layers_outside_the_terms(self, case: str) -> None:
+        session = all_steps_done()
+        before = snapshot(session)
+        message, rule = BAD_UPLOADS[case]
+        with pytest.raises(RemoteProtocolError, match=rule):
+            session.receive(message)
+        assert snapshot(session) == before
+
+    def test_layers_in_the_middle_of_a_step(self) -> None:
+        with pytest.raises(RemoteProtocolError, match="middle of a step"):
+            through_one().receive(upload())
+
+    def test_layers_before_the_last_step(self) -> None:
+        with pytest.raises(RemoteProtocolError, match="layers at step 1, before the round's last, 2"):
+            training().receive(upload())
+
+    def test_layers_that_come_after_the_merge_are_ignored(self) -> None:
+        session = all_steps_done()
+        session.merged(merged(accepted=False, reason="too late"))
+        before = snapshot(session)
+        assert session.receive(upload()) is None
+        assert snapshot(session) == before
+
+
+CLOSABLE = [training, computing, awaiting_backward, computing_backward, through_one, through_all, committing]
+
+
+class TestStepClosed:
+    """A step goes on without this client: its stale messages are ignored, and it takes part in the next step."""
+
+    @pytest.mark.parametrize("state", CLOSABLE)
+    def test_the_refusal_names_both_steps(self, state: Callable[[], ServerSession]) -> None:
+        session = state()
+        refusal = session.step_closed(2, "late")
+        assert (refusal.step, refusal.next_step, refusal.reason) == (1, 2, "late")
+        assert (session.phase, session.num_in_flight) == (Phase.TRAINING, 0)
+
+    @pytest.mark.parametrize("state", CLOSABLE)
+    def test_the_client_goes_on_with_the_next_step(self, state: Callable[[], ServerSession]) -> None:
+        session = state()
+        session.step_closed(2, "late")
+        through(session, 11, 2, 0)
+        through(session, 12, 2, 1)
+        assert session.receive(commit(2)) is not None
+        session.committed(acknowledged(2))
+        assert session.receive(upload()) is not None
+
+    def test_a_stale_forward_is_ignored(self) -> None:
+        session = through_one()
+        session.step_closed(2, "late")
+        before = snapshot(session)
+        assert session.receive(forward(2, 1, 1)) is None
+        assert snapshot(session) == before
+
+    def test_a_stale_backward_is_ignored_once(self) -> None:
+        session = awaiting_backward()
+        session.step_closed(2, "late")
+        assert session.receive(backward(1)) is None
+        with pytest.raises(RemoteProtocolError, match="no forward that waits"):
+            session.receive(backward(1))
+
+    @pytest.mark.parametrize("state", [computing, computing_backward])
+    def test_what_was_computed_for_it_is_not_sent(self, state: Callable[[], ServerSession]) -> None:
+        session = state()
+        session.step_closed(2, "late")
+        assert not session.answered(ForwardDone(request_id=1, hidden_BSD=ACTIVATIONS))
+
+    def test_two_steps_closed_before_the_client_speaks(self) -> None:
+        session = awaiting_backward()
+        session.step_closed(2, "late")
+        refusal = session.step_closed(3, "late again")
+        assert (refusal.step, refusal.next_step) == (2, 3)
+        assert session.receive(backward(1)) is None
+        assert session.receive(forward(2, 1, 1)) is None
+        assert session.receive(commit(1)) is None
+        assert session.receive(forward(3, 2, 0)) is None
+        answer = session.receive(commit(2))
+        assert isinstance(answer, Reply)
+        assert answer.message is refusal
+
+    def test_the_round_closes_in_the_middle_of_a_step(self) -> None:
+        for state in CLOSABLE:
+            session = state()
+            session.merged(merged(accepted=False, reason="round_timeout"))
+            assert (session.phase, session.num_in_flight) == (Phase.IDLE, 0)
+            assert session.receive(forward(7, 1, 1)) is None
+            # the merge has told the client; a refusal of its step would come on top of it
+            assert not isinstance(session.receive(commit(1)), Reply)
+            assert session.receive(upload()) is None
+            session.receive(Ready(round_number=1, num_examples=5))
+            session.opened(opened(round_number=2, first_step=3))
+            through(session, 11, 3, 0)
+
+    def test_a_refusal_is_no_step_of_the_clients(self) -> None:
+        session = through_all()
+        session.step_closed(2, "late")
+        assert isinstance(session.last_commit, StepRefused)
+        with pytest.raises(RemoteProtocolError, match="0 of 2 micro-batches"):
+            session.receive(commit(2))
