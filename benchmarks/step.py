@@ -63,8 +63,8 @@ class Plan:
     """First steps of a burst that are left out: allocators and caches fill, AdamW makes its moments."""
 
 
-FULL = Plan(shape=LLAMA_34M, num_bursts=4, num_steps=9, num_warm_up=2)
-QUICK = Plan(shape=LLAMA_34M, num_bursts=1, num_steps=8, num_warm_up=2)
+FULL = Plan(shape=LLAMA_34M, num_bursts=3, num_steps=5, num_warm_up=1)
+QUICK = Plan(shape=LLAMA_34M, num_bursts=1, num_steps=4, num_warm_up=1)
 SMOKE = Plan(shape=TINY, num_bursts=1, num_steps=4, num_warm_up=1)
 
 

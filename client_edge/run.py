@@ -17,6 +17,7 @@ from client_edge.link import Link
 from client_edge.loop import Step, evaluate, train
 from splitfl.config import ClientConfig, RunConfig, default_cache_dir
 from splitfl.errors import DataError, ModelError, SplitflError
+from splitfl.federation.records import read_file
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
 from splitfl.models.source import (
@@ -206,10 +207,10 @@ def _fetch_layers(link: Link, config: ClientConfig, directory: Path, device: tor
 
 
 def _check_files(config: ClientConfig) -> None:
-    """Find missing files before anybody waits for us."""
+    """Find files that are missing or malformed before anybody waits for us."""
     for path in (config.data.path, config.data.eval_path, *config.data.also_evaluate.values()):
-        if path is not None and not path.is_file():
-            raise DataError(f"{path}: no such file; data.path and data.eval_path name .jsonl or .txt files")
+        if path is not None:
+            read_file(path)
 
 
 def _cache_dir(config: ClientConfig) -> Path:

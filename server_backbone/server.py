@@ -1,7 +1,8 @@
 """The server's loop: one thread that owns the socket, sessions, gate and rounds, and hands tensors to the worker.
 
 A training step, as seen here: `Forward` -> gate -> worker -> `ForwardDone`; `Backward` -> worker -> `BackwardDone`;
-`Commit` -> gate -> (all members in) -> worker's optimizer step -> `Committed` to every member.
+`Commit` -> gate -> (all members in) -> worker's gradients reduced -> `Committed` to every member, and the worker's
+optimizer step while the members take theirs.
 """
 
 import logging
@@ -273,15 +274,17 @@ class Server:
                 case Apply(members=members):
                     contributions = [_contribution(client_id, commit) for client_id, commit in members]
                     self._jobs.submit(
-                        partial(self.worker.commit, contributions), partial(self._acknowledge, members, contributions)
+                        partial(self.worker.reduce, contributions), partial(self._acknowledge, members, contributions)
                     )
+                    # next on the queue, so ahead of any work of a later step: both sides take their steps at once
+                    self._jobs.submit(self.worker.apply, lambda _: None)
                 case CloseStep():
                     self._close_step(action, now_s)
 
     def _acknowledge(
         self, members: tuple[tuple[str, Commit], ...], contributions: list[Contribution], clip_coefficient: float
     ) -> None:
-        """Tell every member that the step is applied; those who left meanwhile have lost nothing but the answer."""
+        """Tell every member that the step is decided; those who left meanwhile have lost nothing but the answer."""
         self._commit_number += 1
         for client_id, commit in members:
             client = self._clients.get(client_id)

@@ -52,6 +52,7 @@ class Worker:
         self._optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
         self._needs_backward = run.backbone_trains or run.bottom_trains
         self._slots: dict[str, _Slot] = {}
+        self._reduced = (0, 1.0)  # step and clip coefficient
         self.compute_seconds = 0.0
         """CPU seconds of the thread that computes; all of the compute when torch has one thread."""
 
@@ -90,8 +91,8 @@ class Worker:
             got_BSD.backward(gradient_BSD.to(self._device))
         return given_BSD.grad
 
-    def commit(self, contributions: Sequence[Contribution]) -> float:
-        """Apply one optimizer step from several slots' gradients, weighted by label tokens; return the coefficient.
+    def reduce(self, contributions: Sequence[Contribution]) -> float:
+        """Add up several slots' gradients, weighted by label tokens, and return the clip coefficient; `apply` is next.
 
         The norm that is clipped by is that of the whole model: the reduced backbone gradient's per-tensor norms, and
         for the client-side tensors the same weighted mean of the clients' norms, an upper bound of the norm of their
@@ -100,14 +101,20 @@ class Worker:
         with self._counted():
             total = sum(c.num_label_tokens for c in contributions)
             shares = [c.num_label_tokens / total if total else 1.0 / len(contributions) for c in contributions]
-            self._reduce(
+            self._sum_gradients(
                 [(self._slots.pop(c.slot, _Slot()), share) for c, share in zip(contributions, shares, strict=True)]
             )
             mine, theirs = iter(self._optimizer.norms().tolist()), iter(_mean_norms(contributions, shares))
             norms = [next(mine) if is_mine else next(theirs) for is_mine in self._is_mine]
             coefficient = clip_coefficient(norms, self._run.optimizer.max_grad_norm)
-            self._optimizer.step(contributions[0].step, coefficient)
+        self._reduced = (contributions[0].step, coefficient)
         return coefficient
+
+    def apply(self) -> None:
+        """Take the optimizer step with what `reduce` has left."""
+        step, coefficient = self._reduced
+        with self._counted():
+            self._optimizer.step(step, coefficient)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1."""
@@ -138,7 +145,7 @@ class Worker:
             for parameter in self._parameters:
                 parameter.grad = None
 
-    def _reduce(self, slots: Sequence[tuple[_Slot, float]]) -> None:
+    def _sum_gradients(self, slots: Sequence[tuple[_Slot, float]]) -> None:
         """Set each parameter's gradient to the weighted sum over the slots, in the order given."""
         for number, parameter in enumerate(self._parameters):
             total: Tensor | None = None

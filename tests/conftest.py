@@ -112,15 +112,23 @@ def federate(tmp_path: Path) -> Callable[..., Finished]:
     from splitfl.config import ClientConfig, ServerConfig
 
     def run(
-        server: Mapping[str, Any], clients: Mapping[str, Mapping[str, Any]], *, transport: str = "inproc"
+        server: Mapping[str, Any],
+        clients: Mapping[str, Mapping[str, Any]],
+        *,
+        transport: str = "inproc",
+        address: str = "",
+        client_address: str = "",
     ) -> Finished:
         where = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
         where.mkdir()
-        address = {
-            "inproc": f"inproc://{where}",
-            "ipc": f"ipc://{where}/socket",
-            "tcp": f"tcp://127.0.0.1:{free_port()}",
-        }[transport]
+        address = (
+            address
+            or {
+                "inproc": f"inproc://{where}",
+                "ipc": f"ipc://{where}/socket",
+                "tcp": f"tcp://127.0.0.1:{free_port()}",
+            }[transport]
+        )
         own = {"address": address, "runs_dir": where, "run_id": "run", "cache_dir": tmp_path / "cache"}
         tree = {**server, "server": {**own, **server.get("server", {})}}
         tree["federation"] = {"wait_timeout": 20.0, **server.get("federation", {})}
@@ -139,7 +147,7 @@ def federate(tmp_path: Path) -> Callable[..., Finished]:
             return thread
 
         def client(name: str, data: Mapping[str, Any]) -> Callable[[], object]:
-            mine = {"client_id": name, "server_address": address, "connect_timeout": 30.0}
+            mine = {"client_id": name, "server_address": client_address or address, "connect_timeout": 30.0}
             folders = {"output_dir": where / "clients", "cache_dir": tmp_path / "cache" / name}
             tree = {"client": {**mine, **folders}, "data": data}
             finished.folders[name] = where / "clients" / "run" / name

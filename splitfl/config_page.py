@@ -1,0 +1,145 @@
+"""Renders docs/configuration.md from the settings themselves: `python -m splitfl.config_page` writes it to stdout."""
+
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic.fields import FieldInfo
+
+from splitfl.config import NAME_PATTERN, ClientConfig, Config, Section, ServerConfig
+
+_INTRODUCTION = """\
+# Configuration
+
+<!-- Written by `make docs` from splitfl/config.py; a test compares the two. Change the settings there, not here. -->
+
+A server and a client read one TOML file each. A section below is a TOML table; every setting has a default, and only
+`model.model_name_or_path` (server) and `client.client_id` (client) must be given. `--set section.key=value` on the
+command line overrides the file and may be given several times. An unknown setting is refused with the nearest known
+one, a wrong value with the rule; the exit code is then 2.
+
+**The server's settings are the run's.** All sections of the server's file but `[server]` travel to every client when it
+joins, so nothing has to be kept equal by hand on two machines. A client's file holds only what is the client's own.
+
+"unset" means that the setting is left out of the file.
+
+Some settings are tied to others, and a file that breaks a rule is refused: `federation.min_train_clients` must not
+exceed `federation.min_available_clients`; `link.heartbeat_timeout` must be at least twice `link.heartbeat_interval`;
+a frame of `link.frame_bytes` must take less than half of `link.heartbeat_timeout` at
+`link.slowest_link_bytes_per_second`.
+"""
+
+_PLACES: Mapping[type[Config], str] = {ServerConfig: "The server's file", ClientConfig: "A client's file"}
+
+# How pydantic's constraints read; the attribute of the constraint -> the sign before its value.
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+_KNOWN_PATTERNS = {
+    r"^$|" + NAME_PATTERN: "empty, or 1 to 64 letters, digits, `.`, `_`, `-`, the first a letter or digit",
+}
+
+
+def render() -> str:
+    """Return the whole page as Markdown, ending with a newline."""
+    parts = [_INTRODUCTION]
+    for tree, title in _PLACES.items():
+        parts.append(f"## {title}\n\n`splitfl {tree.command} --config FILE.toml`. {_sentence_of(tree)}\n")
+        parts += _tables(tree)
+    return "\n".join(parts)
+
+
+def _tables(tree: type[Config]) -> Iterator[str]:
+    """Render a tree's own settings first, as TOML wants them, then a table a section."""
+    sections = {name: field for name, field in tree.model_fields.items() if _is_section(field.annotation)}
+    top = {name: field for name, field in tree.model_fields.items() if name not in sections}
+    if top:
+        yield f"### At the top of the file\n\n{_table(top)}\n"
+    for name, field in sections.items():
+        section: type[Section] = typing.cast(type[Section], field.annotation)
+        yield f"### `[{name}]`\n\n{_sentence_of(section)}\n\n{_table(section.model_fields)}\n"
+
+
+def _table(fields: dict[str, FieldInfo]) -> str:
+    rows = ["| setting | type | default | bounds | meaning |", "|---|---|---|---|---|"]
+    rows += [_row(name, field) for name, field in fields.items()]
+    return "\n".join(rows)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    cells = [
+        f"`{name}`",
+        _type_of(field.annotation),
+        _default_of(field),
+        _bounds_of(field),
+        _one_line(field.description),
+    ]
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def _type_of(annotation: Any) -> str:
+    """Name a type in TOML's words, a choice by its values."""
+    names = {str: "string", int: "integer", float: "number", bool: "true or false", Path: "path"}
+    if annotation in names:
+        return names[annotation]
+    arguments = typing.get_args(annotation)
+    match typing.get_origin(annotation):
+        case origin if origin is Literal:
+            return ", ".join(f"`{json.dumps(choice)}`" for choice in arguments)
+        case types.UnionType | typing.Union:
+            return " or ".join(_type_of(choice) for choice in arguments if choice is not types.NoneType)
+        case origin if origin is tuple:
+            return f"list of {_type_of(arguments[0])}s"
+        case origin if origin is dict:
+            return f"table of {_type_of(arguments[1])}s"
+    raise TypeError(f"a setting of type {annotation!r} has no words here yet")
+
+
+def _default_of(field: FieldInfo) -> str:
+    """Write a default as TOML would, `unset` where TOML has no word for it."""
+    match field.get_default(call_default_factory=True):
+        case None:
+            return "unset"
+        case Path() as path:
+            return f"`{json.dumps(path.as_posix())}`"
+        case tuple() as values:
+            return f"`{json.dumps(list(values))}`"
+        case value:
+            return f"`{json.dumps(value)}`"
+
+
+def _bounds_of(field: FieldInfo) -> str:
+    found = []
+    for constraint in field.metadata:
+        found += [
+            f"{sign} {_number(getattr(constraint, name))}"
+            for name, sign in _SIGNS.items()
+            if getattr(constraint, name, None) is not None
+        ]
+        pattern = getattr(constraint, "pattern", None)
+        if pattern is not None:
+            found.append(_KNOWN_PATTERNS.get(pattern, f"matches `{pattern}`"))
+    return ", ".join(found)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def _sentence_of(described: type[Section]) -> str:
+    return _one_line(inspect.getdoc(described))
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render())

@@ -1,0 +1,274 @@
+"""The documentation says what the code does: settings, commands, exit codes, messages, links and examples."""
+
+import argparse
+import ast
+import configparser
+import importlib
+import json
+import re
+import runpy
+import shlex
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Finished
+
+import splitfl.errors
+from splitfl.command_line import main
+from splitfl.config import ClientConfig, ServerConfig
+from splitfl.config_page import render
+from splitfl.errors import ConfigError, SplitflError
+from splitfl.protocol.messages import KINDS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def rows(page: Path, first_header: str) -> list[list[str]]:
+    """Return the cells of the tables whose first column has this header, without Markdown's code marks."""
+    found, inside = [], False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            inside = False
+        elif cells[0] == first_header:
+            inside = True
+        elif inside and set(cells[0]) != {"-"}:
+            found.append(cells)
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands() -> dict[str, Any]:
+    """Return the sub-commands that setup.cfg registers."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = setup["options.entry_points"]["splitfl.commands"].split("\n")
+    pairs = [[part.strip() for part in line.split("=")] for line in lines if line]
+    return {name: getattr(importlib.import_module(where.split(":")[0]), where.split(":")[1]) for name, where in pairs}
+
+
+class TestConfigurationPage:
+    def test_is_what_the_settings_say(self) -> None:
+        page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+        assert page == render(), "settings have changed: run `make docs`"
+
+    def test_has_every_setting_with_a_meaning(self) -> None:
+        meanings = {cells[0]: cells[-1] for cells in rows(ROOT / "docs" / "configuration.md", "setting")}
+        sections = [field for tree in (ServerConfig, ClientConfig) for field in tree.model_fields.values()]
+        settings = {name for section in sections for name in getattr(section.annotation, "model_fields", {})}
+        assert meanings.keys() == settings | {"seed"}
+        assert all(meaning.endswith(".") and len(meaning) > 15 for meaning in meanings.values())
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"federation.min_train_clients": "2"},
+            {"link.heartbeat_timeout": "3"},
+            {"link.slowest_link_bytes_per_second": "1000"},
+        ],
+        ids=lambda settings: next(iter(settings)),
+    )
+    def test_the_rules_between_settings_hold(self, settings: Mapping[str, str]) -> None:
+        overrides = [f"{name}={value}" for name, value in settings.items()]
+        ServerConfig.load(None, ["model.model_name_or_path=model"])
+        with pytest.raises(ConfigError):
+            ServerConfig.load(None, ["model.model_name_or_path=model", *overrides])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    broken = []
+    for link in links:
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def test_the_python_block_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks(README, "python")
+    script = tmp_path / "readme.py"
+    script.write_text(block, encoding="utf-8")
+    runpy.run_path(str(script))
+    split_loss, whole_loss = map(float, capsys.readouterr().out.split())
+    assert split_loss == whole_loss
+
+
+class TestTwoTerminals:
+    def trees(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        server, client = map(tomllib.loads, blocks(README, "toml"))
+        return server, client
+
+    def test_the_files_load(self) -> None:
+        server, client = self.trees()
+        server["model"]["model_name_or_path"] = "model"
+        config = ServerConfig.from_tree(server, source="README.md")
+        assert config.federation.min_available_clients == 1  # one client is enough for the two terminals
+        mine = ClientConfig.from_tree(client, source="README.md")
+        assert mine.client.server_address == config.server.address
+
+    def test_they_train(
+        self, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+    ) -> None:
+        server, client = self.trees()
+        server["model"]["model_name_or_path"] = str(make_model(max_position_embeddings=128))
+        del server["server"]  # the fixture's own address and folder
+        (text,) = blocks(README, "json")
+        data = tmp_path / client["data"]["path"]
+        data.write_text(text, encoding="utf-8")
+
+        finished = federate(server, {client["client"]["client_id"]: {**client["data"], "path": data}})
+
+        assert finished.errors == {}
+        report = json.loads((finished.run_dir / "report.json").read_text(encoding="utf-8"))
+        assert report["complete"]
+        assert report["steps"] == server["federation"]["num_rounds"] * server["federation"]["local_steps"]
+        assert [row["num_examples"] for row in report["clients"]] == [3]
+        named = re.search(r"^\| server, `runs/<run_id>/` \|(.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+        assert named
+        told = {name for name in re.findall(r"`([\w./]+)`", named[1]) if name != "uploads/"}
+        assert told == {path.name + "/" * path.is_dir() for path in finished.run_dir.iterdir()}
+
+
+class TestExitCodes:
+    def test_equal_those_of_the_errors(self) -> None:
+        told = {(int(cells[0]), cells[1]) for cells in rows(README, "code") if cells[1]}
+        kinds = [kind for kind in vars(splitfl.errors).values() if isinstance(kind, type)]
+        own = [kind for kind in kinds if issubclass(kind, SplitflError) and "exit_code" in vars(kind)]
+        assert told == {(kind.exit_code, kind.__name__) for kind in own}
+
+    def test_a_wrong_command_line_ends_with_the_code_of_a_wrong_setting(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["server", "--no-such-option"])
+        assert ended.value.code == ConfigError.exit_code
+        assert "--config" in capsys.readouterr().err
+
+
+class TestCommands:
+    def lines(self) -> Iterator[str]:
+        """Yield each command line of splitfl in the README: in consoles and in running text."""
+        text = README.read_text(encoding="utf-8")
+        for block in blocks(README, "console"):
+            yield from re.findall(r"^\$ splitfl (.*?)(?:\s+#.*)?$", block, flags=re.MULTILINE)
+        for span in re.findall(r"`splitfl ([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)):
+            yield " ".join(span.split())
+
+    def test_every_command_named_exists(self) -> None:
+        named = {line.split()[0] for line in self.lines()}
+        assert named == set(commands()) | {"--help"} & named
+
+    def test_every_command_line_is_understood(self) -> None:
+        with_arguments = [line for line in self.lines() if " " in line]
+        assert len(with_arguments) >= 6
+        for line in with_arguments:
+            name, *arguments = shlex.split(line)
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            commands()[name]().configure(parser)
+            parser.parse_args(arguments)
+
+    def test_make_targets_exist(self) -> None:
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        targets = set(re.findall(r"^(\w+):", makefile, flags=re.MULTILINE))
+        for page in PAGES:
+            named = set(re.findall(r"(?:`|\$ )make (\w+)", page.read_text(encoding="utf-8")))
+            assert named - {"PYTHON"} <= targets, page
+
+    @pytest.mark.parametrize("module", ["server_backbone", "client_edge"])
+    def test_the_roles_run_as_modules(self, module: str) -> None:
+        assert f"python -m {module}" in README.read_text(encoding="utf-8")
+        assert (ROOT / module / "__main__.py").is_file()
+
+
+class TestProtocolPage:
+    def test_kinds_are_those_of_the_code(self) -> None:
+        told = {
+            int(number): (kind, direction, tuple(filter(None, names.split(", "))))
+            for number, kind, direction, names, _ in rows(ROOT / "docs" / "protocol.md", "number")
+        }
+        directions = {"Client": "client → server", "Server": "server → client"}
+        real = {
+            number: (
+                kind.__name__,
+                directions[re.match(r"\w+", kind.__doc__ or "")[0]],  # type: ignore[index]
+                tuple(field.name for field in fields(kind)),
+            )
+            for number, kind in KINDS.items()
+        }
+        assert told == real
+
+    def test_the_numbers_in_the_text_are_those_of_the_code(self) -> None:
+        from splitfl.protocol.codec import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_HEADER_BYTES
+        from splitfl.protocol.messages import DTYPE_BYTES, WIRE_VERSION
+
+        page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+        assert f"Wire version **{WIRE_VERSION}**" in page
+        assert f"at most {MAX_HEADER_BYTES // 1024} KiB" in page
+        assert MAX_ELEMENTS == 2**40
+        assert f"No more than {MAX_DIMENSIONS} dimensions and 2⁴⁰ elements" in page
+        assert f"dtypes: {', '.join(f'`{name}`' for name in DTYPE_BYTES)}." in page
+
+
+class TestArchitecturePage:
+    PAGE = ROOT / "docs" / "architecture.md"
+
+    def test_the_step_goes_through_code_that_exists(self) -> None:
+        told = rows(self.PAGE, "side")
+        assert len(told) > 25
+        missing = [
+            (path, name)
+            for _, path, names, _ in told
+            for name in names.split(", ")
+            if name not in names_in(ROOT / path)
+        ]
+        assert missing == []
+
+    def test_the_house_has_every_file(self) -> None:
+        (tree,) = [block for block in blocks(self.PAGE, "") if block.startswith("splitfl/")]
+        told = set(re.findall(r"[\w]+\.py", tree))
+        one_by_one = [ROOT / "splitfl", *(ROOT / "splitfl" / name for name in ("protocol", "session", "models"))]
+        one_by_one += [ROOT / "splitfl" / "transport", ROOT / "server_backbone", ROOT / "client_edge"]
+        there = {path.name for folder in one_by_one for path in folder.glob("*.py")}
+        assert there - told <= {"__init__.py", "__main__.py", "command.py"}
+        assert told - there == {"fleet.py"}
+
+    def test_the_deadlines_are_settings_with_these_defaults(self) -> None:
+        text = self.PAGE.read_text(encoding="utf-8")
+        found = re.findall(r"`(federation|link|client)\.(\w+)` \((\d+) s\)", text)
+        assert len(found) >= 6
+        for section, name, default in found:
+            tree = ClientConfig if section == "client" else ServerConfig
+            field = tree.model_fields[section].annotation.model_fields[name]  # type: ignore[union-attr]
+            assert field.default == float(default), name
+
+
+def names_in(path: Path) -> set[str]:
+    """Return the functions and classes of a file, methods as `Class.method`."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found

@@ -1,0 +1,105 @@
+"""The exported directory is an ordinary model: plain transformers gives the logits that the split model gave."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Finished, write_text
+from transformers import AutoModelForCausalLM
+
+from splitfl.command_line import run_one
+from splitfl.commands.export import Export
+from splitfl.config import RunConfig, ServerConfig
+from splitfl.models.checkpoint import TensorFile
+from splitfl.models.cut import Cut
+from splitfl.models.source import empty_model, read_config, shards_in, weights_of
+from splitfl.models.trainable import choose_trainable
+
+# Loads and runs the model where splitfl cannot be imported.
+PLAIN = """
+import sys
+for name in ("splitfl", "server_backbone", "client_edge"):
+    sys.modules[name] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokens = AutoTokenizer.from_pretrained(sys.argv[1])("abc", return_tensors="pt")
+sys.stdout.write(str(tuple(model.generate(**tokens, max_new_tokens=3, do_sample=False).shape)))
+"""
+
+
+def split_logits(model: Path, run_dir: Path, ids_BS: torch.Tensor) -> torch.Tensor:
+    """Run the three segments with what the run has trained."""
+    config = ServerConfig.load(run_dir / "config.toml")
+    run: RunConfig = config
+    cut = Cut.of(
+        empty_model(read_config(model), run.model),
+        bottom_layers=run.model.bottom_layers,
+        top_layers=run.model.top_layers,
+    )
+    choose_trainable(cut, run)
+    weights = weights_of(shards_in(model), cut, seed=run.seed, later=TensorFile(run_dir / "trained.safetensors"))
+    for side in ("client", "server"):
+        cut.fill(side, weights.read, torch.device("cpu"))
+    with torch.no_grad():
+        return cut.top().eval()(cut.backbone().eval()(cut.bottom().eval()(ids_BS, None), None), None)
+
+
+@pytest.mark.parametrize(("family", "train"), [("llama", "lora"), ("gpt2", "lora"), ("qwen2", "full"), ("mixtral", "lora")])
+def test_split_logits_are_the_exported_models(
+    family: str, train: str, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+) -> None:
+    model = make_model(family)
+    parts: dict[str, Any] = {"bottom": train, "top": train, "backbone": train, "embeddings": train == "full"}
+    finished = federate(
+        {
+            "model": {"model_name_or_path": str(model)},
+            "train": parts,
+            "optimizer": {"learning_rate": 1e-2},
+            "federation": {"num_rounds": 2, "local_steps": 2},
+        },
+        {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},
+    )
+    assert finished.errors == {}
+    if family == "mixtral":  # stored one expert a tensor, computed as one: the cache has the rewritten copy
+        (model,) = (tmp_path / "cache" / "rewritten").iterdir()
+    ids_BS = torch.randint(3, 250, (2, 11))
+    ours = split_logits(model, finished.run_dir, ids_BS)
+    exported = AutoModelForCausalLM.from_pretrained(finished.run_dir / "model").eval()
+    with torch.no_grad():
+        theirs = exported(input_ids=ids_BS, use_cache=False).logits
+        base = AutoModelForCausalLM.from_pretrained(model).eval()(input_ids=ids_BS, use_cache=False).logits
+    if train == "full":
+        assert torch.equal(ours, theirs)
+    else:  # adapters are merged into the weights, which rounds once more
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (theirs - base).abs().max() > 1e-3
+
+
+def test_export_again_gives_the_same_files_and_needs_no_splitfl(
+    make_model: Callable[..., Path],
+    federate: Callable[..., Finished],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finished = federate(
+        {"model": {"model_name_or_path": str(make_model())}, "federation": {"num_rounds": 1, "local_steps": 1}},
+        {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},
+    )
+    assert finished.errors == {}
+    again = tmp_path / "again"
+    capsys.readouterr()
+    assert run_one("export", Export(), [str(finished.run_dir), str(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"model_dir": str(again)}
+    first = finished.run_dir / "model"
+    assert {path.name for path in first.iterdir()} == {path.name for path in again.iterdir()}
+    assert all(path.read_bytes() == (again / path.name).read_bytes() for path in first.iterdir())
+    assert run_one("export", Export(), [str(finished.run_dir), str(again)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    plain = subprocess.run([sys.executable, "-c", PLAIN, str(again)], capture_output=True, text=True, check=False)
+    assert plain.stdout == "(1, 6)", plain.stderr
