@@ -8,11 +8,12 @@
 
 Both train all parameters of the same Llama with random weights (33.7 M; blocks 1-6 of 0-7 on the server) with AdamW and
 clipping in float32, on the same examples; the split losses must be the unsplit ones bit for bit. Each burst starts all
-processes anew; its first steps are left out. A ratio is taken burst by burst, and the median of the bursts is reported.
+processes anew; its first step is left out. A ratio is taken round by round, and the median of the rounds is reported.
 
 Not compared: more clients than one, a real network, encryption, a GPU, evaluation, merging, start-up. The unsplit model
 uses one core where the split one uses two: what is shown is that splitting costs no time, not that it saves work.
-Two idle cores are needed: `other_cores` says how much of them other work took, and a tenth of a core spoils the ratios.
+Two idle cores are needed: with one taken by other work nothing can overlap. So steps during which the rest of the machine
+kept more than 0.15 cores busy do not count, unless there are no others (`quiet_steps` says how many were left of each kind).
 """
 
 import argparse
@@ -21,34 +22,31 @@ import os
 import platform
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.material import LLAMA_34M, TINY, Shape, write_lines, write_model
+from benchmarks.processes import Watch, python_module, wait_for
 from splitfl.config import ClientConfig, ServerConfig, to_toml
 from splitfl.errors import Incomplete
 from splitfl.telemetry.metrics import Event, read_events
 
 _CLIENT_ID = "laptop"
-_ROOT = Path(__file__).resolve().parents[1]
 _VERSIONED = ("torch", "transformers", "pyzmq", "msgpack")
-_DEADLINE_S = 300.0
 _UNSPLIT = ("micro_batches", "one_batch")
+# A step during which other work took more than this many cores does not count, if any step does.
+_QUIET_CORES = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,48 +54,46 @@ class Plan:
     """How long to measure, and on what."""
 
     shape: Shape
-    num_bursts: int
+    num_rounds: int
     num_steps: int
     """Steps of a burst, those left out included."""
     num_warm_up: int
     """First steps of a burst that are left out: allocators and caches fill, AdamW makes its moments."""
 
 
-FULL = Plan(shape=LLAMA_34M, num_bursts=3, num_steps=5, num_warm_up=1)
-QUICK = Plan(shape=LLAMA_34M, num_bursts=1, num_steps=4, num_warm_up=1)
-SMOKE = Plan(shape=TINY, num_bursts=1, num_steps=4, num_warm_up=1)
+FULL = Plan(shape=LLAMA_34M, num_rounds=3, num_steps=5, num_warm_up=1)
+QUICK = Plan(shape=LLAMA_34M, num_rounds=1, num_steps=4, num_warm_up=1)
+SMOKE = Plan(shape=TINY, num_rounds=1, num_steps=4, num_warm_up=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """One burst of split steps, step by step; all but `losses` without the warm-up."""
+class Timed:
+    """One step."""
 
-    seconds: list[float]
-    server_compute_seconds: list[float]
-    client_compute_seconds: list[float]
-    wire_bytes: list[int]
+    seconds: float
+    compute_seconds: Mapping[str, float]
+    """CPU seconds of the compute thread of "server" and "client", or of "unsplit"."""
+    wire_bytes: int
     """Both directions and both connections, framing and heartbeats included, TCP's own headers not."""
-    losses: list[float]
+    other_cores: float
+    """Cores that other work of the machine kept busy meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Unsplit:
-    """One burst of unsplit steps, step by step; all but `losses` without the warm-up."""
+class Burst:
+    """Steps in a row, the warm-up left out; the losses are those of all steps."""
 
-    seconds: list[float]
-    compute_seconds: list[float]
-    losses: list[float]
+    steps: Sequence[Timed]
+    losses: Sequence[float]
+
+    @property
+    def quiet(self) -> list[Timed]:
+        """The steps that nothing disturbed."""
+        return [step for step in self.steps if step.other_cores <= _QUIET_CORES]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """A burst of each kind, taken one right after the other."""
-
-    order: tuple[str, ...]
-    split: Split
-    unsplit: Mapping[str, Unsplit]
-    other_cores: Mapping[str, float]
-    """Cores that other work of the machine kept busy, on average, during each burst."""
+# A burst of each kind ("split", "micro_batches", "one_batch"), taken one right after the other.
+Round: TypeAlias = Mapping[str, Burst]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,9 +124,9 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, A
     num_parameters = write_model(folder / "model", plan.shape)
     write_lines(folder / "text.txt", plan.shape, num_lines=plan.num_steps * plan.shape.batch_size)
     rounds = []
-    for number in range(plan.num_bursts):
-        say(f"burst {number + 1} of {plan.num_bursts}")
-        rounds.append(_round(plan, folder / f"burst-{number}", folder, split_first=number % 2 == 0))
+    for number in range(plan.num_rounds):
+        say(f"round {number + 1} of {plan.num_rounds}")
+        rounds.append(_round(plan, folder / f"round-{number}", folder, split_first=number % 2 == 0))
     return {
         **_figures(plan, rounds),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -139,7 +135,7 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, A
         "threads": {"server": 1, "client": 1, "unsplit": 1},
         "num_parameters": num_parameters,
         "plan": asdict(plan),
-        "bursts": [asdict(round_) for round_ in rounds],
+        "rounds": [{kind: asdict(burst) for kind, burst in round_.items()} for round_ in rounds],
     }
 
 
@@ -186,47 +182,60 @@ def _round(plan: Plan, folder: Path, shared: Path, *, split_first: bool) -> Roun
     client = ClientConfig.from_tree(tree, source="the benchmark's settings")
     (folder / "server.toml").write_text(to_toml(server), encoding="utf-8")
     (folder / "client.toml").write_text(to_toml(client), encoding="utf-8")
-    bursts: dict[str, Callable[[Plan, Path], Any]] = {"split": _split_burst, "unsplit": _unsplit_burst}
-    order = tuple(bursts) if split_first else tuple(reversed(bursts))
-    taken: dict[str, Any] = {}
-    other_cores: dict[str, float] = {}
-    for kind in order:
-        with _watch_of_others(kind, other_cores):
-            taken[kind] = bursts[kind](plan, folder)
-    return Round(order=order, split=taken["split"], unsplit=taken["unsplit"], other_cores=other_cores)
+    with Watch() as watch:
+        if split_first:
+            return {**_split_burst(plan, folder, watch), **_unsplit_bursts(plan, folder, watch)}
+        return {**_unsplit_bursts(plan, folder, watch), **_split_burst(plan, folder, watch)}
 
 
-def _split_burst(plan: Plan, folder: Path) -> Split:
+def _split_burst(plan: Plan, folder: Path, watch: Watch) -> Round:
     with ExitStack() as stack:
-        server = stack.enter_context(_process(folder, "server", "server_backbone", "--config", "server.toml"))
-        client = stack.enter_context(_process(folder, "client", "client_edge", "--config", "client.toml"))
-        _wait_for({"client": client, "server": server}, folder)
+        server = stack.enter_context(
+            python_module(watch, folder, "server", "server_backbone", "--config", "server.toml")
+        )
+        client = stack.enter_context(python_module(watch, folder, "client", "client_edge", "--config", "client.toml"))
+        wait_for({"client": client, "server": server}, folder)
     at_server = _steps_of(folder / "server" / "run" / "metrics.jsonl", plan.num_steps)
     at_client = _steps_of(folder / "client" / "run" / _CLIENT_ID / "metrics.jsonl", plan.num_steps)
-    wire = [event["bytes_sent"] + event["bytes_received"] for event in at_server]
-    first = plan.num_warm_up - 1
-    return Split(
-        seconds=_differences([event["elapsed_s"] for event in at_client])[first:],
-        server_compute_seconds=_differences([event["compute_seconds"] for event in at_server])[first:],
-        client_compute_seconds=_differences([event["compute_seconds"] for event in at_client])[first:],
-        wire_bytes=_differences(wire)[first:],
-        losses=[event["loss"] for event in at_client],
+    pairs = list(zip(at_server, at_client, strict=True))[plan.num_warm_up - 1 :]
+    steps = [_split_step(before, after, watch) for before, after in pairwise(pairs)]
+    return {"split": Burst(steps=steps, losses=[event["loss"] for event in at_client])}
+
+
+def _split_step(before: tuple[Event, Event], after: tuple[Event, Event], watch: Watch) -> Timed:
+    """Return what lies between the (server's, client's) events at the ends of two steps."""
+
+    def added(side: int, name: str) -> Any:
+        return after[side][name] - before[side][name]
+
+    return Timed(
+        seconds=added(1, "elapsed_s"),
+        compute_seconds={"server": added(0, "compute_seconds"), "client": added(1, "compute_seconds")},
+        wire_bytes=added(0, "bytes_sent") + added(0, "bytes_received"),
+        other_cores=watch.other_cores(before[1]["time"], after[1]["time"]),
     )
 
 
-def _unsplit_burst(plan: Plan, folder: Path) -> dict[str, Unsplit]:
+def _unsplit_bursts(plan: Plan, folder: Path, watch: Watch) -> Round:
     arguments = ("--server", "server.toml", "--client", "client.toml", "--json", "unsplit.json")
-    with _process(folder, "unsplit", "benchmarks.unsplit", *arguments) as process:
-        _wait_for({"unsplit": process}, folder)
+    with python_module(watch, folder, "unsplit", "benchmarks.unsplit", *arguments) as process:
+        wait_for({"unsplit": process}, folder)
     found = json.loads((folder / "unsplit.json").read_text(encoding="utf-8"))
-    return {
-        name: Unsplit(
-            seconds=found[name]["seconds"][plan.num_warm_up :],
-            compute_seconds=found[name]["compute_seconds"][plan.num_warm_up :],
-            losses=found[name]["losses"],
+    return {kind: _unsplit_burst(found[kind], plan.num_warm_up, watch) for kind in _UNSPLIT}
+
+
+def _unsplit_burst(found: Mapping[str, list[float]], num_warm_up: int, watch: Watch) -> Burst:
+    columns = zip(found["ended_at"], found["seconds"], found["compute_seconds"], strict=True)
+    steps = [
+        Timed(
+            seconds=seconds,
+            compute_seconds={"unsplit": compute_seconds},
+            wire_bytes=0,
+            other_cores=watch.other_cores(ended_at - seconds, ended_at),
         )
-        for name in _UNSPLIT
-    }
+        for ended_at, seconds, compute_seconds in columns
+    ]
+    return Burst(steps=steps[num_warm_up:], losses=found["losses"])
 
 
 def _steps_of(path: Path, num_steps: int) -> list[Event]:
@@ -236,52 +245,49 @@ def _steps_of(path: Path, num_steps: int) -> list[Event]:
     return steps
 
 
-def _differences(totals: Sequence[Any]) -> list[Any]:
-    """Return what each step added: entry 0 belongs to the second step."""
-    return [after - before for before, after in pairwise(totals)]
-
-
 # figures
 
 
 def _figures(plan: Plan, rounds: Sequence[Round]) -> dict[str, Any]:
-    unsplit = {name: _median(rounds, _unsplit_seconds(name)) for name in _UNSPLIT}
-    fastest = min(unsplit, key=lambda name: unsplit[name])
-    wire = _median(rounds, lambda r: statistics.median(r.split.wire_bytes))
+    unsplit = {kind: _median(rounds, kind, _seconds) for kind in _UNSPLIT}
+    fastest = min(unsplit, key=lambda kind: unsplit[kind])
+    wire = _median(rounds, "split", lambda step: step.wire_bytes)
     shape = plan.shape
     payload = 4 * shape.batch_size * shape.seq_length * shape.hidden_size * 4
     return {
         "unsplit_seconds": unsplit[fastest],
         "unsplit_seconds_by_kind": unsplit,
         "unsplit_kind": fastest,
-        "split_seconds": _median(rounds, _split_seconds),
-        "server_compute_seconds": _median(rounds, lambda r: statistics.median(r.split.server_compute_seconds)),
-        "client_compute_seconds": _median(rounds, lambda r: statistics.median(r.split.client_compute_seconds)),
-        "unsplit_compute_seconds": _median(rounds, lambda r: statistics.median(r.unsplit[fastest].compute_seconds)),
+        "split_seconds": _median(rounds, "split", _seconds),
+        "server_compute_seconds": _median(rounds, "split", lambda step: step.compute_seconds["server"]),
+        "client_compute_seconds": _median(rounds, "split", lambda step: step.compute_seconds["client"]),
+        "unsplit_compute_seconds": _median(rounds, fastest, lambda step: step.compute_seconds["unsplit"]),
         "wire_bytes_per_step": round(wire),
         "payload_bytes_per_step": payload,
-        "split_over_unsplit": _median(rounds, lambda r: _split_seconds(r) / _unsplit_seconds(fastest)(r)),
-        "slower_side_compute_over_split_step": _median(rounds, lambda r: _slower_side(r.split) / _split_seconds(r)),
+        "split_over_unsplit": _split_over(rounds, fastest),
+        "slower_side_compute_over_split_step": _median(
+            rounds, "split", lambda step: max(step.compute_seconds.values()) / step.seconds
+        ),
         "wire_over_payload": wire / payload,
-        "other_cores": max(cores for r in rounds for cores in r.other_cores.values()),
-        "losses_equal": all(r.split.losses == r.unsplit["micro_batches"].losses for r in rounds),
+        "quiet_steps": {kind: sum(len(round_[kind].quiet) for round_ in rounds) for kind in ("split", *_UNSPLIT)},
+        "losses_equal": all(r["split"].losses == r["micro_batches"].losses for r in rounds),
     }
 
 
-def _median(rounds: Sequence[Round], figure: Callable[[Round], float]) -> float:
-    return statistics.median(figure(round_) for round_ in rounds)
+def _seconds(step: Timed) -> float:
+    return step.seconds
 
 
-def _split_seconds(round_: Round) -> float:
-    return statistics.median(round_.split.seconds)
+def _median(rounds: Sequence[Round], kind: str, figure: Callable[[Timed], float]) -> float:
+    """Return the median over the quiet steps of all rounds, over all steps if none was quiet."""
+    steps = [step for round_ in rounds for step in round_[kind].quiet]
+    return statistics.median(figure(step) for step in steps or [s for round_ in rounds for s in round_[kind].steps])
 
 
-def _unsplit_seconds(kind: str) -> Callable[[Round], float]:
-    return lambda round_: statistics.median(round_.unsplit[kind].seconds)
-
-
-def _slower_side(split: Split) -> float:
-    return max(statistics.median(split.server_compute_seconds), statistics.median(split.client_compute_seconds))
+def _split_over(rounds: Sequence[Round], kind: str) -> float:
+    """Return the median over the rounds in which both kinds had quiet steps, over all rounds if there was none."""
+    fair = [round_ for round_ in rounds if round_["split"].quiet and round_[kind].quiet] or rounds
+    return statistics.median(_median([r], "split", _seconds) / _median([r], kind, _seconds) for r in fair)
 
 
 def summary(result: Mapping[str, Any]) -> Table:
@@ -301,68 +307,9 @@ def summary(result: Mapping[str, Any]) -> Table:
         verdict = "met" if target.is_met(value) else "missed"
         table.add_row(target.key.replace("_", " "), f"{value:.4f}", f"{target} {verdict}")
     table.add_row("losses equal bit for bit", str(result["losses_equal"]).lower(), "")
-    table.add_row("cores busy with other work, at most", f"{result['other_cores']:.2f}", "")
+    quiet = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in result["quiet_steps"].items())
+    table.add_row("steps that nothing disturbed", quiet, "")
     return table
-
-
-# processes
-
-
-@contextmanager
-def _process(folder: Path, name: str, module: str, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """Start `python -m MODULE` in a folder; its output goes to NAME.log, and it ends with the block at the latest."""
-    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (folder / f"{name}.log").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            cwd=folder,
-            env={**os.environ, **environment},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _wait_for(processes: Mapping[str, "subprocess.Popen[bytes]"], folder: Path) -> None:
-    """Wait until all have ended well; raise `Incomplete` with the last lines of the first that has not."""
-    deadline_s = time.monotonic() + _DEADLINE_S
-    running = dict(processes)
-    while running:
-        if time.monotonic() > deadline_s:
-            raise Incomplete(f"{' and '.join(running)} still running after {_DEADLINE_S:g} s; run with --quick")
-        for name, process in list(running.items()):
-            if process.poll() is None:
-                continue
-            if process.returncode:
-                lines = (folder / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-                raise Incomplete(f"the {name} ended with {process.returncode}: {' | '.join(lines[-5:])}")
-            del running[name]
-        time.sleep(0.05)
-
-
-@contextmanager
-def _watch_of_others(kind: str, other_cores: dict[str, float]) -> Iterator[None]:
-    """Note how many cores were busy with neither us nor our processes: with a core taken, nothing can overlap."""
-    begun_s, begun_busy_s, begun_own_s = time.monotonic(), _busy_seconds(), _own_seconds()
-    yield
-    others_s = _busy_seconds() - begun_busy_s - (_own_seconds() - begun_own_s)
-    other_cores[kind] = max(0.0, others_s / (time.monotonic() - begun_s))
-
-
-def _busy_seconds() -> float:
-    """Return the CPU seconds spent on the whole machine so far, what a hypervisor took away included."""
-    times = psutil.cpu_times()._asdict()
-    return float(sum(s for name, s in times.items() if name not in ("idle", "iowait", "guest", "guest_nice")))
-
-
-def _own_seconds() -> float:
-    own = os.times()
-    return own.user + own.system + own.children_user + own.children_system
 
 
 def _free_port() -> int:

@@ -24,6 +24,8 @@ from splitfl.errors import ConfigError
 class Burst:
     """What a few steps took, step by step."""
 
+    ended_at: list[float]
+    """Unix seconds."""
     seconds: list[float]
     compute_seconds: list[float]
     """CPU seconds of the thread that computes."""
@@ -43,7 +45,7 @@ def train_whole(model: nn.Module, batches: TrainBatches, run: RunConfig) -> Burs
         eps=section.adam_epsilon,
         weight_decay=0.0,
     )
-    burst = Burst(seconds=[], compute_seconds=[], losses=[])
+    burst = Burst(ended_at=[], seconds=[], compute_seconds=[], losses=[])
     model.train()
     for step in range(1, run.total_steps + 1):
         begun, begun_cpu = time.perf_counter(), time.thread_time()
@@ -52,6 +54,7 @@ def train_whole(model: nn.Module, batches: TrainBatches, run: RunConfig) -> Burs
             nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        burst.ended_at.append(time.time())
         burst.seconds.append(time.perf_counter() - begun)
         burst.compute_seconds.append(time.thread_time() - begun_cpu)
         burst.losses.append(loss)

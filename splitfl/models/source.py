@@ -5,7 +5,6 @@ Classes come from the installed transformers only; code that a checkpoint brings
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,11 +18,9 @@ from splitfl.errors import ModelError
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import Entry
 from splitfl.models.cut import Cut, Side
+from splitfl.models.locks import TORCH_IS_PATCHED
 from splitfl.models.rewrite import rewrite
 from splitfl.models.trainable import checkpoint_name, first_adapter_values, is_adapter
-
-# transformers patches torch's own functions while it builds a model: two threads at it would leave them patched.
-_BUILDING = threading.Lock()
 
 # What a client gets besides weights, if the model's directory has it. The names are fixed: a peer never chooses a path.
 DESCRIPTION_FILES = (
@@ -90,7 +87,7 @@ def empty_model(config: PreTrainedConfig, section: ModelSection) -> PreTrainedMo
     """Build the causal LM with shapes but no memory, in evaluation mode."""
     choice = {} if section.attn_implementation == "auto" else {"attn_implementation": section.attn_implementation}
     try:
-        with _BUILDING, torch.device("meta"):
+        with TORCH_IS_PATCHED, torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype), **choice)
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0][:200]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from splitfl.config import LoraSection, RunConfig
 from splitfl.errors import ConfigError
 from splitfl.models.cut import Cut
+from splitfl.models.locks import TORCH_IS_PATCHED
 
 _ADAPTER = ".lora_"
 
@@ -96,7 +97,8 @@ def _add_adapters(cut: Cut, block: nn.Module, lora: LoraSection) -> None:
         target_modules=list(targets),
         fan_in_fan_out=any(type(child).__name__ == "Conv1D" for child in block.modules()),
     )
-    inject_adapter_in_model(config, block, low_cpu_mem_usage=True)
+    with TORCH_IS_PATCHED:
+        inject_adapter_in_model(config, block, low_cpu_mem_usage=True)
     for name, parameter in block.named_parameters():
         if is_adapter("." + name):
             # in float32 whatever the model's type is: their updates are small

@@ -29,22 +29,21 @@ def run_tiny(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_tiny_run_compares_equal_training(tmp_path: Path) -> None:
     result = run_tiny(tmp_path)
-    (burst,) = result["bursts"]
-    kept = SMOKE.num_steps - SMOKE.num_warm_up
+    (bursts,) = result["rounds"]
 
     assert result["losses_equal"] is True
-    assert len(set(burst["split"]["losses"])) == SMOKE.num_steps
-    for key in ("seconds", "server_compute_seconds", "client_compute_seconds", "wire_bytes"):
-        assert len(burst["split"][key]) == kept
-        assert min(burst["split"][key]) > 0
-    assert set(burst["unsplit"]) == {"micro_batches", "one_batch"}
-    assert all(len(kind["seconds"]) == kept for kind in burst["unsplit"].values())
+    assert len(set(bursts["split"]["losses"])) == SMOKE.num_steps
+    assert set(bursts) == {"split", "micro_batches", "one_batch"}
+    for kind, burst in bursts.items():
+        assert len(burst["steps"]) == SMOKE.num_steps - SMOKE.num_warm_up
+        for step in burst["steps"]:
+            # a side cannot compute longer than the step takes; the server's last moments may count to the next step
+            assert 0 < max(step["compute_seconds"].values()) <= step["seconds"] * 1.1
+            assert (step["wire_bytes"] > 0) is (kind == "split")
     assert result["unsplit_seconds"] == min(result["unsplit_seconds_by_kind"].values())
     # no micro-batch is missing from a step's bytes, nor is a merge or a file among them
     assert result["payload_bytes_per_step"] == 4 * 4 * 16 * 64 * 4
     assert 1.0 < result["wire_over_payload"] < 1.05
-    # a side cannot compute longer than the step takes
-    assert 0 < result["slower_side_compute_over_split_step"] <= 1.02
     assert result.keys() >= {target.key for target in TARGETS} | {
         "machine",
         "versions",

@@ -1,5 +1,6 @@
 """The three server modes on real runs, and evaluation that leaves no trace."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +91,11 @@ def test_a_shared_run_repeats_bit_for_bit(train: Callable[..., Any]) -> None:
 
 
 def test_evaluation_leaves_no_trace(train: Callable[..., Any]) -> None:
-    """With dropout on, a single draw or step taken by an evaluation would change what is trained."""
+    """With dropout on, a single draw or step taken by an evaluation would change what is trained.
+
+    One micro-batch a step: server and client are threads of one process here and share torch's generator.
+    """
+    train = functools.partial(train, gradient_accumulation_steps=1)
     model = {"attention_dropout": 0.2}
     never = {"eval_path": None, "eval_fraction": 0.0}
     finished, without = train(1, model=model, data=never)

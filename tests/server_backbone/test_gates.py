@@ -42,7 +42,7 @@ class TestShared:
         assert told(gate.forward("b", forward(1, 1), 0.0)) == [("compute", "b", 1)]
         assert told(gate.forward("a", forward(2, 1), 0.0)) == [("compute", "a", 2)]
 
-    @pytest.mark.parametrize("order", itertools.permutations("abc"), ids="".join)
+    @pytest.mark.parametrize("order", [*itertools.permutations("abc")], ids="".join)
     def test_waits_for_all_and_orders_them_by_id(self, order: tuple[str, ...]) -> None:
         gate = shared(*"cab")
         assert gate.commit(order[0], commit(1), 0.0) == []
