@@ -1,4 +1,4 @@
-"""Processes under measurement: started in a folder of their own, ended with the block, watched for what disturbs them."""
+"""Processes under measurement: started in a folder, ended with the block, and watched for what disturbs them."""
 
 import bisect
 import os
@@ -24,7 +24,7 @@ _SAMPLE_S = 0.1
 
 
 class Watch:
-    """Knows how many cores were busy with neither us nor the processes we follow: with a core taken, nothing overlaps."""
+    """Knows how many cores were busy with neither us nor our processes: with a core taken, nothing overlaps."""
 
     def __init__(self) -> None:
         self._followed: dict[int, float] = {}

@@ -12,8 +12,8 @@ processes anew; its first step is left out. A ratio is taken round by round, and
 
 Not compared: more clients than one, a real network, encryption, a GPU, evaluation, merging, start-up. The unsplit model
 uses one core where the split one uses two: what is shown is that splitting costs no time, not that it saves work.
-Two idle cores are needed: with one taken by other work nothing can overlap. So steps during which the rest of the machine
-kept more than 0.15 cores busy do not count, unless there are no others (`quiet_steps` says how many were left of each kind).
+Two idle cores are needed: with one taken by other work nothing can overlap. So steps during which other work kept more
+than 0.15 cores busy do not count, unless there are no others (`quiet_steps` says how many were left of each kind).
 """
 
 import argparse

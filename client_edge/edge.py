@@ -43,6 +43,9 @@ class Edge:
         self._top = cut.top()
         self._trainable = cut.trainable("client")
         self._tied = _shared(self._bottom, self._top)
+        in_bottom = set(self._bottom.parameters())
+        self._only_top = [p for p in self._trainable.values() if p not in in_bottom]
+        self._half_done: tuple[int, float, list[Tensor | None]] | None = None
         self.optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
         self.compute_seconds = 0.0
         """CPU seconds of the thread that computes; all of the compute when torch has one thread."""
@@ -63,6 +66,7 @@ class Edge:
         Returns the micro-batch's share of the step's mean loss over `num_label_tokens`, and the gradient with respect
         to `hidden_BSD`.
         """
+        self.finish_step()
         batch = micro_batch.batch
         self._top.train()
         self._seed("top", step, micro_batch.number)
@@ -88,22 +92,41 @@ class Edge:
 
     def evaluate_top(self, batch: Batch, hidden_BSD: Tensor) -> float:
         """Return the sum of the loss over the batch's label tokens."""
+        self.finish_step()
         self._top.eval()
         with self._counted(), torch.inference_mode():
             labels_BS = batch.labels_BS.to(self._device)
             return float(self._top.loss(hidden_BSD.to(self._device), self._mask(batch), labels_BS, 1))
 
     def step(self, step: int, clip_coefficient: float) -> None:
-        """Apply the gradients of a step that the server has acknowledged."""
+        """Apply the gradients of a step that the server has acknowledged to the bottom, and keep the top's for later.
+
+        The server waits for the next activations, which only the bottom makes; `finish_step` must follow.
+        """
+        self.finish_step()
         with self._counted():
+            later = _take(self._only_top)
+            self.optimizer.step(step, clip_coefficient)  # what has no gradient is left as it is
+        self._half_done = (step, clip_coefficient, later)
+
+    def finish_step(self) -> None:
+        """Apply to the top what `step` has kept, if it has; whatever uses the top's weights calls this first."""
+        if self._half_done is None:
+            return
+        step, clip_coefficient, later = self._half_done
+        self._half_done = None
+        with self._counted():
+            _put(self._only_top, later)  # the bottom has no gradient yet: its backward comes after the top's
             self.optimizer.step(step, clip_coefficient)
 
     def layers(self) -> dict[str, Tensor]:
         """Return a copy of what trains here, by its name in the whole model, in its order."""
+        self.finish_step()
         return {name: p.detach().to("cpu", copy=True) for name, p in self._trainable.items()}
 
     def load(self, layers: Sequence[Tensor]) -> None:
         """Write merged layers over what trains here."""
+        self.finish_step()
         with torch.no_grad():
             for parameter, layer in zip(self._trainable.values(), layers, strict=True):
                 parameter.copy_(layer)

@@ -100,6 +100,9 @@ def train_step(edge: Edge, link: Link, batches: Sequence[Batch], step: int) -> S
             hidden_BSD = micro_batch.hidden_BSD.detach()
             under_way[link.send_forward(hidden_BSD, batch.lengths_B, step=step, micro_batch=number)] = micro_batch
 
+        # the top's share of the last step, while the server computes
+        edge.finish_step()
+
         # whatever comes back next: activations to take the loss of, or a gradient to finish with
         request_id, tensor, is_gradient = link.receive()
         micro_batch = under_way[request_id]

@@ -78,8 +78,11 @@ def train_and_report(
     def evaluate_all(phase: str) -> None:
         if text.held_out is None:
             return
+        datasets = {"eval_loss": text.held_out}
+        if phase == "after":
+            datasets |= {f"also:{name}": dataset for name, dataset in text.also.items()}
         measured = {"num_eval_examples": float(len(text.held_out))}
-        for name, dataset in {"eval_loss": text.held_out, **{f"also:{n}": d for n, d in text.also.items()}}.items():
+        for name, dataset in datasets.items():
             measured[name] = evaluate(edge, link, eval_batches(dataset, federation.per_device_eval_batch_size))
         round_number = link.session.round_number
         link.report("evaluated", phase=phase, round_number=round_number, metrics=measured)

@@ -69,10 +69,12 @@ class Merger:
         """Fold these clients' layers into everyone's; return the weights used."""
         updates = [(TensorFile(self._spooled(client_id)), self._weights[client_id]) for client_id in sorted(clients)]
         self._layers = self.strategy.aggregate_train(updates)
-        weights = {client_id: self._weights[client_id] for client_id in sorted(clients)}
+        return {client_id: self._weights[client_id] for client_id in sorted(clients)}
+
+    def forget_uploads(self) -> None:
+        """Remove what was spooled, merged or not."""
         self._weights = {}
         shutil.rmtree(self._spool_dir, ignore_errors=True)
-        return weights
 
     def layers(self) -> Mapping[str, Tensor]:
         """Return everyone's layers, in the model's order; they are never written to again."""

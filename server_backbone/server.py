@@ -6,6 +6,7 @@ optimizer step while the members take theirs.
 """
 
 import logging
+import math
 import re
 import secrets
 import time
@@ -61,7 +62,9 @@ log = logging.getLogger(__name__)
 
 # How long the loop sleeps at most before it looks at its deadlines.
 _TICK_S = 0.25
-_WAITING_EVERY_S = 5.0
+# A wait is worth a line when it has lasted a while, and again from time to time.
+_WAITING_AFTER_S = 1.0
+_WAITING_EVERY_S = 10.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,6 +186,8 @@ class Server:
             case Backward():
                 self._compute(client, partial(self._backward, client.client_id, message))
             case Commit():
+                if not math.isfinite(message.loss):
+                    raise RemoteProtocolError("a loss that is not finite")
                 realise(message.norms_P)  # norms that are not finite must not reach the others' step
                 self._carry_out(self._gate.commit(client.client_id, message, now_s), now_s)
             case Upload():
@@ -442,7 +447,8 @@ class Server:
 
     def _merge(self, merge: Merge) -> tuple[tuple[TensorFrames, ...], str, dict[str, float]]:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""
-        weights = self.merger.merge(merge.uploaded) if not merge.reason else {}
+        weights = {} if merge.reason else self.merger.merge(merge.uploaded)
+        self.merger.forget_uploads()
         self.merger.save(self.worker.trained())
         layers = self.merger.layers()
         return tuple(self._describe(layer) for layer in layers.values()), digest_of(layers.values()), weights
@@ -462,10 +468,12 @@ class Server:
         self._say_what_is_waited_for(now_s)
 
     def _say_what_is_waited_for(self, now_s: float) -> None:
-        text, (last, said_s) = self._waiting_for(), self._waiting_said
-        if text and (text != last or now_s - said_s >= _WAITING_EVERY_S):
+        text, (last, due_s) = self._waiting_for(), self._waiting_said
+        if text != last:
+            self._waiting_said = (text, now_s + _WAITING_AFTER_S)
+        elif text and now_s >= due_s:
             self.metrics.emit("waiting", text=text)
-            self._waiting_said = (text, now_s)
+            self._waiting_said = (text, now_s + _WAITING_EVERY_S)
 
     def _waiting_for(self) -> str:
         slow = self._gate.waiting_for()
@@ -473,8 +481,8 @@ class Server:
 
     def _expel(self, client: _Client, reason: str) -> None:
         if client.client_id in self._clients:
-            self._send(client, Refusal(reason=f"the server ended the session: {client.client_id} {reason}"))
             self._drop(client, reason)
+            self._refuse(client.peer, f"the server ended the session: {client.client_id} {reason}")
 
     def _drop(self, client: _Client, reason: str) -> None:
         """Forget a client: the others go on by the rules of the config."""

@@ -10,14 +10,18 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeGuard
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from splitfl.errors import ConfigError
 
 Part = Literal["lora", "full", "none"]
+
+# TOML has no null: an empty string says "not set" for a path as it does for a name.
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
 
 # A name that is a safe file name on every system, in a log line and in a header.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -235,7 +239,7 @@ class ServerSection(Section):
     runs_dir: Path = Path("runs")
     """Folder in which the run's folder is made."""
 
-    cache_dir: Path | None = None
+    cache_dir: OptionalPath = None
     """Folder for prepared client parts; empty means the user's cache."""
 
     device: str = "cpu"
@@ -260,7 +264,7 @@ class ClientSection(Section):
     output_dir: Path = Path("client-runs")
     """Folder for this client's own metrics; nothing in it is sent."""
 
-    cache_dir: Path | None = None
+    cache_dir: OptionalPath = None
     """Folder for layers and tokenizers received from servers; empty means the user's cache."""
 
     device: str = "cpu"
@@ -279,7 +283,7 @@ class DataSection(Section):
     path: Path = Path("train.jsonl")
     """Training text: .jsonl (objects with a `text`, or a `prompt` and a `completion`) or .txt (an example a line)."""
 
-    eval_path: Path | None = None
+    eval_path: OptionalPath = None
     """Held-out text of the same form; empty means a share of `path` is held out."""
 
     eval_fraction: float = Field(0.1, ge=0, lt=1)
@@ -296,6 +300,12 @@ class DataSection(Section):
 
     completion_field: str = "completion"
     """Field of a JSONL object that holds what is to be learned."""
+
+    @model_validator(mode="after")
+    def _evaluates_if_it_evaluates_also(self) -> Self:
+        if self.also_evaluate and self.eval_path is None and not self.eval_fraction:
+            raise ValueError("also_evaluate needs held-out text of the client's own: set eval_path or eval_fraction")
+        return self
 
 
 class Config(Section):
@@ -428,6 +438,8 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    if isinstance(value, date | time):
+        value = text  # no setting is a date, but a name may look like one
     for section in sections:
         inner = tree.setdefault(section, {})
         if not isinstance(inner, dict):
@@ -457,7 +469,7 @@ def _nearest(tree: type[Section], where: Sequence[str]) -> str:
     """Name the known setting most like an unknown one, here or in another section."""
     here = _known(tree)
     same_key = [name for name in here if name.split(".")[-1] == where[-1]]
-    close = same_key or difflib.get_close_matches(".".join(where), here, n=1, cutoff=0.5)
+    close = same_key or difflib.get_close_matches(".".join(where), [*tree.model_fields, *here], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(_siblings(tree, where))}"
 
 

@@ -37,7 +37,9 @@ class Demo:
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
-        parser.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where the run's folder goes")
+        parser.add_argument(
+            "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where the run's folder goes"
+        )
         parser.add_argument("--run-id", default="", metavar="NAME", help="name of the run (default: date and time)")
         parser.add_argument("--num-rounds", type=int, default=4, metavar="N", help="rounds, each ended by a merge (4)")
         parser.add_argument("--local-steps", type=int, default=8, metavar="N", help="steps of each clinic a round (8)")

@@ -13,7 +13,9 @@ class Export:
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
-        parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder, such as runs/20261122-093000")
+        parser.add_argument(
+            "run_dir", type=Path, metavar="RUN_DIR", help="a run's folder, such as runs/20261122-093000"
+        )
         parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="a folder that is new or empty")
         parser.add_argument("--json", action="store_true", help="print where it is as JSON")
 

@@ -47,7 +47,9 @@ class Fleet:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _t: TracebackType | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _t: TracebackType | None
+    ) -> None:
         """End whatever still runs: first asked, then made to."""
         for ask in (signal.SIGTERM, signal.SIGKILL):
             running = [process for process in self._processes.values() if process.poll() is None]

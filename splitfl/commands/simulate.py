@@ -27,7 +27,9 @@ class Simulate:
             metavar="HOW",
             help="iid, field:NAME (by a field's values), or dirichlet:NAME:ALPHA (a field's values in unlike shares)",
         )
-        parser.add_argument("--eval-fraction", type=float, default=0.1, metavar="SHARE", help="held out by each client (0.1)")
+        parser.add_argument(
+            "--eval-fraction", type=float, default=0.1, metavar="SHARE", help="held out by each client (0.1)"
+        )
         parser.add_argument("--num-threads", type=int, default=1, metavar="N", help="threads of each process (1)")
         parser.add_argument("--json", action="store_true", help="print the report as JSON at the end, and no progress")
 
@@ -56,7 +58,9 @@ def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     run_id = config.server.run_id or datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = config.server.runs_dir / run_id
     if (run_dir / "config.toml").exists():
-        raise ConfigError(f"{run_dir} holds a run: set server.run_id to another name, or leave it empty for date and time")
+        raise ConfigError(
+            f"{run_dir} holds a run: set server.run_id to another name, or leave it empty for date and time"
+        )
     address = f"tcp://127.0.0.1:{free_port()}"
     settings = config.model_dump(mode="json", exclude_none=True)
     settings["server"] |= {"address": address, "run_id": run_id}
@@ -64,7 +68,10 @@ def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     clients = {}
     for number, path in enumerate(write_partitions(arguments.data, run_dir / "partitions", parts)):
         own = {"client_id": f"client-{number}", "server_address": address, "output_dir": str(config.server.runs_dir)}
-        clients[own["client_id"]] = {"client": own, "data": {"path": str(path), "eval_fraction": arguments.eval_fraction}}
+        clients[own["client_id"]] = {
+            "client": own,
+            "data": {"path": str(path), "eval_fraction": arguments.eval_fraction},
+        }
         ClientConfig.from_tree(clients[own["client_id"]], source="simulate")
 
     failed = []

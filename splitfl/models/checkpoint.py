@@ -56,7 +56,7 @@ def entries_of(path: Path) -> dict[str, Entry]:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(length)) if length <= _MAX_HEADER_BYTES else None
-    except (OSError, struct.error, ValueError) as error:
+    except (OSError, struct.error, ValueError, RecursionError) as error:  # the last for brackets thousands deep
         raise ModelError(f"{path}: cannot be read as safetensors: {error}") from None
     if not isinstance(header, dict):
         raise ModelError(f"{path}: cannot be read as safetensors: its header is no object of at most 100 MB")
@@ -69,7 +69,10 @@ def entries_of(path: Path) -> dict[str, Entry]:
 def _entry(path: Path, name: str, value: object, base: int, size: int) -> Entry:
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]} if (
-            dtype in DTYPES and all(type(n) is int and n >= 0 for n in shape) and 0 <= start <= end <= size - base
+            dtype in DTYPES
+            and all(type(n) is int and n >= 0 for n in shape)
+            and type(start) is type(end) is int  # True is an int to a pattern
+            and 0 <= start <= end <= size - base
         ):
             elements = 1
             for n in shape:

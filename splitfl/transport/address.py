@@ -15,7 +15,9 @@ def check_address(address: str) -> None:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise TransportError(f"address {address!r}: write one of {known} followed by where, e.g. tcp://127.0.0.1:5555")
     if scheme == "ipc" and rest.startswith(("@", "*")):
-        raise TransportError(f"address {address!r}: write ipc://PATH with the path of a file, whose rights say who may join")
+        raise TransportError(
+            f"address {address!r}: write ipc://PATH with the path of a file, whose rights say who may join"
+        )
     if scheme != "tcp":
         return
     match = re.fullmatch(r"(\[[^\]]+\]|[^:\[\]]+):(\d{1,5}|\*)", rest)

@@ -93,6 +93,9 @@ class Listener(_Socket):
             heartbeat_interval=heartbeat_interval,
             heartbeat_timeout=heartbeat_timeout,
         )
+        if address.startswith("ipc://") and _someone_listens(address.removeprefix("ipc://")):
+            self.close()
+            raise TransportError(_in_use(address))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error, not silence
         try:
             self._socket.bind(_for_ipv6(self._socket, address))
@@ -205,7 +208,22 @@ def _for_ipv6(sock: "zmq.Socket[bytes]", address: str) -> str:
     return address.replace("tcp://localhost:", "tcp://127.0.0.1:")
 
 
+def _someone_listens(path: str) -> bool:
+    """Tell whether a socket file has a server: ZeroMQ would take the path away from it without a word."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+def _in_use(address: str) -> str:
+    return f"address {address} is in use: stop the program that listens there or set server.address to another one"
+
+
 def _why_not_bound(address: str, error: zmq.ZMQError) -> str:
     if error.errno == zmq.EADDRINUSE:
-        return f"address {address} is in use: stop the program that listens there or set server.address to another port"
+        return _in_use(address)
     return f"cannot listen on {address}: {os.strerror(error.errno) if error.errno else error.strerror}"

@@ -112,9 +112,7 @@ class TestRoundTrip:
 
     def test_buffers_are_passed_on_and_not_copied(self) -> None:
         buffer = bytes(8)
-        message = messages.Backward(
-            request_id=1, gradient_BSD=TensorFrames(dtype="f32", shape=(2,), buffers=(buffer,))
-        )
+        message = messages.Backward(request_id=1, gradient_BSD=TensorFrames(dtype="f32", shape=(2,), buffers=(buffer,)))
         assert encode(message)[1] is buffer
 
     def test_a_header_too_large_is_our_own_error(self) -> None:

@@ -5,7 +5,17 @@ import itertools
 import pytest
 from sample_messages import commit, forward
 
-from server_backbone.gates import Action, Apply, CloseStep, Compute, FrozenGate, Gate, SequentialGate, SharedGate, gate_for
+from server_backbone.gates import (
+    Action,
+    Apply,
+    CloseStep,
+    Compute,
+    FrozenGate,
+    Gate,
+    SequentialGate,
+    SharedGate,
+    gate_for,
+)
 
 TIMEOUT = 10.0
 
@@ -141,7 +151,11 @@ class TestSequential:
         assert gate.forward("a", forward(12, 1, 1), 0.0) == []
         assert told(gate.forward("b", forward(2, 1, 1), 0.0)) == [("compute", "b", 2)]
         assert gate.waiting_for() == ["b"]
-        assert told(gate.commit("b", commit(1), 1.0)) == [("apply", ("b", 1)), ("compute", "a", 11), ("compute", "a", 12)]
+        assert told(gate.commit("b", commit(1), 1.0)) == [
+            ("apply", ("b", 1)),
+            ("compute", "a", 11),
+            ("compute", "a", 12),
+        ]
         assert gate.forward("b", forward(3, 2, 0), 1.0) == []
         assert told(gate.commit("a", commit(1), 2.0)) == [("apply", ("a", 1)), ("compute", "c", 21)]
         assert told(gate.commit("c", commit(1), 3.0)) == [("apply", ("c", 1)), ("compute", "b", 3)]

@@ -328,7 +328,9 @@ class TestMicroBatches:
             session.receive(backward(1))
         assert session.receive(commit(1)) is not None
 
-    @pytest.mark.parametrize("gradient", [frames_of(2, 4, WIDTH), frames_of(2, 3, 5), frames_of(2, 3, WIDTH, dtype="u8")])
+    @pytest.mark.parametrize(
+        "gradient", [frames_of(2, 4, WIDTH), frames_of(2, 3, 5), frames_of(2, 3, WIDTH, dtype="u8")]
+    )
     def test_a_gradient_unlike_the_activations(self, gradient: Any) -> None:
         session = awaiting_backward()
         before = snapshot(session)

@@ -1,4 +1,4 @@
-"""A client's and a server's session drive each other in any order: nothing is refused, nothing is lost, nothing hangs."""
+"""A client's and a server's session drive each other in any order: nothing is refused or lost, and nothing hangs."""
 
 from collections import deque
 
@@ -98,9 +98,7 @@ class TwoSessions(RuleBasedStateMachine):
 
     def _send_micro_batch(self, step: int, number: int) -> None:
         self.begun += 1
-        self.up.append(
-            self.client.forward(step=step, micro_batch=number, hidden_BSD=ACTIVATIONS, lengths_B=(3, 2))
-        )
+        self.up.append(self.client.forward(step=step, micro_batch=number, hidden_BSD=ACTIVATIONS, lengths_B=(3, 2)))
 
     @precondition(lambda self: self.down)
     @rule()
@@ -166,8 +164,9 @@ class TwoSessions(RuleBasedStateMachine):
         self.down.append(answer)
 
     @precondition(
-        lambda self: self.server.phase in (Phase.TRAINING, Phase.COMMITTING)
-        and self.server.next_step <= self.server.last_step
+        lambda self: (
+            self.server.phase in (Phase.TRAINING, Phase.COMMITTING) and self.server.next_step <= self.server.last_step
+        )
     )
     @rule(is_late=SELDOM)
     def server_closes_the_step(self, is_late: bool) -> None:

@@ -1,0 +1,326 @@
+"""Settings: read from TOML and `--set`, refused with the name and the rule, and the same on both sides of the wire."""
+
+import json
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitfl.config import ClientConfig, Config, RunConfig, Section, ServerConfig, to_toml
+from splitfl.errors import ConfigError
+
+MODEL = {"model": {"model_name_or_path": "/srv/models/llama"}}
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def loaded(*overrides: str) -> ServerConfig:
+    return ServerConfig.load(None, ["model.model_name_or_path=llama", *overrides])
+
+
+class TestLoading:
+    def test_a_file_with_overrides_on_top(self, tmp_path: Path) -> None:
+        path = written(
+            tmp_path / "run.toml", 'seed = 3\n[model]\nmodel_name_or_path = "x"\n[federation]\nnum_rounds = 5\n'
+        )
+        config = ServerConfig.load(path, ["federation.num_rounds=7", "federation.local_steps=2", "seed=4"])
+        assert (config.seed, config.federation.num_rounds, config.federation.local_steps) == (4, 7, 2)
+        assert config.total_steps == 14
+        assert config.lora.r == 8
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            (b"seed = ", r"run\.toml: not TOML: "),
+            (b"[model\n", r"run\.toml: not TOML: "),
+            (b"seed = 1\nseed = 2\n", r"run\.toml: not TOML: "),
+            (b'name = "\xff"\n', r"run\.toml: not TOML: "),
+        ],
+    )
+    def test_a_file_that_is_not_toml(self, tmp_path: Path, text: bytes, reason: str) -> None:
+        (tmp_path / "run.toml").write_bytes(text)
+        with pytest.raises(ConfigError, match=reason):
+            ServerConfig.load(tmp_path / "run.toml")
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"missing\.toml: no such file; --config names a TOML file"):
+            ServerConfig.load(tmp_path / "missing.toml")
+
+    def test_a_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+            ServerConfig.load(tmp_path)
+
+    def test_the_error_names_the_file(self, tmp_path: Path) -> None:
+        path = written(tmp_path / "run.toml", "seed = -1\n")
+        with pytest.raises(ConfigError, match=r"run\.toml: seed = -1: input should be greater than or equal to 0"):
+            RunConfig.load(path)
+
+
+class TestOverrides:
+    @pytest.mark.parametrize(
+        ("override", "section", "key", "value"),
+        [
+            ("optimizer.learning_rate=1e-3", "optimizer", "learning_rate", 1e-3),
+            ("federation.num_rounds = 7", "federation", "num_rounds", 7),
+            ("federation.server_mode=sequential", "federation", "server_mode", "sequential"),
+            ('federation.server_mode="frozen"', "federation", "server_mode", "frozen"),
+            ("train.embeddings=true", "train", "embeddings", True),
+            ('lora.target_modules=["q_proj", "v_proj"]', "lora", "target_modules", ("q_proj", "v_proj")),
+            ("lora.target_modules=[]", "lora", "target_modules", ()),
+            ("model.model_name_or_path=/a path/with=signs", "model", "model_name_or_path", "/a path/with=signs"),
+            ("server.runs_dir=elsewhere", "server", "runs_dir", Path("elsewhere")),
+            ("server.run_id=2024-05-01", "server", "run_id", "2024-05-01"),
+        ],
+    )
+    def test_values_are_toml_or_plain_text(self, override: str, section: str, key: str, value: object) -> None:
+        got = getattr(getattr(loaded(override), section), key)
+        assert got == value
+        assert type(got) is type(value) or isinstance(got, Path)
+
+    def test_the_last_one_wins(self) -> None:
+        assert loaded("seed=1", "seed=2").seed == 2
+
+    @pytest.mark.parametrize("override", ["seed", "=3", "federation.=3", ""])
+    def test_what_is_no_override(self, override: str) -> None:
+        with pytest.raises(ConfigError, match="write --set section.key=value"):
+            loaded(override)
+
+    def test_a_value_is_no_section(self) -> None:
+        with pytest.raises(ConfigError, match="seed is a value, not a section"):
+            loaded("seed=1", "seed.more=2")
+
+    def test_the_error_names_its_source(self) -> None:
+        with pytest.raises(ConfigError, match=r"^--set: federation\.num_rounds = 'many': input should be a valid int"):
+            loaded("federation.num_rounds=many")
+
+
+class TestUnknownSettings:
+    @pytest.mark.parametrize(
+        ("override", "nearest"),
+        [
+            ("federation.num_round=3", "federation.num_rounds"),
+            ("optimizer.learning_rat=1", "optimizer.learning_rate"),
+            ("learning_rate=1", "optimizer.learning_rate"),
+            ("model.server_mode=shared", "federation.server_mode"),
+            ("training.bottom=lora", "train?"),
+        ],
+    )
+    def test_the_nearest_is_named(self, override: str, nearest: str) -> None:
+        with pytest.raises(ConfigError, match=r"unknown setting .*; did you mean " + re.escape(nearest)):
+            loaded(override)
+
+    def test_or_those_that_are_known(self) -> None:
+        with pytest.raises(ConfigError, match=r"unknown setting lora\.z+; known here: r, alpha, dropout, target"):
+            loaded("lora.zzzzzzzzzzzzzzzzzzzz=1")
+
+
+class TestRanges:
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "seed=-1",
+            "seed=2147483648",
+            "model.bottom_layers=-1",
+            "model.dtype=float16",
+            "lora.r=0",
+            "lora.dropout=1.0",
+            "optimizer.learning_rate=0",
+            "optimizer.learning_rate=nan",
+            "optimizer.adam_beta1=1.0",
+            "optimizer.lr_scheduler_type=polynomial",
+            "federation.fraction_train=0",
+            "federation.fraction_train=1.1",
+            "federation.server_mode=per_client",
+            "federation.round_timeout=0",
+            "text.max_seq_length=1",
+            "link.max_in_flight=0",
+            "link.max_in_flight=65",
+            "link.frame_bytes=4095",
+            "train.bottom=half",
+            "server.run_id=../x",
+            "server.num_threads=-1",
+        ],
+    )
+    def test_the_setting_and_its_value_are_named(self, override: str) -> None:
+        name, _, value = override.partition("=")
+        with pytest.raises(ConfigError) as caught:
+            loaded(override)
+        assert f"{name} = " in str(caught.value)
+        assert value.removesuffix(".0") in str(caught.value)
+
+    def test_several_findings_are_all_told(self) -> None:
+        with pytest.raises(ConfigError, match=r"seed = -1: .*; lora\.r = 0: "):
+            loaded("seed=-1", "lora.r=0")
+
+    @pytest.mark.parametrize(
+        ("overrides", "rule"),
+        [
+            (
+                ["federation.min_train_clients=2"],
+                r"min_train_clients \(2\) must not exceed min_available_clients \(1\)",
+            ),
+            (["link.heartbeat_interval=6"], r"heartbeat_timeout \(10.0 s\) must be at least twice heartbeat_interval"),
+            (["link.slowest_link_bytes_per_second=100000"], r"takes 10.5 s on the slowest link, which must stay below"),
+        ],
+    )
+    def test_settings_that_do_not_fit_each_other(self, overrides: list[str], rule: str) -> None:
+        with pytest.raises(ConfigError, match=rule):
+            loaded(*overrides)
+
+    def test_a_server_needs_a_model_and_a_client_a_name(self) -> None:
+        with pytest.raises(ConfigError, match="name a model directory or a hub id"):
+            ServerConfig.from_tree({}, source="test")
+        with pytest.raises(ConfigError, match="give this client a name"):
+            ClientConfig.from_tree({}, source="test")
+
+    @pytest.mark.parametrize("name", ["clinic a", "-a", ".a", "a/b", "é", "x" * 65])
+    def test_names_that_are_no_file_names(self, name: str) -> None:
+        with pytest.raises(ConfigError, match=r"client\.client_id = "):
+            ClientConfig.from_tree({"client": {"client_id": name}}, source="test")
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            ServerConfig.from_tree(MODEL, source="test"),
+            ServerConfig.from_tree(
+                {
+                    **MODEL,
+                    "seed": 5,
+                    "lora": {"target_modules": ["q_proj"], "alpha": 0.5},
+                    "server": {"run_id": "a.b-c", "cache_dir": "/a cache/ü", "export_model": False},
+                },
+                source="test",
+            ),
+            ClientConfig.from_tree(
+                {
+                    "client": {"client_id": "clinic-a"},
+                    "data": {"path": 'a "quoted" name.txt', "also_evaluate": {"other": "b.txt"}},
+                },
+                source="test",
+            ),
+        ],
+        ids=["server", "server, changed", "client"],
+    )
+    def test_what_is_written_reads_back(self, config: Config, tmp_path: Path) -> None:
+        assert type(config).load(written(tmp_path / "run.toml", to_toml(config))) == config
+
+    def test_json_reads_back(self) -> None:
+        run = ServerConfig.from_tree(MODEL, source="test").run_config()
+        again = RunConfig.from_tree(json.loads(run.to_json()), source="test")
+        assert again == run
+        assert again.fingerprint() == run.fingerprint()
+
+
+def leaves(tree: type[Section], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    for name, field in tree.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from leaves(annotation, (*prefix, name))
+        else:
+            yield (*prefix, name), annotation, field.default
+
+
+def another(annotation: Any, value: Any) -> Any:
+    """Return a different value that the setting allows."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return next((choice for choice in typing.get_args(annotation) if choice != value), None)
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return value / 2 or 0.25
+        case str() | Path() | None:
+            return "other"
+        case tuple():
+            return ("other",)
+    raise AssertionError(f"no other value of {annotation}")
+
+
+def nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    for name in reversed(path):
+        value = {name: value}
+    return value
+
+
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: merged(first[key], second[key]) for key in first.keys() & second.keys() if isinstance(first[key], dict)
+    }
+    return {**first, **second, **both}
+
+
+RUN_SETTINGS = [leaf for leaf in leaves(RunConfig) if another(leaf[1], leaf[2]) is not None]
+SERVER_SETTINGS = [leaf for leaf in leaves(ServerConfig) if leaf[0][0] == "server"]
+BASE = merged(MODEL, {"federation": {"min_available_clients": 3}})
+
+
+def built(path: tuple[str, ...], annotation: Any, default: Any) -> ServerConfig:
+    return ServerConfig.from_tree(merged(BASE, nested(path, another(annotation, default))), source="test")
+
+
+class TestFingerprint:
+    def test_one_choice_cannot_be_changed(self) -> None:
+        same = {leaf[0] for leaf in leaves(RunConfig)} - {leaf[0] for leaf in RUN_SETTINGS}
+        assert same == {("federation", "strategy")}
+
+    @pytest.mark.parametrize(("path", "annotation", "default"), RUN_SETTINGS, ids=lambda part: str(part)[:40])
+    def test_every_setting_of_the_run_changes_it(self, path: tuple[str, ...], annotation: Any, default: Any) -> None:
+        base = ServerConfig.from_tree(BASE, source="test")
+        assert built(path, annotation, default).fingerprint() != base.fingerprint()
+
+    @pytest.mark.parametrize(("path", "annotation", "default"), SERVER_SETTINGS, ids=lambda part: str(part)[:40])
+    def test_the_servers_own_do_not(self, path: tuple[str, ...], annotation: Any, default: Any) -> None:
+        base = ServerConfig.from_tree(BASE, source="test")
+        changed = built(path, annotation, default)
+        assert changed != base
+        assert changed.fingerprint() == base.fingerprint()
+        assert changed.run_config() == base.run_config()
+
+    def test_where_the_model_lies_is_nobodys_affair(self) -> None:
+        here, there = (
+            ServerConfig.from_tree({"model": {"model_name_or_path": path}}, source="test").run_config()
+            for path in ("/srv/models/llama", "elsewhere/llama/")
+        )
+        assert here.fingerprint() == there.fingerprint()
+        assert here.model.model_name_or_path == "llama"
+
+    def test_clients_get_no_path_of_the_server(self) -> None:
+        paths = {"runs_dir": "/srv/runs", "cache_dir": "/srv/cache", "address": "ipc:///srv/socket"}
+        config = ServerConfig.from_tree({**MODEL, "server": paths}, source="test")
+        sent = config.run_config().to_json()
+        assert "srv" not in sent
+        assert "/" not in sent
+        assert set(json.loads(sent)) == set(RunConfig.model_fields)
+
+
+class TestWhatTrains:
+    @pytest.mark.parametrize(
+        ("overrides", "backbone", "bottom"),
+        [
+            ([], True, True),
+            (["federation.server_mode=frozen"], False, True),
+            (["train.backbone=none"], False, True),
+            (["train.bottom=none"], True, False),
+            (["model.bottom_layers=0"], True, False),
+            (["model.bottom_layers=0", "train.embeddings=true"], True, True),
+        ],
+    )
+    def test_follows_from_the_settings(self, overrides: list[str], backbone: bool, bottom: bool) -> None:
+        config = loaded(*overrides)
+        assert (config.backbone_trains, config.bottom_trains) == (backbone, bottom)
+
+
+def test_settings_do_not_change_once_read() -> None:
+    config = loaded()
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
