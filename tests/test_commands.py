@@ -108,7 +108,9 @@ class TestServer:
         assert f"address {address} is in use" in said
         assert not (tmp_path / "runs").exists()
 
-    @pytest.mark.parametrize("address", ["tcp://0.0.0.0:5555", "tcp://192.0.2.1:5555", "tcp://*:5555", "tcp://gpu-box:1"])
+    @pytest.mark.parametrize(
+        "address", ["tcp://0.0.0.0:5555", "tcp://192.0.2.1:5555", "tcp://*:5555", "tcp://gpu-box:1"]
+    )
     def test_addresses_beyond_this_machine_are_refused(
         self, serve: Callable[..., tuple[int, str]], address: str, tmp_path: Path
     ) -> None:

@@ -88,7 +88,7 @@ class TestOverrides:
 
     @pytest.mark.parametrize("override", ["seed", "=3", "federation.=3", ""])
     def test_what_is_no_override(self, override: str) -> None:
-        with pytest.raises(ConfigError, match="write --set section.key=value"):
+        with pytest.raises(ConfigError, match=r"write --set section\.key=value"):
             loaded(override)
 
     def test_a_value_is_no_section(self) -> None:

@@ -50,7 +50,9 @@ def split_logits(model: Path, run_dir: Path, ids_BS: torch.Tensor) -> torch.Tens
         return cut.top().eval()(cut.backbone().eval()(cut.bottom().eval()(ids_BS, None), None), None)
 
 
-@pytest.mark.parametrize(("family", "train"), [("llama", "lora"), ("gpt2", "lora"), ("qwen2", "full"), ("mixtral", "lora")])
+@pytest.mark.parametrize(
+    ("family", "train"), [("llama", "lora"), ("gpt2", "lora"), ("qwen2", "full"), ("mixtral", "lora")]
+)
 def test_split_logits_are_the_exported_models(
     family: str, train: str, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
 ) -> None:

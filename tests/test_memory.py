@@ -1,7 +1,7 @@
 """A client needs memory for its own layers and activations, however large the backbone is.
 
-Real processes on generated checkpoints: all zeros in a sparse file, so that size costs no disk. Memory is counted as peak
-RSS (VmHWM) above what the imports took.
+Real processes on generated checkpoints: all zeros in a sparse file, so that size costs no disk. Memory is counted as
+peak RSS (VmHWM) above what the imports took.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What crosses the wire: every byte of a run is recorded by a proxy, and no token, label, text or logit is among them."""
+"""What crosses the wire: a proxy records every byte of a run, and no token, label, text or logit is among them."""
 
 import asyncio
 import struct
@@ -122,7 +122,7 @@ class Watched:
         self.streams: list[bytearray] = []
 
 
-@pytest.fixture()
+@pytest.fixture
 def watch(
     make_model: Callable[..., Path],
     federate: Callable[..., Finished],
@@ -165,7 +165,13 @@ def watch(
             finished = federate(
                 {
                     "model": {"model_name_or_path": str(directory)},
-                    "train": {"bottom": "full", "top": "full", "backbone": "full", "norm_head": True, "embeddings": True},
+                    "train": {
+                        "bottom": "full",
+                        "top": "full",
+                        "backbone": "full",
+                        "norm_head": True,
+                        "embeddings": True,
+                    },
                     "federation": {"num_rounds": 2, "local_steps": 2, "min_available_clients": 2, "evaluate": "rounds"},
                     "server": {"export_model": False},
                 },

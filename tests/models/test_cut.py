@@ -229,9 +229,19 @@ def filled(directory: Path, tmp_path: Path, side: str, *, ends: tuple[int, int] 
     return cut
 
 
+# What gpt_neox calls its head, and mixtral its experts, is stored under other names than it is computed with: a process
+# of its own rewrites them first.
+REWRITTEN = pytest.mark.slow
+FILLED = [
+    *((family, is_tied) for family in FAMILIES for is_tied in (True, False) if family not in ("gpt_neox", "mixtral")),
+    ("gpt_neox", True),
+    pytest.param("gpt_neox", False, marks=REWRITTEN),
+    pytest.param("mixtral", False, marks=REWRITTEN),
+]
+
+
 class TestFilling:
-    @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
-    @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+    @pytest.mark.parametrize(("family", "is_tied"), FILLED)
     def test_two_sides_compute_the_whole_models_logits(
         self, family: str, is_tied: bool, make_model: Callable[..., Path], tmp_path: Path
     ) -> None:
@@ -246,12 +256,6 @@ class TestFilling:
     def test_blocks_on_no_side_but_the_backbone(self, make_model: Callable[..., Path], tmp_path: Path) -> None:
         directory = make_model("opt")
         client, server = (filled(directory, tmp_path, side, ends=(0, 0)) for side in ("client", "server"))
-        check_logits(directory, client, server)
-
-    @pytest.mark.slow
-    def test_experts_that_are_stored_one_by_one(self, make_model: Callable[..., Path], tmp_path: Path) -> None:
-        directory = make_model("mixtral")
-        client, server = filled(directory, tmp_path, "client"), filled(directory, tmp_path, "server")
         check_logits(directory, client, server)
 
     def test_a_tensor_that_is_missing(self, make_model: Callable[..., Path], tmp_path: Path) -> None:

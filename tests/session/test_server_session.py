@@ -247,16 +247,15 @@ class TestPhases:
             committing().receive(Fetch(name="x", offset=0))
 
     def test_what_the_server_does_at_the_wrong_time_is_its_own_error(self) -> None:
-        for wrong in (
-            lambda session: session.opened(opened()),
-            lambda session: session.committed(acknowledged(1)),
-            lambda session: session.step_closed(2, "late"),
-        ):
-            session = idle()
-            before = snapshot(session)
-            with pytest.raises(LocalProtocolError):
-                wrong(session)
-            assert snapshot(session) == before
+        session = idle()
+        before = snapshot(session)
+        with pytest.raises(LocalProtocolError, match="a round opened for a client that is IDLE"):
+            session.opened(opened())
+        with pytest.raises(LocalProtocolError, match="a step was committed for a client that is IDLE"):
+            session.committed(acknowledged(1))
+        with pytest.raises(LocalProtocolError, match="a step was closed for a client that is IDLE"):
+            session.step_closed(2, "late")
+        assert snapshot(session) == before
 
 
 def through_evaluation(session: ServerSession, request_id: int) -> None:
