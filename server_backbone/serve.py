@@ -3,12 +3,9 @@
 import json
 import os
 import platform
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -78,7 +75,6 @@ def serve(config: ServerConfig, *, as_json: bool = False) -> Path:
         server = build_server(config, model, listener, metrics, run_dir, device)
         metrics.emit("run_started", **_description(config, run_dir))
         metrics.emit("waiting", text=f"clients at {listener.address}")
-        stack.enter_context(_terminated_as_interrupted())
         try:
             server.serve()
         except KeyboardInterrupt:
@@ -214,20 +210,3 @@ def _report(run_dir: Path, console: Console, *, as_json: bool) -> None:
         return
     console.print(summary_table(report))
     console.print(f"run: {run_dir}", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end a run the way Ctrl-C does: clients told, report written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

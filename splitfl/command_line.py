@@ -6,8 +6,10 @@ nothing heavy, so that `splitfl --help` is quick.
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
@@ -73,7 +75,8 @@ def _run(commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     level = logging.DEBUG if arguments.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        commands[arguments.command].run(arguments)
+        with _interrupted_once():
+            commands[arguments.command].run(arguments)
     except SplitflError as error:
         sys.stderr.write(f"splitfl {arguments.command}: {error}\n")
         return error.exit_code
@@ -81,3 +84,26 @@ def _run(commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
         sys.stderr.write(f"splitfl {arguments.command}: interrupted\n")
         return _INTERRUPTED
     return 0
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """Let SIGTERM end a command the way Ctrl-C does, and let what it does about it finish.
+
+    A terminal sends Ctrl-C to every process of a command, which then also asks its own to end: a second interruption in
+    the middle of telling the clients or writing the report would leave either half done.
+    """
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -42,7 +42,7 @@ class Demo:
         )
         parser.add_argument("--run-id", default="", metavar="NAME", help="name of the run (default: date and time)")
         parser.add_argument("--num-rounds", type=int, default=4, metavar="N", help="rounds, each ended by a merge (4)")
-        parser.add_argument("--local-steps", type=int, default=8, metavar="N", help="steps of each clinic a round (8)")
+        parser.add_argument("--local-steps", type=int, default=6, metavar="N", help="steps of each clinic a round (6)")
         parser.add_argument("--num-eval", type=int, default=32, metavar="N", help="held-out terms of each clinic (32)")
         parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of data, adapters and order (42)")
         parser.add_argument(
@@ -56,11 +56,8 @@ class Demo:
         """Prepare, train, compare if asked to, and write the report."""
         from rich.console import Console
 
-        from splitfl.commands.fleet import interruptible
-
         console = Console(stderr=arguments.json, soft_wrap=True, highlight=False)
-        with interruptible():
-            report, page = run_demo(arguments, console)
+        report, page = run_demo(arguments, console)
         if arguments.json:
             sys.stdout.write(json.dumps(report) + "\n")
         console.print(f"\nreport: {page}\nrun: {page.parent}", markup=False)

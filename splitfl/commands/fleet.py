@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +31,9 @@ class Fleet:
     folder: Path
     """Where their settings and logs are written."""
     num_threads: int = 1
-    """Threads of each process, where the settings name none."""
+    """Threads of each client, where its settings name none."""
+    server_threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Threads of the server, which does most of the work: all there are."""
     shows_server: bool = True
     """Whether the server's display is this command's; otherwise it goes to a log."""
     pids: dict[str, int] = field(default_factory=dict, init=False)
@@ -71,7 +72,7 @@ class Fleet:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
-            env={**os.environ, **_threads(self.num_threads)},
+            env={**os.environ, **_threads(self.server_threads if name == "server" else self.num_threads)},
         )
         self.pids[name] = self._processes[name].pid
 
@@ -104,20 +105,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that the processes this command started are ended with it."""
-
-    def interrupt(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _threads(num_threads: int) -> dict[str, str]:

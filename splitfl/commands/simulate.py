@@ -35,10 +35,7 @@ class Simulate:
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Deal the data, run the processes, print where the report is."""
-        from splitfl.commands.fleet import interruptible
-
-        with interruptible():
-            report, run_dir = simulate(arguments)
+        report, run_dir = simulate(arguments)
         sys.stdout.write(json.dumps(report) + "\n" if arguments.json else f"report: {run_dir / 'report.html'}\n")
 
 

@@ -44,12 +44,12 @@ def test_tiny_run_compares_equal_training(tmp_path: Path) -> None:
     # no micro-batch is missing from a step's bytes, nor is a merge or a file among them
     assert result["payload_bytes_per_step"] == 4 * 4 * 16 * 64 * 4
     assert 1.0 < result["wire_over_payload"] < 1.05
-    assert result.keys() >= {"machine", "versions", "date", "threads", "quiet_steps", *(t.key for t in TARGETS)}
+    assert result.keys() >= {"machine", "versions", "date", "threads", "undisturbed", *(t.key for t in TARGETS)}
 
 
 @pytest.mark.parametrize("at_least", [True, False])
 def test_target_is_met_on_its_own_side_of_the_bound(at_least: bool) -> None:
-    target = Target(key="ratio", bound=0.9, at_least=at_least)
+    target = Target(key="ratio", title="a ratio", bound=0.9, at_least=at_least)
     assert [target.is_met(value) for value in (0.89, 0.9, 0.91)] == [not at_least, True, at_least]
 
 
