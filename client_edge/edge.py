@@ -3,7 +3,6 @@
 Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from splitfl.config import RunConfig
 from splitfl.models.cut import Cut, mask_of
 from splitfl.training.optimizer import PartOptimizer
 from splitfl.training.seeds import seed_dropout
+from splitfl.training.stopwatch import Stopwatch
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,14 +47,13 @@ class Edge:
         self._only_top = [p for p in self._trainable.values() if p not in in_bottom]
         self._half_done: tuple[int, float, list[Tensor | None]] | None = None
         self.optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
-        self.compute_seconds = 0.0
-        """CPU seconds of the thread that computes; all of the compute when torch has one thread."""
+        self.compute = Stopwatch()
 
     def bottom_forward(self, batch: Batch, *, step: int, number: int) -> MicroBatch:
         """Embed a micro-batch and run the first blocks."""
         self._bottom.train()
         self._seed("bottom", step, number)
-        with self._counted(), torch.set_grad_enabled(self._run.bottom_trains):
+        with self.compute.running(), torch.set_grad_enabled(self._run.bottom_trains):
             hidden_BSD = self._bottom(batch.input_ids_BS.to(self._device), self._mask(batch))
         return MicroBatch(batch=batch, number=number, hidden_BSD=hidden_BSD, tied_gradients=[])
 
@@ -70,7 +69,7 @@ class Edge:
         batch = micro_batch.batch
         self._top.train()
         self._seed("top", step, micro_batch.number)
-        with self._counted(), self._tied_set_aside(micro_batch):
+        with self.compute.running(), self._tied_set_aside(micro_batch):
             given_BSD = hidden_BSD.to(self._device).requires_grad_()
             loss = self._top.loss(given_BSD, self._mask(batch), batch.labels_BS.to(self._device), num_label_tokens)
             loss.backward()
@@ -80,21 +79,21 @@ class Edge:
 
     def bottom_backward(self, micro_batch: MicroBatch, gradient_BSD: Tensor | None) -> None:
         """Run backward through the first blocks, if anything there trains, and add tied gradients together."""
-        with self._counted(), self._tied_brought_back(micro_batch):
+        with self.compute.running(), self._tied_brought_back(micro_batch):
             if gradient_BSD is not None:
                 micro_batch.hidden_BSD.backward(gradient_BSD.to(self._device))
 
     def evaluate_bottom(self, batch: Batch) -> Tensor:
         """Run the first blocks without dropout or graph."""
         self._bottom.eval()
-        with self._counted(), torch.inference_mode():
+        with self.compute.running(), torch.inference_mode():
             return self._bottom(batch.input_ids_BS.to(self._device), self._mask(batch))
 
     def evaluate_top(self, batch: Batch, hidden_BSD: Tensor) -> float:
         """Return the sum of the loss over the batch's label tokens."""
         self.finish_step()
         self._top.eval()
-        with self._counted(), torch.inference_mode():
+        with self.compute.running(), torch.inference_mode():
             labels_BS = batch.labels_BS.to(self._device)
             return float(self._top.loss(hidden_BSD.to(self._device), self._mask(batch), labels_BS, 1))
 
@@ -104,7 +103,7 @@ class Edge:
         The server waits for the next activations, which only the bottom makes; `finish_step` must follow.
         """
         self.finish_step()
-        with self._counted():
+        with self.compute.running():
             later = _take(self._only_top)
             self.optimizer.step(step, clip_coefficient)  # what has no gradient is left as it is
         self._half_done = (step, clip_coefficient, later)
@@ -115,7 +114,7 @@ class Edge:
             return
         step, clip_coefficient, later = self._half_done
         self._half_done = None
-        with self._counted():
+        with self.compute.running():
             _put(self._only_top, later)  # the bottom has no gradient yet: its backward comes after the top's
             self.optimizer.step(step, clip_coefficient)
 
@@ -161,14 +160,6 @@ class Edge:
         finally:
             now = _take(self._tied)
             _put(self._tied, [_sum(old, new) for old, new in zip(before, now, strict=True)])
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        begun = time.thread_time()
-        try:
-            yield
-        finally:
-            self.compute_seconds += time.thread_time() - begun
 
 
 def _shared(bottom: nn.Module, top: nn.Module) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -50,6 +50,9 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 
 _POLL_S = 0.5
+# A wait is worth a line when it has lasted a while, and again from time to time.
+_WAITING_AFTER_S = 2.0
+_WAITING_EVERY_S = 10.0
 
 
 class RoundClosed(Exception):  # noqa: N818  # no error: the round went on without this client's upload
@@ -134,6 +137,8 @@ class Link:
         self._bounds = self.run.link
         self._heartbeat = Heartbeat(address, self.welcome.session, self._bounds)
         self.bytes_of_files = 0
+        self.on_waiting: Callable[[str], None] = lambda _: None
+        """Told from time to time what the run waits for, while we wait with it."""
 
     @property
     def session(self) -> ClientSession:
@@ -311,6 +316,7 @@ class Link:
             return message
 
     def _next(self, what: str) -> Message:
+        say_at_s = time.monotonic() + _WAITING_AFTER_S
         while True:
             frames = self._endpoint.recv(_POLL_S)
             if frames is not None:
@@ -320,6 +326,9 @@ class Link:
                     f"{self.address} has been silent for {self._heartbeat.silent_s:.0f} s while waiting for {what}:"
                     " the server or the network is gone; start the client again when it is back"
                 )
+            if self._heartbeat is not None and self._heartbeat.waiting_for and time.monotonic() >= say_at_s:
+                self.on_waiting(self._heartbeat.waiting_for)
+                say_at_s = time.monotonic() + _WAITING_EVERY_S
 
 
 def _endpoint(address: str, link: LinkSection) -> Endpoint:

@@ -5,8 +5,9 @@ with up to `link.max_in_flight` of them under way at once; then the commit, whic
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from client_edge.data import Batch, TrainBatches
 from client_edge.edge import Edge, MicroBatch
@@ -27,15 +28,20 @@ class Step:
     num_label_tokens: int
 
 
-def train(
-    edge: Edge,
-    link: Link,
-    batches: TrainBatches,
-    *,
-    num_examples: int,
-    on_step: Callable[[Step], None],
-    on_merge: Callable[[], None],
-) -> None:
+class Observer(Protocol):
+    """Is told how the training goes."""
+
+    def round_opened(self, round_: RoundOpened) -> None:
+        """A round has begun."""
+
+    def stepped(self, step: Step) -> None:
+        """A step is committed."""
+
+    def merged(self, merged: Merged, digest: str) -> None:
+        """Everyone's layers are loaded; `digest` is over them."""
+
+
+def train(edge: Edge, link: Link, batches: TrainBatches, *, num_examples: int, observer: Observer) -> None:
     """Train this client's layers around the remote backbone until the run's last round."""
     is_last = False
     while not is_last:
@@ -43,21 +49,21 @@ def train(
         round_ = link.open_round(num_examples)
         if round_.layers:
             edge.load([realise(layer) for layer in round_.layers])
+        observer.round_opened(round_)
 
         # local steps, then everyone's layers in place of ours
         try:
-            merged = _train_round(edge, link, batches, round_, num_examples, on_step)
+            merged = _train_round(edge, link, batches, round_, num_examples, observer)
         except RoundClosed as closed:
             log.warning("round %s closed without this client: %s", round_.round_number, closed)
             edge.optimizer.discard()
             merged = closed.merged
-        layers = [realise(layer) for layer in merged.layers]
-        edge.load(layers)
+        edge.load([realise(layer) for layer in merged.layers])
 
         # every client says what it holds now, so that anyone can see that all hold the same
         digest = digest_of(edge.layers().values())
         link.report("loaded", phase="round", round_number=merged.round_number, metrics={}, digest=digest)
-        on_merge()
+        observer.merged(merged, digest)
         is_last = merged.is_last
 
 
@@ -67,7 +73,7 @@ def _train_round(
     batches: TrainBatches,
     round_: RoundOpened,
     num_examples: int,
-    on_step: Callable[[Step], None],
+    observer: Observer,
 ) -> Merged:
     if not round_.num_steps:
         return link.sit_out()
@@ -82,7 +88,7 @@ def _train_round(
             edge.optimizer.discard()
             continue
         num_tokens += done.num_label_tokens
-        on_step(done)
+        observer.stepped(done)
     return link.merge(edge.layers(), num_examples=num_examples, num_tokens=num_tokens)
 
 

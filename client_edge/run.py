@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,7 +28,9 @@ from splitfl.models.source import (
     weights_of,
 )
 from splitfl.models.trainable import choose_trainable
+from splitfl.protocol.messages import Merged, RoundOpened
 from splitfl.session.client import ClientSession
+from splitfl.telemetry.display import Display
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.device import open_device
@@ -63,66 +66,122 @@ def take_part(config: ClientConfig) -> Path:
         text = read_text(config, link.run, directory)
         _say(console, config, _describe(text, link.run))
         edge = Edge(cut, link.run, config.client.client_id, device)
-        with MetricsLog(folder / "metrics.jsonl") as metrics:
-            train_and_report(config, link, edge, text, metrics, begun_s)
+        with MetricsLog(folder / "metrics.jsonl") as metrics, Display(console) as display:
+            metrics.listen(display)
+            Participation(config, link, edge, text, metrics, begun_s).run()
     _say(console, config, f"done; this client's own metrics are in {folder}")
     return folder
 
 
-def train_and_report(
-    config: ClientConfig, link: Link, edge: Edge, text: _Text, metrics: MetricsLog, begun_s: float
-) -> None:
-    """Evaluate, train, evaluate, and hand over the totals."""
-    federation = link.run.federation
+class Participation:
+    """Evaluate, train, evaluate, hand over the totals; and tell this client's own log how it goes."""
 
-    def evaluate_all(phase: str) -> None:
-        if text.held_out is None:
-            return
-        datasets = {"eval_loss": text.held_out}
-        if phase == "after":
-            datasets |= {f"also:{name}": dataset for name, dataset in text.also.items()}
-        measured = {"num_eval_examples": float(len(text.held_out))}
-        for name, dataset in datasets.items():
-            measured[name] = evaluate(edge, link, eval_batches(dataset, federation.per_device_eval_batch_size))
-        round_number = link.session.round_number
-        link.report("evaluated", phase=phase, round_number=round_number, metrics=measured)
-        metrics.emit("evaluated", phase=phase, round=round_number, **measured)
+    def __init__(
+        self, config: ClientConfig, link: Link, edge: Edge, text: _Text, metrics: MetricsLog, begun_s: float
+    ) -> None:
+        self._client_id = config.client.client_id
+        self._device = config.client.device
+        self._link = link
+        self._edge = edge
+        self._text = text
+        self._metrics = metrics
+        self._begun_s = begun_s
+        self._federation = link.run.federation
+        self._round_number = 0
 
-    def on_step(step: Step) -> None:
-        metrics.emit(
+    def run(self) -> None:
+        """Do it all."""
+        self._metrics.emit(
+            "run_started",
+            run_id=self._link.welcome.run_id,
+            model=self._link.run.model.model_name_or_path,
+            server_mode=self._federation.server_mode,
+            num_rounds=self._federation.num_rounds,
+            local_steps=self._federation.local_steps,
+            fingerprint=self._link.welcome.fingerprint,
+            device=self._device,
+        )
+        self._link.on_waiting = lambda text: self._emit("waiting", text=text)
+        batches = TrainBatches(
+            self._text.train,
+            seed=self._link.run.seed,
+            client_id=self._client_id,
+            per_device_train_batch_size=self._federation.per_device_train_batch_size,
+            gradient_accumulation_steps=self._federation.gradient_accumulation_steps,
+        )
+        self._evaluate("before")
+        train(self._edge, self._link, batches, num_examples=len(self._text.train), observer=self)
+        self._evaluate("after")
+        self._say_goodbye()
+
+    def round_opened(self, round_: RoundOpened) -> None:
+        """Log the round; `trainers` is empty when we sit it out."""
+        self._round_number = round_.round_number
+        self._emit(
+            "round_opened",
+            round=round_.round_number,
+            trainers=[self._client_id] if round_.num_steps else [],
+            first_step=round_.first_step,
+            num_steps=round_.num_steps,
+        )
+
+    def stepped(self, step: Step) -> None:
+        """Log the step."""
+        self._emit(
             "step",
+            round=self._round_number,
             step=step.step,
             loss=step.loss,
             num_label_tokens=step.num_label_tokens,
-            compute_seconds=edge.compute_seconds,
+            compute_seconds=self._edge.compute.seconds,
+            bytes_sent=self._link.bytes_sent,
+            bytes_received=self._link.bytes_received,
         )
 
-    def on_merge() -> None:
-        if federation.evaluate == "rounds" and link.session.round_number < federation.num_rounds:
-            evaluate_all("round")
+    def merged(self, merged: Merged, digest: str) -> None:
+        """Log the merge, and evaluate where that is done after every round."""
+        self._emit("loaded", round=merged.round_number, accepted=merged.accepted, reason=merged.reason, digest=digest)
+        if self._federation.evaluate == "rounds" and not merged.is_last:
+            self._evaluate("round")
 
-    batches = TrainBatches(
-        text.train,
-        seed=link.run.seed,
-        client_id=config.client.client_id,
-        per_device_train_batch_size=federation.per_device_train_batch_size,
-        gradient_accumulation_steps=federation.gradient_accumulation_steps,
-    )
-    evaluate_all("before")
-    train(edge, link, batches, num_examples=len(text.train), on_step=on_step, on_merge=on_merge)
-    evaluate_all("after")
-    totals = {
-        "num_examples": len(text.train),
-        "num_truncated": text.train.num_truncated,
-        "bytes_sent": link.bytes_sent,
-        "bytes_received": link.bytes_received,
-        "bytes_of_files": link.bytes_of_files,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "wall_seconds": time.monotonic() - begun_s,
-        "compute_seconds": edge.compute_seconds,
-    }
-    metrics.emit("done", **totals)
-    link.goodbye({name: float(value) for name, value in totals.items()})
+    def _evaluate(self, phase: str) -> None:
+        if self._text.held_out is None:
+            return
+        batch_size = self._federation.per_device_eval_batch_size
+        loss = evaluate(self._edge, self._link, eval_batches(self._text.held_out, batch_size))
+        also = {
+            name: evaluate(self._edge, self._link, eval_batches(dataset, batch_size))
+            for name, dataset in (self._text.also.items() if phase == "after" else ())
+        }
+        num_examples, round_number = len(self._text.held_out), self._link.session.round_number
+        measured = {"eval_loss": loss, "num_eval_examples": float(num_examples)}
+        measured |= {f"also:{name}": other for name, other in also.items()}
+        self._link.report("evaluated", phase=phase, round_number=round_number, metrics=measured)
+        self._emit(
+            "evaluated",
+            phase=phase,
+            round=round_number,
+            eval_loss=loss,
+            num_eval_examples=num_examples,
+            also=also,
+        )
+
+    def _say_goodbye(self) -> None:
+        totals = {
+            "num_examples": len(self._text.train),
+            "num_truncated": self._text.train.num_truncated,
+            "bytes_sent": self._link.bytes_sent,
+            "bytes_received": self._link.bytes_received,
+            "bytes_of_files": self._link.bytes_of_files,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "wall_seconds": time.monotonic() - self._begun_s,
+            "compute_seconds": self._edge.compute.seconds,
+        }
+        self._link.goodbye({name: float(value) for name, value in totals.items()})
+        self._emit("client_done", **totals)
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        self._metrics.emit(event, client_id=self._client_id, **fields)
 
 
 def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:

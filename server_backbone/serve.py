@@ -189,7 +189,7 @@ def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any
         "peak_rss_bytes": peak_rss_bytes(),
         "bytes_sent": listener.traffic.sent,
         "bytes_received": listener.traffic.received,
-        "compute_seconds": server.worker.compute_seconds,
+        "compute_seconds": server.worker.compute.seconds,
         "pid": os.getpid(),
         "complete": not server.reason,
     }

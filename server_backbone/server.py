@@ -310,7 +310,7 @@ class Server:
                 clip_coefficient=clip_coefficient,
                 bytes_sent=client.received,
                 bytes_received=client.sent,
-                compute_seconds=self.worker.compute_seconds,
+                compute_seconds=self.worker.compute.seconds,
             )
             if client.session.next_step > client.session.last_step:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
@@ -399,12 +399,7 @@ class Server:
             if client.client_id in self._clients and client.session.answered(reply):
                 self._send(client, reply)
 
-        def refuse(error: Exception) -> bool:
-            if isinstance(error, RemoteProtocolError):
-                self._expel(client, f"sent {error}")
-            return isinstance(error, RemoteProtocolError)
-
-        self._jobs.submit(work, answer, refuse)
+        self._jobs.submit(work, answer, partial(self._expel_for, client))
 
     def _evaluate(self, message: Forward) -> ForwardDone:
         hidden_BSD = self.worker.evaluate(realise(message.hidden_BSD), message.lengths_B, message.left_padded)
@@ -433,17 +428,12 @@ class Server:
         def spool() -> None:
             self.merger.spool(client.client_id, upload)
 
-        def refuse(error: Exception) -> bool:
-            if isinstance(error, RemoteProtocolError):
-                self._expel(client, f"sent {error}")
-            return isinstance(error, RemoteProtocolError)
-
         def count(_: None) -> None:
             if client.client_id in self._clients and client.session.phase is Phase.MERGING:
                 now_s = time.monotonic()
                 self._decide(self._rounds.uploaded(client.client_id), now_s)
 
-        self._jobs.submit(spool, count, refuse)
+        self._jobs.submit(spool, count, partial(self._expel_for, client))
 
     def _merge(self, merge: Merge) -> tuple[tuple[TensorFrames, ...], str, dict[str, float]]:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""
@@ -483,6 +473,12 @@ class Server:
         if client.client_id in self._clients:
             self._drop(client, reason)
             self._refuse(client.peer, f"the server ended the session: {client.client_id} {reason}")
+
+    def _expel_for(self, client: _Client, error: Exception) -> bool:
+        """End the session of a client whose tensors could not be taken; tell whether that was the error."""
+        if isinstance(error, RemoteProtocolError):
+            self._expel(client, f"sent {error}")
+        return isinstance(error, RemoteProtocolError)
 
     def _drop(self, client: _Client, reason: str) -> None:
         """Forget a client: the others go on by the rules of the config."""

@@ -4,8 +4,7 @@ It does not know who asked: gradients are kept in slots, and what a slot stands 
 uses it. Shapes: B micro-batch, S sequence, D hidden width, P tensors that train.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,6 +16,7 @@ from splitfl.config import RunConfig
 from splitfl.models.cut import Cut, mask_of
 from splitfl.training.optimizer import NO_GRADIENT, PartOptimizer, clip_coefficient
 from splitfl.training.seeds import seed_dropout
+from splitfl.training.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +53,12 @@ class Worker:
         self._needs_backward = run.backbone_trains or run.bottom_trains
         self._slots: dict[str, _Slot] = {}
         self._reduced = (0, 1.0)  # step and clip coefficient
-        self.compute_seconds = 0.0
-        """CPU seconds of the thread that computes; all of the compute when torch has one thread."""
+        self.compute = Stopwatch()
 
     def evaluate(self, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool) -> Tensor:
         """Run forward without dropout and keep nothing."""
         self._backbone.eval()
-        with self._counted(), torch.inference_mode():
+        with self.compute.running(), torch.inference_mode():
             return self._run_blocks(hidden_BSD.to(self._device), lengths_B, left_padded)
 
     def forward(
@@ -76,7 +75,7 @@ class Worker:
         """Run forward in training and keep the graph for `backward`, if anything is to learn from it."""
         self._backbone.train()
         seed_dropout(self._run.seed, "server", slot, step, micro_batch)
-        with self._counted(), torch.set_grad_enabled(self._needs_backward):
+        with self.compute.running(), torch.set_grad_enabled(self._needs_backward):
             given_BSD = hidden_BSD.to(self._device).requires_grad_(self._run.bottom_trains)
             got_BSD = self._run_blocks(given_BSD, lengths_B, left_padded)
         if self._needs_backward:
@@ -87,7 +86,7 @@ class Worker:
         """Run backward, add to the slot's gradients, and return the gradient of what came in if anybody needs it."""
         own = self._slots[slot]
         given_BSD, got_BSD = own.graphs.pop(request_id)
-        with self._counted(), self._gradients_of(own):
+        with self.compute.running(), self._gradients_of(own):
             got_BSD.backward(gradient_BSD.to(self._device))
         return given_BSD.grad
 
@@ -98,7 +97,7 @@ class Worker:
         for the client-side tensors the same weighted mean of the clients' norms, an upper bound of the norm of their
         mean.
         """
-        with self._counted():
+        with self.compute.running():
             total = sum(c.num_label_tokens for c in contributions)
             shares = [c.num_label_tokens / total if total else 1.0 / len(contributions) for c in contributions]
             self._sum_gradients(
@@ -113,7 +112,7 @@ class Worker:
     def apply(self) -> None:
         """Take the optimizer step with what `reduce` has left."""
         step, coefficient = self._reduced
-        with self._counted():
+        with self.compute.running():
             self._optimizer.step(step, coefficient)
 
     def learning_rate(self, step: int) -> float:
@@ -156,14 +155,6 @@ class Worker:
                     total = scaled if total is None else total.add_(scaled)
             parameter.grad = total
 
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        begun = time.thread_time()
-        try:
-            yield
-        finally:
-            self.compute_seconds += time.thread_time() - begun
-
 
 def _mean_norms(contributions: Sequence[Contribution], shares: Sequence[float]) -> list[float]:
     """Return the weighted mean of the clients' norms, tensor by tensor; one client's come through unchanged."""
@@ -174,11 +165,3 @@ def _mean_norms(contributions: Sequence[Contribution], shares: Sequence[float]) 
         known = [(norm, share) for norm, share in zip(norms, shares, strict=True) if norm != NO_GRADIENT]
         means.append(sum(norm * share for norm, share in known) if known else NO_GRADIENT)
     return means
-
-
-def load_worker(
-    cut: Cut, run: RunConfig, read: Callable[[Sequence[str], Tensor], None], device: torch.device
-) -> Worker:
-    """Give the server's side of an empty cut its weights and put a worker on it."""
-    cut.fill("server", read, device)
-    return Worker(cut, run, device)

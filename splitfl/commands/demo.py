@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from splitfl.errors import DataError, Incomplete
+from splitfl.errors import ConfigError, DataError, Incomplete
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ class Demo:
         parser.add_argument("--run-id", default="", metavar="NAME", help="name of the run (default: date and time)")
         parser.add_argument("--num-rounds", type=int, default=4, metavar="N", help="rounds, each ended by a merge (4)")
         parser.add_argument("--local-steps", type=int, default=6, metavar="N", help="steps of each clinic a round (6)")
-        parser.add_argument("--num-eval", type=int, default=32, metavar="N", help="held-out terms of each clinic (32)")
+        parser.add_argument("--num-eval", type=int, default=24, metavar="N", help="held-out terms of each clinic (24)")
         parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of data, adapters and order (42)")
         parser.add_argument(
             "--compare-alone",
@@ -78,8 +78,13 @@ def run_demo(arguments: argparse.Namespace, console: "Console") -> tuple[dict[st
     from splitfl.config import default_cache_dir
     from splitfl.telemetry.report import write_report
 
+    for name in ("num_rounds", "local_steps", "num_eval"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"{name} = {getattr(arguments, name)}: must be at least 1")
     begun_s = time.monotonic()
     run_dir = arguments.runs_dir / (arguments.run_id or datetime.now().strftime("%Y%m%d-%H%M%S"))
+    if (run_dir / "config.toml").exists():
+        raise ConfigError(f"{run_dir} holds a run: give --run-id another name, or leave it out for date and time")
     cache_dir = default_cache_dir()
     clinics = write_clinics(
         cache_dir / "demo" / f"clinics-{arguments.seed}-{arguments.num_eval}",
@@ -217,7 +222,7 @@ def _server_settings(plan: _Plan, run_dir: Path, address: str, num_clients: int)
         "model": {"model_name_or_path": str(plan.model_dir), "bottom_layers": 1, "top_layers": 2},
         "train": {"bottom": "none", "top": "lora", "backbone": "lora", "backbone_layers": 4},
         "lora": {"r": 8, "alpha": 16.0, "target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]},
-        "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 4},
+        "optimizer": {"learning_rate": 2e-3, "lr_scheduler_type": "linear", "warmup_steps": 2},
         "federation": {
             "server_mode": "shared",
             "num_rounds": arguments.num_rounds,
