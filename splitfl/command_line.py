@@ -6,6 +6,7 @@ nothing heavy, so that `splitfl --help` is quick.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +75,9 @@ def _run(commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     arguments = parser.parse_args(argv)
     level = logging.DEBUG if arguments.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Read when torch is loaded, which is later. Threads that spin while they wait take the cores from other processes
+    # that compute; several of ours on one machine were six times slower with the default (docs/experiments.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with _interrupted_once():
             commands[arguments.command].run(arguments)

@@ -108,8 +108,7 @@ def free_port() -> int:
 
 
 def _threads(num_threads: int) -> dict[str, str]:
-    # Many processes on few cores: threads that spin while they wait would take the cores from those that compute.
-    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    return {"OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _wait_for(processes: list[subprocess.Popen[bytes]], seconds: float) -> None:
