@@ -96,8 +96,8 @@ class Server:
     merger: Merger
     provisions: Provisions
     metrics: MetricsLog
-    reason: str = field(default="", init=False)
-    """Why the run ended before its last round, "" when it did not."""
+    reason: str = field(default="the server stopped on an error", init=False)
+    """Why the run ended before its last round, "" once it has gone through it."""
 
     def __post_init__(self) -> None:
         federation = self.run.federation
