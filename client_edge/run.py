@@ -281,9 +281,8 @@ def _cache_dir(config: ClientConfig) -> Path:
 
 def _describe(text: _Text, run: RunConfig) -> str:
     held_out = f"{len(text.held_out)} held out" if text.held_out is not None else "none held out"
-    cut_off = (
-        f"{text.train.num_truncated} of them longer than max_seq_length = {run.text.max_seq_length} and cut off there"
-    )
+    limit = f"longer than max_seq_length = {run.text.max_seq_length}"
+    cut_off = f"{text.train.num_truncated} {limit} and cut off there" if text.train.num_truncated else f"none {limit}"
     dropped = f", {text.train.num_dropped} left out because nothing to learn was left" if text.train.num_dropped else ""
     return f"{len(text.train)} examples to train on ({cut_off}{dropped}), {held_out}"
 
