@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.material import LLAMA_34M, TINY, Shape, write_lines, write_model
 from benchmarks.processes import Watch, python_module, wait_for
+from splitfl.commands.fleet import free_port
 from splitfl.config import ClientConfig, ServerConfig, to_toml
 from splitfl.errors import Incomplete
 from splitfl.telemetry.metrics import Event, read_events
@@ -170,7 +170,7 @@ def settings(plan: Plan, directory: Path, folder: Path, port: int) -> ServerConf
 def _round(plan: Plan, folder: Path, shared: Path, *, split_first: bool) -> Round:
     """Run the bursts one right after the other; the order changes with the round, so that a drift cancels."""
     folder.mkdir()
-    port = _free_port()
+    port = free_port()
     server = settings(plan, shared / "model", folder, port)
     tree = {
         "client": {
@@ -320,12 +320,6 @@ def summary(result: Mapping[str, Any]) -> Table:
         table.caption = "other work took a core: the seconds say nothing, run it again on an idle machine"
     table.add_row("undisturbed steps (split, unsplit twice)", quiet, "")
     return table
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _machine() -> str:

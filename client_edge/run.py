@@ -21,13 +21,7 @@ from splitfl.errors import DataError, ModelError, SplitflError
 from splitfl.federation.records import read_file
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.source import (
-    DESCRIPTION_FILES,
-    empty_model,
-    read_config,
-    weights_of,
-)
-from splitfl.models.trainable import choose_trainable
+from splitfl.models.source import ADAPTERS_FILE, DESCRIPTION_FILES, WEIGHTS_FILE, empty_cut, weights_of
 from splitfl.protocol.messages import Merged, RoundOpened
 from splitfl.session.client import ClientSession
 from splitfl.telemetry.display import Display
@@ -35,9 +29,6 @@ from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
-
-WEIGHTS_FILE = "client.safetensors"
-ADAPTERS_FILE = "adapters.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,12 +248,7 @@ def _fetch_layers(link: Link, config: ClientConfig, directory: Path, device: tor
     later: Mapping[str, Tensor] = {}
     if ADAPTERS_FILE in link.welcome.file_names:
         later = TensorFile(link.fetch(ADAPTERS_FILE, _cache_dir(config)))
-    cut = Cut.of(
-        empty_model(read_config(directory), run.model),
-        bottom_layers=run.model.bottom_layers,
-        top_layers=run.model.top_layers,
-    )
-    choose_trainable(cut, run)
+    cut, _ = empty_cut(directory, run)
     weights = weights_of([weights_file], cut, seed=run.seed, later=later)
     cut.fill("client", weights.read, device)
     return cut

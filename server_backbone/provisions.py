@@ -13,11 +13,8 @@ import torch
 from splitfl.errors import RemoteProtocolError
 from splitfl.models import checkpoint
 from splitfl.models.cut import Cut
-from splitfl.models.source import DESCRIPTION_FILES, Weights, write_part
+from splitfl.models.source import ADAPTERS_FILE, DESCRIPTION_FILES, WEIGHTS_FILE, Weights, write_part
 from splitfl.models.trainable import is_adapter
-
-WEIGHTS_FILE = "client.safetensors"
-ADAPTERS_FILE = "adapters.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,7 @@ from splitfl.federation.strategy import strategy_for
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
 from splitfl.models.export import CONFIG_FILE, TRAINED_FILE, write_model
-from splitfl.models.source import Weights, empty_model, locate, read_config, server_weights
-from splitfl.models.trainable import choose_trainable
+from splitfl.models.source import Weights, empty_cut, locate, server_weights
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog, read_events
@@ -104,12 +103,7 @@ def listen(config: ServerConfig) -> Listener:
 def load(config: ServerConfig, device: torch.device) -> _Model:
     """Build the model empty, cut it, and read the backbone's tensors; embedding and head never take memory."""
     directory = locate(config.model.model_name_or_path)
-    cut = Cut.of(
-        empty_model(read_config(directory), config.model),
-        bottom_layers=config.model.bottom_layers,
-        top_layers=config.model.top_layers,
-    )
-    notes = choose_trainable(cut, config)
+    cut, notes = empty_cut(directory, config)
     weights = server_weights(directory, cut, seed=config.seed, cache_dir=_cache_dir(config))
     cut.fill("server", weights.read, device)
     return _Model(directory=directory, cut=cut, weights=weights, notes=notes)

@@ -20,12 +20,11 @@ from splitfl.models.cut import Cut
 from splitfl.models.source import (
     DESCRIPTION_FILES,
     Weights,
-    empty_model,
+    empty_cut,
     locate,
-    read_config,
     server_weights,
 )
-from splitfl.models.trainable import checkpoint_name, choose_trainable, is_adapter
+from splitfl.models.trainable import checkpoint_name, is_adapter
 
 CONFIG_FILE = "config.toml"
 TRAINED_FILE = "trained.safetensors"
@@ -42,18 +41,10 @@ def export_run(run_dir: Path, output_dir: Path) -> Path:
         raise ConfigError(f"{output_dir} exists and is not empty: name another folder, or remove it first")
     config = ServerConfig.load(run_dir / CONFIG_FILE)
     directory = locate(config.model.model_name_or_path)
-    cut = empty_cut(directory, config)
+    cut, _ = empty_cut(directory, config)
     cache_dir = config.server.cache_dir or default_cache_dir()
     weights = server_weights(directory, cut, seed=config.seed, cache_dir=cache_dir)
     return write_model(cut, weights, TensorFile(run_dir / TRAINED_FILE), directory, output_dir)
-
-
-def empty_cut(directory: Path, config: ServerConfig) -> Cut:
-    """Build the run's model without memory, cut and with its adapters in place."""
-    model = empty_model(read_config(directory), config.model)
-    cut = Cut.of(model, bottom_layers=config.model.bottom_layers, top_layers=config.model.top_layers)
-    choose_trainable(cut, config)
-    return cut
 
 
 def write_model(cut: Cut, weights: Weights, trained: Mapping[str, Tensor], directory: Path, output_dir: Path) -> Path:

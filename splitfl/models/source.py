@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from splitfl.config import ModelSection
+from splitfl.config import ModelSection, RunConfig
 from splitfl.errors import ModelError
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import Entry
 from splitfl.models.cut import Cut, Side
 from splitfl.models.locks import TORCH_IS_PATCHED
 from splitfl.models.rewrite import rewrite
-from splitfl.models.trainable import checkpoint_name, first_adapter_values, is_adapter
+from splitfl.models.trainable import checkpoint_name, choose_trainable, first_adapter_values, is_adapter
 
 # What a client gets besides weights, if the model's directory has it. The names are fixed: a peer never chooses a path.
 DESCRIPTION_FILES = (
@@ -35,6 +35,9 @@ DESCRIPTION_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+# The weights themselves, as the server offers them and a client asks for them.
+WEIGHTS_FILE = "client.safetensors"
+ADAPTERS_FILE = "adapters.safetensors"
 
 
 def locate(model_name_or_path: str) -> Path:
@@ -93,6 +96,13 @@ def empty_model(config: PreTrainedConfig, section: ModelSection) -> PreTrainedMo
         reason = str(error).splitlines()[0][:200]
         raise ModelError(f"{config.model_type} cannot be built with this transformers: {reason}") from None
     return model.eval()
+
+
+def empty_cut(directory: Path, run: RunConfig) -> tuple[Cut, list[str]]:
+    """Build a run's model without memory, cut and with its adapters in place; also what is worth telling about it."""
+    model = empty_model(read_config(directory), run.model)
+    cut = Cut.of(model, bottom_layers=run.model.bottom_layers, top_layers=run.model.top_layers)
+    return cut, choose_trainable(cut, run)
 
 
 class Weights:
