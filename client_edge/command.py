@@ -16,6 +16,12 @@ class Client:
         """Add the arguments."""
         add_config_arguments(parser)
         parser.add_argument(
+            "--resume",
+            choices=("auto", "never"),
+            default="auto",
+            help="go on where this client was (default), or forget what it had kept of the run",
+        )
+        parser.add_argument(
             "--json", action="store_true", help="print where this client's metrics are as JSON at the end"
         )
 
@@ -24,6 +30,7 @@ class Client:
         from client_edge.run import take_part
         from splitfl.config import ClientConfig
 
-        folder = take_part(ClientConfig.load(arguments.config, arguments.overrides))
+        config = ClientConfig.load(arguments.config, arguments.overrides)
+        folder = take_part(config, resumes=arguments.resume == "auto")
         if arguments.json:
             sys.stdout.write(json.dumps({"folder": str(folder)}) + "\n")

@@ -3,7 +3,7 @@
 Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from client_edge.data import Batch
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut, mask_of
+from splitfl.protocol.tensors import digest_of
 from splitfl.training.optimizer import PartOptimizer
 from splitfl.training.seeds import seed_dropout
 from splitfl.training.stopwatch import Stopwatch
@@ -117,6 +118,42 @@ class Edge:
         with self.compute.running():
             _put(self._only_top, later)  # the bottom has no gradient yet: its backward comes after the top's
             self.optimizer.step(step, clip_coefficient)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of the step that is done, by their tensors' names; they are the live ones."""
+        return {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Put a record's gradients where the step will find them."""
+        self.finish_step()
+        for name, parameter in self._trainable.items():
+            gradient = gradients.get(name)
+            parameter.grad = None if gradient is None else gradient.to(self._device)
+
+    def discard(self) -> None:
+        """Forget the gradients of a step that is applied nowhere; what is acknowledged is finished first."""
+        self.optimizer.discard()
+        self.finish_step()
+
+    def forget_step(self, *, keeps_gradients: bool) -> None:
+        """Drop what was under way when the connection was lost; a step that is asked for keeps its gradients."""
+        if not keeps_gradients:
+            self.discard()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights and optimizer state by name, to be written down before anything else happens here."""
+        self.finish_step()
+        return self.optimizer.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to what `state` has returned."""
+        self._half_done = None
+        self.optimizer.load_state(state)
+
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) over what trains here, in the model's order."""
+        self.finish_step()
+        return digest_of(self._trainable.values())
 
     def layers(self) -> dict[str, Tensor]:
         """Return a copy of what trains here, by its name in the whole model, in its order."""

@@ -1,7 +1,9 @@
 """The wire as the client's loop sees it: ask, and get the answer or an error that says what was waited for.
 
 Every wait ends: the server's answers to the heartbeats on the control connection show that it lives, however long a
-barrier or a merge takes; when they stop, the wait is over.
+barrier or a merge takes; when they stop, the wait is over. They also say what has arrived on the data connection, so
+one that is dead in one direction is noticed. A connection is never mended: `reconnect` makes new ones, and `resume`
+finds out where to go on.
 """
 
 import hashlib
@@ -10,20 +12,21 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
 from torch import Tensor
 
 from splitfl import __version__
-from splitfl.config import LinkSection, RunConfig
-from splitfl.errors import PeerGone, Refused, RemoteProtocolError
+from splitfl.config import ClientSection, LinkSection, RunConfig
+from splitfl.errors import ConfigError, LocalProtocolError, PeerGone, Refused, RemoteProtocolError, SplitflError
 from splitfl.protocol import codec
 from splitfl.protocol.messages import (
     WIRE_VERSION,
     Attach,
     BackwardDone,
+    Buffer,
     Chunk,
     Committed,
     Farewell,
@@ -37,19 +40,31 @@ from splitfl.protocol.messages import (
     Pong,
     Refusal,
     Report,
+    Resumed,
     RoundOpened,
+    Shutdown,
     StepRefused,
+    TensorFrames,
     Welcome,
+    Why,
 )
 from splitfl.protocol.tensors import describe, realise
 from splitfl.session.client import ClientSession
-from splitfl.transport.zeromq import Endpoint
+from splitfl.session.terms import Terms
+from splitfl.transport.keys import read_enrolment, read_key_pair
+from splitfl.transport.security import ClientSecurity
+from splitfl.transport.zeromq import Endpoint, Traffic
 
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 
 _POLL_S = 0.5
+# A server that lives answers a Hello at once; a new connection is tried after this.
+_JOIN_AGAIN_S = 10.0
+_RETRY_LEAST_S = 0.1
+_RETRY_MOST_S = 2.0
+_WORTH_ANOTHER_TRY = (Why.NO_SESSION, Why.SHUTDOWN, Why.FULL)
 # A wait is worth a line when it has lasted a while, and again from time to time.
 _WAITING_AFTER_S = 2.0
 _WAITING_EVERY_S = 10.0
@@ -71,17 +86,25 @@ class StepClosed(Exception):  # noqa: N818  # no error: the step is given up, an
         self.refusal = refusal
 
 
+class ServerStops(PeerGone):
+    """The server is being stopped in order; it resumes when it is started again."""
+
+
+class SessionLost(PeerGone):
+    """The server lives and knows nothing of this session any more."""
+
+
 class Heartbeat:
     """The control connection: a thread that tells the server we live, and knows whether the server does."""
 
-    def __init__(self, address: str, session: str, link: LinkSection) -> None:
-        self._address = address
+    def __init__(self, connect: Callable[[LinkSection], Endpoint], session: str, link: LinkSection) -> None:
+        self._connect = connect
         self._session = session
         self._link = link
         self._stopping = threading.Event()
         self._leaving = ""
         self.last_heard_s = time.monotonic()
-        self.waiting_for = ""
+        self.pong = Pong(number=0, waiting_for="", bytes_sent=0, bytes_received=0)
         self.sent = 0
         self.received = 0
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -99,16 +122,22 @@ class Heartbeat:
         self._thread.join(timeout=5.0)
 
     def _beat(self) -> None:
-        with _endpoint(self._address, self._link) as endpoint:
-            endpoint.send(codec.encode(Attach(session=self._session)))
-            number = 0
-            while not self._stopping.is_set():
-                number += 1
-                endpoint.send(codec.encode(Ping(number=number)))
-                self._listen(endpoint, time.monotonic() + self._link.heartbeat_interval)
-            if self._leaving:
-                endpoint.send(codec.encode(Leave(reason=self._leaving)))
-            self.sent, self.received = endpoint.traffic.sent, endpoint.traffic.received
+        try:
+            with self._connect(self._link) as endpoint:
+                self._talk(endpoint)
+        except SplitflError as error:  # the silence that follows ends the wait on the data connection, if that lives
+            log.info("the control connection ended: %s", error)
+
+    def _talk(self, endpoint: Endpoint) -> None:
+        endpoint.send(codec.encode(Attach(session=self._session)))
+        number = 0
+        while not self._stopping.is_set():
+            number += 1
+            endpoint.send(codec.encode(Ping(number=number)))
+            self._listen(endpoint, time.monotonic() + self._link.heartbeat_interval)
+        if self._leaving:
+            endpoint.send(codec.encode(Leave(reason=self._leaving)))
+        self.sent, self.received = endpoint.traffic.sent, endpoint.traffic.received
 
     def _listen(self, endpoint: Endpoint, until_s: float) -> None:
         while (left_s := until_s - time.monotonic()) > 0 and not self._stopping.is_set():
@@ -116,29 +145,43 @@ class Heartbeat:
             if frames is None:
                 continue
             match codec.decode(frames, max_frame_bytes=self._link.frame_bytes):
-                case Pong(waiting_for=waiting_for):
-                    self.waiting_for = waiting_for
+                case Pong() as pong:
+                    self.pong = pong
                     self.last_heard_s = time.monotonic()
             self.sent, self.received = endpoint.traffic.sent, endpoint.traffic.received
 
 
 class Link:
-    """One client's session with its server. Use from one thread."""
+    """One client's session with its server, over one connection after another. Use from one thread."""
 
-    def __init__(self, address: str, client_id: str, connect_timeout: float) -> None:
+    def __init__(self, client: ClientSection) -> None:
         """Connect and join; raise `Refused`, or `PeerGone` when nobody answers in time."""
-        self.address = address
+        self._client = client
+        self._security = _security_of(client)
+        self.address = client.server_address
+        if client.enrolment is not None:
+            self.address = read_enrolment(client.enrolment).server_address
         self._bounds = LinkSection()
-        self._endpoint = _endpoint(address, self._bounds)
         self._heartbeat: Heartbeat | None = None
         self._session: ClientSession | None = None
-        self.welcome = self._join(client_id, connect_timeout)
-        self.run = _settings_of(self.welcome)
-        self._bounds = self.run.link
-        self._heartbeat = Heartbeat(address, self.welcome.session, self._bounds)
+        self._terms: Terms | None = None
+        self._earlier = Traffic()
+        self.leaving = ""
+        """Why we go before the end, to be told to the server; "" when we do not."""
+        self._data_sent = self._data_received = 0
+        self._progress: tuple[int, int] = (0, 0)
+        self._progress_s = 0.0
         self.bytes_of_files = 0
+        self.is_parting = False
+        """Whether all rounds are merged."""
         self.on_waiting: Callable[[str], None] = lambda _: None
         """Told from time to time what the run waits for, while we wait with it."""
+        self.on_lost: Callable[[str], None] = lambda _: None
+        """Told of every connection that is lost, and of every attempt at a new one."""
+        self._endpoint = self._connect(self._bounds)
+        self.welcome = self._join(client.connect_timeout)
+        self.run = _settings_of(self.welcome)
+        self._begin()
 
     @property
     def session(self) -> ClientSession:
@@ -149,22 +192,106 @@ class Link:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes sent so far on both connections."""
-        return self._endpoint.traffic.sent + (self._heartbeat.sent if self._heartbeat else 0)
+        """Bytes sent so far on all connections."""
+        return self._earlier.sent + self._endpoint.traffic.sent + (self._heartbeat.sent if self._heartbeat else 0)
 
     @property
     def bytes_received(self) -> int:
-        """Bytes received so far on both connections."""
-        return self._endpoint.traffic.received + (self._heartbeat.received if self._heartbeat else 0)
+        """Bytes received so far on all connections."""
+        return (
+            self._earlier.received
+            + self._endpoint.traffic.received
+            + (self._heartbeat.received if self._heartbeat else 0)
+        )
 
-    def agree(self, session: ClientSession) -> None:
+    def agree(self, terms: Terms) -> None:
         """Set the session's terms, known once the model's config has arrived."""
-        self._session = session
+        self._terms = terms
+        self._session = ClientSession(terms)
 
-    def close(self, leaving: str = "") -> None:
-        """End both connections; `leaving` says why we go before the end."""
+    def agree_again(self) -> None:
+        """Begin the session's state anew on the same connection, after going back."""
+        self._session = ClientSession(self.session.terms)
+
+    def resume(self, *, held_round: int, step: int, commit_number: int, pending_step: int) -> Resumed:
+        """Say where this client is, and hear where it goes on; needed first on every connection."""
+        self._send(
+            self.session.resume(
+                held_round=held_round, step=step, commit_number=commit_number, pending_step=pending_step
+            )
+        )
+        resumed = self._answer(Resumed, "the server's word on where to go on")
+        self.is_parting = resumed.is_parting
+        return resumed
+
+    def reconnect(self, why: PeerGone, resume_at: int) -> None:
+        """Make new connections and join again, as often as it takes within `client.reconnect_timeout`."""
+        deadline_s = time.monotonic() + self._client.reconnect_timeout
+        reason, attempt = str(why), 0
+        while True:
+            attempt += 1
+            self.on_lost(f"server lost ({reason}), retry {attempt}, resuming at step {resume_at}")
+            try:
+                self._start_over()
+            except PeerGone as gone:
+                reason = str(gone)
+            except Refused as refused:
+                if refused.code not in _WORTH_ANOTHER_TRY:
+                    raise
+                reason = str(refused)
+            else:
+                return
+            if time.monotonic() >= deadline_s:
+                raise PeerGone(
+                    f"gave up on {self.address} after {self._client.reconnect_timeout:g} s (client.reconnect_timeout):"
+                    f" {reason}; what was learned is kept: start the same command again to resume at step {resume_at}"
+                )
+            time.sleep(min(_RETRY_MOST_S, _RETRY_LEAST_S * 2 ** min(attempt, 6)))
+
+    def _start_over(self) -> None:
+        self._end_connections()
+        self._endpoint = self._connect(self._bounds)
+        before, self.welcome = self.welcome, self._join(_JOIN_AGAIN_S)
+        if (self.welcome.run_id, self.welcome.fingerprint) != (before.run_id, before.fingerprint):
+            raise Refused(
+                f"{self.address} now serves run {self.welcome.run_id} and no longer {before.run_id}, or with other"
+                " settings: start the client again to take part in that"
+            )
+        self._begin()
+
+    def _begin(self) -> None:
+        self._bounds = self.run.link
+        self._data_sent = self._data_received = 0
+        self._progress, self._progress_s = (0, 0), time.monotonic()
+        self._heartbeat = Heartbeat(self._connect, self.welcome.session, self._bounds)
+        if self._terms is not None:
+            self._session = ClientSession(self._terms)
+
+    def _connect(self, bounds: LinkSection) -> Endpoint:
+        return Endpoint(
+            self.address,
+            max_frame_bytes=bounds.frame_bytes,
+            heartbeat_interval=bounds.heartbeat_interval,
+            heartbeat_timeout=bounds.heartbeat_timeout,
+            security=self._security,
+            socks_proxy=self._client.socks_proxy,
+        )
+
+    def _end_connections(self) -> None:
         if self._heartbeat is not None:
-            self._heartbeat.stop(leaving)
+            self._heartbeat.stop()
+            self._earlier.sent += self._heartbeat.sent
+            self._earlier.received += self._heartbeat.received
+            self._heartbeat = None
+        self._endpoint.close()
+        self._earlier.sent += self._endpoint.traffic.sent
+        self._earlier.received += self._endpoint.traffic.received
+        self._endpoint.traffic = Traffic()
+
+    def close(self) -> None:
+        """End both connections, saying why if we go before the end (`leaving`)."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop(self.leaving)
         self._endpoint.close(linger_s=1.0)
 
     # files of the welcome
@@ -180,7 +307,10 @@ class Link:
         try:
             with half_done.open("wb") as file:
                 while file.tell() < size:
-                    file.write(self._chunk(name, file.tell()))
+                    try:
+                        file.write(self._chunk(name, file.tell()))
+                    except PeerGone as gone:
+                        self.reconnect(gone, resume_at=1)
             if _hash_of(half_done) != digest:
                 raise RemoteProtocolError(f"{name} arrived with another hash than announced: start the client again")
             half_done.replace(path)
@@ -218,11 +348,11 @@ class Link:
         """Return the next answer to a micro-batch: (request, tensor, whether it is a gradient)."""
         match self._one_of((ForwardDone, BackwardDone), "the backbone"):
             case ForwardDone(request_id=number, hidden_BSD=frames):
-                return number, realise(frames), False
+                return number, self._real(frames), False
             case BackwardDone(request_id=number, gradient_BSD=None):
                 return number, None, True
             case BackwardDone(request_id=number, gradient_BSD=frames) if frames is not None:
-                return number, realise(frames), True
+                return number, self._real(frames), True
         raise RemoteProtocolError("an answer that is neither activations nor a gradient")
 
     def commit(self, *, num_label_tokens: int, loss: float, norms_P: Tensor) -> Committed:
@@ -230,6 +360,13 @@ class Link:
         frames = describe(norms_P, self._bounds.frame_bytes)
         self._send(self.session.commit(num_label_tokens=num_label_tokens, loss=loss, norms_P=frames))
         return self._answer(Committed, "the commit of this step")
+
+    def realise(self, layers: Sequence[TensorFrames]) -> list[Tensor]:
+        """Return layers as tensors; raise `RemoteProtocolError` for poison."""
+        return [self._real(layer) for layer in layers]
+
+    def _real(self, frames: TensorFrames) -> Tensor:
+        return realise(frames, max_rms=self._bounds.max_rms)
 
     # rounds
 
@@ -245,8 +382,9 @@ class Link:
         return self._await_merge()
 
     def sit_out(self) -> Merged:
-        """Wait for the merge of a round that others train in."""
-        self.session.sit_out()
+        """Wait for the merge of a round that others train in, or that we have uploaded for on another connection."""
+        if not self.session.awaits_merge:
+            self.session.sit_out()
         return self._await_merge()
 
     def report(self, topic: str, *, phase: str, round_number: int, metrics: dict[str, float], digest: str = "") -> None:
@@ -260,34 +398,44 @@ class Link:
 
     def _await_merge(self) -> Merged:
         try:
-            return self._answer(Merged, "the merge of this round")
+            merged = self._answer(Merged, "the merge of this round")
         except RoundClosed as closed:  # the merge itself, come while we asked for it
-            return closed.merged
+            merged = closed.merged
+        return merged
 
     # one answer
 
-    def _join(self, client_id: str, timeout_s: float) -> Welcome:
+    def _join(self, timeout_s: float) -> Welcome:
+        name = self._client.client_id
         self._endpoint.send(
-            codec.encode(Hello(wire_version=WIRE_VERSION, software=f"splitfl {__version__}", client_id=client_id))
+            codec.encode(Hello(wire_version=WIRE_VERSION, software=f"splitfl {__version__}", client_id=name))
         )
-        frames = self._endpoint.recv(timeout_s)
-        if frames is None:
+        try:
+            frames = self._endpoint.recv(timeout_s)
+            if frames is None:
+                raise PeerGone(
+                    f"no answer from {self.address} after {timeout_s:g} s of trying to connect"
+                    f" ({self._endpoint.finding()}): is the server running, and is this its address?"
+                )
+            match codec.decode(frames, max_frame_bytes=self._bounds.frame_bytes):
+                case Welcome() as welcome:
+                    return welcome
+                case Refusal(code=code, reason=reason):
+                    raise Refused(f"{self.address} refused {name}: {reason} ({code})", code=code)
+                case other:
+                    raise RemoteProtocolError(f"{type(other).__name__} in answer to Hello")
+        except SplitflError:
             self._endpoint.close()
-            raise PeerGone(
-                f"no answer from {self.address} after {timeout_s:g} s of trying to connect: is the server running, and"
-                " is this its address?"
-            )
-        match codec.decode(frames, max_frame_bytes=self._bounds.frame_bytes):
-            case Welcome() as welcome:
-                return welcome
-            case Refusal(reason=reason):
-                self._endpoint.close()
-                raise Refused(f"{self.address} refused {client_id}: {reason}")
-            case other:
-                raise RemoteProtocolError(f"{type(other).__name__} in answer to Hello")
+            raise
 
     def _send(self, message: Message) -> None:
-        self._endpoint.send(codec.encode(message))
+        frames = codec.encode(message)
+        if (limit := self.welcome.limits.get("message_bytes")) and _payload(frames) > limit:
+            raise LocalProtocolError(
+                f"{type(message).__name__} of {_payload(frames)} bytes, more than message_bytes = {limit:g} of the server"
+            )
+        self._endpoint.send(frames)
+        self._data_sent += _payload(frames)
 
     def _answer(self, wanted: type[M], what: str) -> M:
         """Wait for an answer of this kind; what else may come instead is raised."""
@@ -297,14 +445,20 @@ class Link:
         while True:
             message = self._next(what)
             match message:
-                case Refusal(reason=reason):
-                    raise Refused(reason)
+                case Refusal(code=Why.NO_SESSION, reason=reason):
+                    raise SessionLost(reason)
+                case Refusal(code=code, reason=reason):
+                    raise Refused(f"{reason} ({code})", code=code)
+                case Shutdown(resume_at=step):
+                    raise ServerStops(f"{self.address} is being stopped, and goes on at step {step} when it is back")
                 case Chunk():
                     pass
                 case _:
                     checked = self.session.receive(message)
                     if checked is None:
                         continue
+            if isinstance(message, Merged):
+                self.is_parting = message.is_last
             match message:
                 case StepRefused():
                     self.session.abandon_step(message.next_step)
@@ -320,24 +474,59 @@ class Link:
         while True:
             frames = self._endpoint.recv(_POLL_S)
             if frames is not None:
+                self._data_received += _payload(frames)
                 return codec.decode(frames, max_frame_bytes=self._bounds.frame_bytes)
-            if self._heartbeat is not None and self._heartbeat.silent_s > self._bounds.heartbeat_timeout:
+            if self._heartbeat is None:
+                continue
+            if self._heartbeat.silent_s > self._bounds.heartbeat_timeout:
                 raise PeerGone(
-                    f"{self.address} has been silent for {self._heartbeat.silent_s:.0f} s while waiting for {what}:"
-                    " the server or the network is gone; start the client again when it is back"
+                    f"{self.address} has been silent for {self._heartbeat.silent_s:.0f} s while waiting for {what}"
                 )
-            if self._heartbeat is not None and self._heartbeat.waiting_for and time.monotonic() >= say_at_s:
-                self.on_waiting(self._heartbeat.waiting_for)
+            self._check_progress(self._heartbeat.pong, what)
+            if self._heartbeat.pong.waiting_for and time.monotonic() >= say_at_s:
+                self.on_waiting(self._heartbeat.pong.waiting_for)
                 say_at_s = time.monotonic() + _WAITING_EVERY_S
 
+    def _check_progress(self, pong: Pong, what: str) -> None:
+        """Notice a data connection that is dead while the control connection lives.
 
-def _endpoint(address: str, link: LinkSection) -> Endpoint:
-    return Endpoint(
-        address,
-        max_frame_bytes=link.frame_bytes,
-        heartbeat_interval=link.heartbeat_interval,
-        heartbeat_timeout=link.heartbeat_timeout,
-    )
+        What one side has sent and the other not received is on its way; it may take as long as the slowest link needs.
+        """
+        on_its_way = max(0, pong.bytes_sent - self._data_received) + max(0, self._data_sent - pong.bytes_received)
+        progress = (pong.bytes_received, self._data_received)
+        if not on_its_way or progress != self._progress:
+            self._progress, self._progress_s = progress, time.monotonic()
+            return
+        patience_s = self._bounds.heartbeat_timeout + on_its_way / self._bounds.slowest_link_bytes_per_second
+        if time.monotonic() - self._progress_s > patience_s:
+            raise PeerGone(f"{on_its_way} bytes were on their way for {patience_s:.0f} s while waiting for {what}")
+
+
+def _payload(frames: Sequence[Buffer]) -> int:
+    return sum(map(len, frames))
+
+
+def _security_of(client: ClientSection) -> ClientSecurity | None:
+    """Return the keys that the settings name; a key pair and an enrolment file only mean something together."""
+    if client.keys is None and client.enrolment is None:
+        return None
+    if client.keys is None or client.enrolment is None:
+        missing = "client.keys" if client.keys is None else "client.enrolment"
+        raise ConfigError(
+            f"{missing} is not set: encryption needs both, the folder that `splitfl keygen` made here, and the"
+            " enrolment file that the server's operator sent back"
+        )
+    pair, enrolment = read_key_pair(client.keys), read_enrolment(client.enrolment)
+    if enrolment.client_id != client.client_id:
+        raise ConfigError(
+            f"client.client_id is {client.client_id}, but {client.enrolment} enrols {enrolment.client_id}: set it so"
+        )
+    if enrolment.client_public_key != pair.public:
+        raise ConfigError(
+            f"{client.enrolment} was made for another key than the one in {client.keys}: send the operator"
+            " this folder's public.key, and use the enrolment file that comes back"
+        )
+    return ClientSecurity(key_pair=pair, server_public_key=enrolment.server_public_key)
 
 
 def _settings_of(welcome: Welcome) -> RunConfig:

@@ -2,6 +2,8 @@
 
 One step: every micro-batch goes forward here (bottom), there (backbone), here (top and loss), and back the same way,
 with up to `link.max_in_flight` of them under way at once; then the commit, which both sides apply or neither.
+
+Where it begins is the session's affair: `train` may be called again after a lost connection, in the middle of a round.
 """
 
 import logging
@@ -11,9 +13,10 @@ from typing import Protocol
 
 from client_edge.data import Batch, TrainBatches
 from client_edge.edge import Edge, MicroBatch
+from client_edge.journal import Journal
 from client_edge.link import Link, RoundClosed, StepClosed
 from splitfl.protocol.messages import Merged, RoundOpened
-from splitfl.protocol.tensors import digest_of, realise
+from splitfl.protocol.tensors import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,9 @@ class Step:
 class Observer(Protocol):
     """Is told how the training goes."""
 
+    def between_rounds(self) -> None:
+        """No round is open."""
+
     def round_opened(self, round_: RoundOpened) -> None:
         """A round has begun."""
 
@@ -41,58 +47,63 @@ class Observer(Protocol):
         """Everyone's layers are loaded; `digest` is over them."""
 
 
-def train(edge: Edge, link: Link, batches: TrainBatches, *, num_examples: int, observer: Observer) -> None:
+def train(
+    edge: Edge, link: Link, journal: Journal, batches: TrainBatches, *, num_examples: int, observer: Observer
+) -> None:
     """Train this client's layers around the remote backbone until the run's last round."""
-    is_last = False
-    while not is_last:
+    while not link.is_parting:
         # wait for the others, take over layers we may have missed
-        round_ = link.open_round(num_examples)
-        if round_.layers:
-            edge.load([realise(layer) for layer in round_.layers])
-        observer.round_opened(round_)
+        round_ = link.session.open_round
+        if round_ is None:
+            observer.between_rounds()
+            round_ = link.open_round(num_examples)
+            if round_.layers:
+                journal.loaded(link.realise(round_.layers), round_.round_number - 1)
+            observer.round_opened(round_)
 
         # local steps, then everyone's layers in place of ours
         try:
-            merged = _train_round(edge, link, batches, round_, num_examples, observer)
+            merged = _train_round(edge, link, journal, batches, round_, num_examples, observer)
         except RoundClosed as closed:
             log.warning("round %s closed without this client: %s", round_.round_number, closed)
-            edge.optimizer.discard()
+            journal.refused()
             merged = closed.merged
-        edge.load([realise(layer) for layer in merged.layers])
+        journal.loaded(link.realise(merged.layers), merged.round_number)
 
         # every client says what it holds now, so that anyone can see that all hold the same
-        digest = digest_of(edge.layers().values())
-        link.report("loaded", phase="round", round_number=merged.round_number, metrics={}, digest=digest)
-        observer.merged(merged, digest)
-        is_last = merged.is_last
+        observer.merged(merged, report_layers(edge, link, merged.round_number))
+
+
+def report_layers(edge: Edge, link: Link, round_number: int) -> str:
+    """Tell the server the digest of the layers held after a merge, and return it."""
+    digest = digest_of(edge.layers().values())
+    link.report("loaded", phase="round", round_number=round_number, metrics={}, digest=digest)
+    return digest
 
 
 def _train_round(
     edge: Edge,
     link: Link,
+    journal: Journal,
     batches: TrainBatches,
     round_: RoundOpened,
     num_examples: int,
     observer: Observer,
 ) -> Merged:
-    if not round_.num_steps:
+    if not round_.num_steps or link.session.awaits_merge:
         return link.sit_out()
-    num_tokens = 0
     end = round_.first_step + round_.num_steps
     while (step := link.session.next_step) < end:
         try:
-            done = train_step(edge, link, batches.at(step), step)
+            observer.stepped(train_step(edge, link, journal, batches.at(step), step))
         except StepClosed as closed:
             # applied on neither side; the others went on, and so do we
             log.warning("step %s was given up: %s", step, closed)
-            edge.optimizer.discard()
-            continue
-        num_tokens += done.num_label_tokens
-        observer.stepped(done)
-    return link.merge(edge.layers(), num_examples=num_examples, num_tokens=num_tokens)
+            journal.refused()
+    return link.merge(edge.layers(), num_examples=num_examples, num_tokens=journal.place.round_tokens)
 
 
-def train_step(edge: Edge, link: Link, batches: Sequence[Batch], step: int) -> Step:
+def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch], step: int) -> Step:
     """Run one step's micro-batches through both sides and commit it."""
     num_label_tokens = sum(batch.num_label_tokens for batch in batches)
     under_way: dict[int, MicroBatch] = {}
@@ -123,9 +134,10 @@ def train_step(edge: Edge, link: Link, batches: Sequence[Batch], step: int) -> S
             tensor = None
         edge.bottom_backward(under_way.pop(request_id), tensor)
 
-    # commit: both sides step, or neither
+    # commit: written down here, then both sides step, or neither
+    journal.asking(step=step, num_label_tokens=num_label_tokens, loss=loss)
     committed = link.commit(num_label_tokens=num_label_tokens, loss=loss, norms_P=edge.optimizer.norms())
-    edge.step(step, committed.clip_coefficient)
+    journal.acknowledged(commit_number=committed.commit_number, clip_coefficient=committed.clip_coefficient)
     return Step(step=step, loss=loss, num_label_tokens=num_label_tokens)
 
 

@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,28 @@ from torch import Tensor
 
 from client_edge.data import Dataset, TrainBatches, eval_batches, hold_out, read_examples
 from client_edge.edge import Edge
+from client_edge.journal import Journal
 from client_edge.link import Link
-from client_edge.loop import Step, evaluate, train
+from client_edge.loop import Step, evaluate, report_layers, train
+from splitfl.command_line import Terminated
 from splitfl.config import ClientConfig, RunConfig, default_cache_dir
-from splitfl.errors import DataError, ModelError, SplitflError
+from splitfl.durability.disk import make_private_dir
+from splitfl.durability.store import Store
+from splitfl.errors import DataError, ModelError, PeerGone, RemoteProtocolError, SplitflError
 from splitfl.federation.records import read_file
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
 from splitfl.models.source import ADAPTERS_FILE, DESCRIPTION_FILES, WEIGHTS_FILE, empty_cut, weights_of
-from splitfl.protocol.messages import Merged, RoundOpened
-from splitfl.session.client import ClientSession
+from splitfl.protocol.messages import Merged, Resumed, RoundOpened
 from splitfl.telemetry.display import Display
+from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
+
+# Within a client's folder: what it needs to go on.
+STATE_DIR = "state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,40 +47,91 @@ class _Text:
     also: dict[str, Dataset]
 
 
-def take_part(config: ClientConfig) -> Path:
-    """Join a run, train in it to its end, and return the folder with this client's own metrics."""
+def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
+    """Join a run, or go on with it, train in it to its end, and return the folder with this client's own metrics.
+
+    SIGTERM saves everything and returns; Ctrl-C saves it and is raised.
+    """
     begun_s = time.monotonic()
     _check_files(config)
     if config.client.num_threads:
         torch.set_num_threads(config.client.num_threads)
     device = open_device(config.client.device, "client.device")
     console = Console(stderr=True, soft_wrap=True)
-    with _joined(config) as link:
+    with ExitStack() as stack:
+        link = stack.enter_context(_joined(config))
+        link.on_lost = lambda text: _say(console, config, text)
+        run = link.run
         folder = config.client.output_dir / link.welcome.run_id / config.client.client_id
         _say(console, config, f"joined run {link.welcome.run_id} at {link.address}")
+        make_private_dir(folder)
+        storage = run.storage
+        if not resumes:
+            _forget(folder / STATE_DIR)
+        store = stack.enter_context(
+            Store(
+                folder / STATE_DIR,
+                fsync=storage.fsync,
+                fsync_interval=storage.fsync_interval,
+                keep=storage.keep_snapshots,
+            )
+        )
         directory = _fetch_description(link, config, folder)
         cut = _fetch_layers(link, config, directory, device)
-        link.agree(ClientSession(terms_of(link.run, cut)))
-        text = read_text(config, link.run, directory)
-        _say(console, config, _describe(text, link.run))
-        edge = Edge(cut, link.run, config.client.client_id, device)
-        with MetricsLog(folder / "metrics.jsonl") as metrics, Display(console) as display:
-            metrics.listen(display)
-            Participation(config, link, edge, text, metrics, begun_s).run()
+        link.agree(terms_of(run, cut))
+        text = read_text(config, run, directory)
+        _say(console, config, _describe(text, run))
+        edge = Edge(cut, run, config.client.client_id, device)
+        history = stack.enter_context(
+            History(folder, is_on=config.client.history, role="client", client_id=config.client.client_id)
+        )
+        metrics = stack.enter_context(MetricsLog(folder / "metrics.jsonl"))
+        display = stack.enter_context(Display(console))
+        metrics.listen(display)
+        journal = Journal(
+            store, edge, history, keeps_records=storage.durability == "redo", snapshot_steps=storage.snapshot_steps
+        )
+        for note in journal.recover():
+            metrics.emit("note", text=note)
+        part = Participation(config, link, edge, journal, text, metrics, begun_s)
+        try:
+            part.run()
+        except KeyboardInterrupt as stopped:
+            if storage.durability != "redo":
+                journal.pending = None
+                journal.snapshot()
+            at = journal.place.step + 1
+            _say(console, config, f"stopped; start the same command again to resume at step {at}")
+            if not isinstance(stopped, Terminated):
+                raise
+            link.leaving = "stopped by its operator"
+            return folder
     _say(console, config, f"done; this client's own metrics are in {folder}")
     return folder
 
 
 class Participation:
-    """Evaluate, train, evaluate, hand over the totals; and tell this client's own log how it goes."""
+    """Evaluate, train, evaluate, hand over the totals; and tell this client's own log how it goes.
+
+    Each part may lose the connection at any point: `_persist` makes a new one, settles where client and server are, and
+    does the part again from there.
+    """
 
     def __init__(
-        self, config: ClientConfig, link: Link, edge: Edge, text: _Text, metrics: MetricsLog, begun_s: float
+        self,
+        config: ClientConfig,
+        link: Link,
+        edge: Edge,
+        journal: Journal,
+        text: _Text,
+        metrics: MetricsLog,
+        begun_s: float,
     ) -> None:
         self._client_id = config.client.client_id
         self._device = config.client.device
         self._link = link
         self._edge = edge
+        self._journal = journal
         self._text = text
         self._metrics = metrics
         self._begun_s = begun_s
@@ -91,6 +149,7 @@ class Participation:
             local_steps=self._federation.local_steps,
             fingerprint=self._link.welcome.fingerprint,
             device=self._device,
+            resumed=not self._journal.is_new,
         )
         self._link.on_waiting = lambda text: self._emit("waiting", text=text)
         batches = TrainBatches(
@@ -100,10 +159,80 @@ class Participation:
             per_device_train_batch_size=self._federation.per_device_train_batch_size,
             gradient_accumulation_steps=self._federation.gradient_accumulation_steps,
         )
-        self._evaluate("before")
-        train(self._edge, self._link, batches, num_examples=len(self._text.train), observer=self)
-        self._evaluate("after")
-        self._say_goodbye()
+        num_examples = len(self._text.train)
+        self._persist(self._resume, settles=False)
+        self._persist(
+            lambda: train(self._edge, self._link, self._journal, batches, num_examples=num_examples, observer=self)
+        )
+        self._persist(lambda: self._evaluate("after"))
+        self._persist(self._say_goodbye)
+        self._journal.finished()
+
+    def _persist(self, part: Callable[[], None], *, settles: bool = True) -> None:
+        """Do a part of the run, over as many connections as it takes."""
+        is_lost = False
+        while True:
+            try:
+                if is_lost and settles:
+                    self._resume()
+                part()
+                return
+            except PeerGone as gone:
+                is_lost = True
+                self._edge.forget_step(keeps_gradients=self._journal.pending is not None)
+                self._link.reconnect(gone, resume_at=self._journal.place.step + 1)
+
+    def _resume(self) -> None:
+        """Find out where this client and the server are, and bring this client there."""
+        resumed = self._ask_where()
+        if resumed.verdict == "rewind":
+            self._emit("rewound", step=resumed.step, reason=resumed.reason)
+            if not self._journal.rewind(resumed.step, resumed.commit_number, resumed.held_round):
+                self._journal.begin_at(0, 0, "its records do not reach back that far", forgets=True)
+            self._link.agree_again()
+            resumed = self._ask_where()
+        if resumed.verdict == "rewind":
+            raise RemoteProtocolError("the server wants this client to go back, and to go back again")
+        if resumed.verdict == "anew":
+            self._emit("rejoined", reason=f"{resumed.reason}: it takes part again from the next round on")
+            self._edge.discard()
+            self._journal.begin_at(resumed.step, resumed.commit_number, resumed.reason)
+        else:
+            self._settle(resumed)
+        if resumed.layers:
+            self._journal.loaded(self._link.realise(resumed.layers), resumed.held_round)
+            digest = report_layers(self._edge, self._link, resumed.held_round)
+            self._emit("loaded", round=resumed.held_round, accepted=True, reason="", digest=digest)
+        self._round_number = resumed.round_number or self._round_number
+
+    def _ask_where(self) -> Resumed:
+        place, pending = self._journal.place, self._journal.pending
+        return self._link.resume(
+            held_round=place.held_round,
+            step=place.step,
+            commit_number=place.commit_number,
+            pending_step=pending.step if pending else 0,
+        )
+
+    def _settle(self, resumed: Resumed) -> None:
+        """Apply the step that was asked for if the server has, else forget it."""
+        pending = self._journal.pending
+        if pending is None or resumed.step != pending.step:
+            self._journal.refused()
+            return
+        self._journal.acknowledged(commit_number=resumed.commit_number, clip_coefficient=resumed.clip_coefficient)
+        self.stepped(Step(step=pending.step, loss=pending.loss, num_label_tokens=pending.num_label_tokens))
+
+    def between_rounds(self) -> None:
+        """Evaluate the layers held, once, where that is to be done."""
+        place = self._journal.place
+        if place.evaluated < 0:
+            self._evaluate("before")
+        elif place.evaluated < place.held_round and self._federation.evaluate == "rounds":
+            self._evaluate("round")
+        else:
+            return
+        self._journal.evaluated()
 
     def round_opened(self, round_: RoundOpened) -> None:
         """Log the round; `trainers` is empty when we sit it out."""
@@ -130,10 +259,8 @@ class Participation:
         )
 
     def merged(self, merged: Merged, digest: str) -> None:
-        """Log the merge, and evaluate where that is done after every round."""
+        """Log the merge."""
         self._emit("loaded", round=merged.round_number, accepted=merged.accepted, reason=merged.reason, digest=digest)
-        if self._federation.evaluate == "rounds" and not merged.is_last:
-            self._evaluate("round")
 
     def _evaluate(self, phase: str) -> None:
         if self._text.held_out is None:
@@ -144,7 +271,7 @@ class Participation:
             name: evaluate(self._edge, self._link, eval_batches(dataset, batch_size))
             for name, dataset in (self._text.also.items() if phase == "after" else ())
         }
-        num_examples, round_number = len(self._text.held_out), self._link.session.round_number
+        num_examples, round_number = len(self._text.held_out), self._journal.place.held_round
         measured = {"eval_loss": loss, "num_eval_examples": float(num_examples)}
         measured |= {f"also:{name}": other for name, other in also.items()}
         self._link.report("evaluated", phase=phase, round_number=round_number, metrics=measured)
@@ -212,23 +339,28 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
 @contextmanager
 def _joined(config: ClientConfig) -> Iterator[Link]:
     """Join, and say why when we leave before the end."""
-    client = config.client
-    link = Link(client.server_address, client.client_id, client.connect_timeout)
-    leaving = "stopped without a reason"
+    link = Link(config.client)
+    link.leaving = "stopped without a reason"
     try:
         yield link
-        leaving = ""
+        if link.leaving == "stopped without a reason":
+            link.leaving = ""
     except KeyboardInterrupt:
-        leaving = "stopped by its operator"
+        link.leaving = "stopped by its operator"
         raise
     except DataError:
-        leaving = "could not read its data"  # the reason names files, which are nobody else's affair
+        link.leaving = "could not read its data"  # the reason names files, which are nobody else's affair
         raise
     except SplitflError as error:
-        leaving = type(error).__name__
+        link.leaving = type(error).__name__
         raise
     finally:
-        link.close(leaving)
+        link.close()
+
+
+def _forget(folder: Path) -> None:
+    """Begin anew: remove what an earlier start of this client has left."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fetch_description(link: Link, config: ClientConfig, folder: Path) -> Path:

@@ -13,6 +13,12 @@ class Server:
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
         add_config_arguments(parser)
+        parser.add_argument(
+            "--resume",
+            choices=("auto", "never"),
+            default="auto",
+            help="go on with an interrupted run of the same settings (default), or begin a new one",
+        )
         parser.add_argument("--json", action="store_true", help="print the report as JSON at the end, and no progress")
 
     def run(self, arguments: argparse.Namespace) -> None:
@@ -20,4 +26,5 @@ class Server:
         from server_backbone.serve import serve
         from splitfl.config import ServerConfig
 
-        serve(ServerConfig.load(arguments.config, arguments.overrides), as_json=arguments.json)
+        config = ServerConfig.load(arguments.config, arguments.overrides)
+        serve(config, as_json=arguments.json, resumes=arguments.resume == "auto")

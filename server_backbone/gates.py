@@ -62,6 +62,14 @@ class Gate(Protocol):
         """Take note that a client has no more steps in this round, or has left."""
         ...
 
+    def lost(self, client_id: str, now_s: float) -> list[Action]:
+        """Take note that a client's connection is gone, and what it had under way; it may come back."""
+        ...
+
+    def returned(self, client_id: str) -> int:
+        """Expect a client again; return the step that the others are at, 0 where each has its own."""
+        ...
+
     def ticked(self, now_s: float) -> list[Action]:
         """Look at the deadlines."""
         ...
@@ -106,6 +114,14 @@ class SharedGate:
         self._expected.discard(client_id)
         self._asked.pop(client_id, None)
         return self._apply_if_complete()
+
+    def lost(self, client_id: str, now_s: float) -> list[Action]:
+        self._asked.pop(client_id, None)  # its gradients go with its connection; the step still waits for it
+        return []
+
+    def returned(self, client_id: str) -> int:
+        self._expected.add(client_id)
+        return self._step
 
     def ticked(self, now_s: float) -> list[Action]:
         if not self._asked or now_s < self._deadline_s:
@@ -169,6 +185,12 @@ class SequentialGate:
         self._held = deque(held for held in self._held if held[0] != client_id)
         return self._next_turn(now_s) if self._owner == client_id else []
 
+    def lost(self, client_id: str, now_s: float) -> list[Action]:
+        return self.finished(client_id, now_s)
+
+    def returned(self, client_id: str) -> int:
+        return 0
+
     def ticked(self, now_s: float) -> list[Action]:
         if self._owner is None or now_s < self._deadline_s:
             return []
@@ -212,6 +234,12 @@ class FrozenGate:
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
         return []
+
+    def lost(self, client_id: str, now_s: float) -> list[Action]:
+        return []
+
+    def returned(self, client_id: str) -> int:
+        return 0
 
     def ticked(self, now_s: float) -> list[Action]:
         return []

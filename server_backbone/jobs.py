@@ -36,5 +36,5 @@ class Jobs:
                 raise error
 
     def close(self) -> None:
-        """Drop what has not begun and wait for what has."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """Wait for all that was submitted; what is decided and what is applied must not come apart."""
+        self._executor.shutdown(wait=True)

@@ -45,6 +45,7 @@ class Merger:
         first_layers: Mapping[str, Tensor],
         run_dir: Path,
         weight_by: Literal["num_examples", "num_tokens", "uniform"],
+        max_rms: float,
     ) -> None:
         """`first_layers` are what every client starts with, by name, in the model's order."""
         self.strategy = strategy
@@ -52,11 +53,21 @@ class Merger:
         self._layers = first_layers
         self._run_dir = run_dir
         self._weight_by = weight_by
+        self._max_rms = max_rms
         self._weights: dict[str, float] = {}
 
-    def spool(self, client_id: str, upload: Upload) -> None:
-        """Write one client's layers to disk; raise `RemoteProtocolError` when a value is not finite."""
-        layers = {name: realise(frames) for name, frames in zip(self._names, upload.layers, strict=True)}
+    def restore(self, layers: Mapping[str, Tensor] | None, weights: Mapping[str, float]) -> None:
+        """Go on with the layers of the last merge and the uploads that are on disk."""
+        if layers is not None:
+            self._layers = {name: layers[name] for name in self._names}
+        self._weights = dict(weights)
+
+    def spool(self, client_id: str, upload: Upload) -> float:
+        """Write one client's layers to disk and return their weight; raise `RemoteProtocolError` for poison."""
+        layers = {
+            name: realise(frames, max_rms=self._max_rms)
+            for name, frames in zip(self._names, upload.layers, strict=True)
+        }
         self._spool_dir.mkdir(exist_ok=True)
         checkpoint.save_tensors(self._spooled(client_id), layers)
         self._weights[client_id] = {
@@ -64,6 +75,7 @@ class Merger:
             "num_tokens": upload.num_tokens,
             "uniform": 1,
         }[self._weight_by]
+        return self._weights[client_id]
 
     def merge(self, clients: Sequence[str]) -> dict[str, float]:
         """Fold these clients' layers into everyone's; return the weights used."""

@@ -4,7 +4,7 @@ A round gathers clients, opens for those the strategy chooses, and closes when a
 its deadline with those that are done.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
@@ -84,9 +84,41 @@ class Rounds:
         """Whether all rounds are done."""
         return self._stage in (_Stage.PARTING, _Stage.OVER)
 
-    def joined(self, client_id: str) -> None:
-        """Take note of a client; it takes part from the next round on."""
+    def restore(self, open_round: Open | None, uploaded: Iterable[str], out: Iterable[str], *, num_merged: int) -> None:
+        """Set where a run stands that was interrupted; `resumed` then says what follows."""
+        self.num_merged = self.round_number = num_merged
+        if open_round is not None:
+            self.round_number = open_round.round_number
+            self._stage = _Stage.OPEN
+            self._chosen = set(open_round.trainers)
+            self._uploaded = set(uploaded)
+            self._trainers = self._chosen - (set(out) - self._uploaded)
+        elif num_merged == self._federation.num_rounds:
+            self._stage = _Stage.PARTING
+
+    def resumed(self, clients: Iterable[str], now_s: float) -> list[Decision]:
+        """Begin again with these clients expected back."""
+        self._connected = set(clients)
+        waits = self._stage is _Stage.GATHERING
+        self._deadline_s = now_s + (self._federation.wait_timeout if waits else self._federation.round_timeout)
+        if self._stage is _Stage.PARTING and not self._connected:
+            return self._end("")
+        return self._close_if_complete() if self._stage is _Stage.OPEN else []
+
+    def joined(self, client_id: str, *, takes_part: bool = False) -> None:
+        """Take note of a client, new or back; from the next round on, or in the open one if it `takes_part` in that."""
         self._connected.add(client_id)
+        if takes_part and self._stage is _Stage.OPEN and client_id in self._chosen:
+            self._trainers.add(client_id)
+
+    def lost(self, client_id: str) -> None:
+        """Take note that a client's connection is gone; it is waited for until `left` says otherwise."""
+        self._ready.discard(client_id)
+
+    def gave_up(self, client_id: str) -> list[Decision]:
+        """Take note that a connected client takes no further part in the open round."""
+        self._trainers.discard(client_id)
+        return self._close_if_complete() if self._stage is _Stage.OPEN else []
 
     def ready(self, client_id: str) -> list[Decision]:
         """Take note that a client waits for the next round."""

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,27 +17,39 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from server_backbone.engine import Engine
+from server_backbone.ledger import Ledger
 from server_backbone.merger import FirstLayers, Merger
 from server_backbone.provisions import prepare
 from server_backbone.server import Server
 from server_backbone.worker import Worker
+from splitfl.command_line import Terminated
 from splitfl.config import ServerConfig, default_cache_dir, to_toml
-from splitfl.errors import ConfigError, Incomplete
+from splitfl.durability.disk import make_private_dir
+from splitfl.durability.store import Store
+from splitfl.errors import ConfigError, Incomplete, StorageError
 from splitfl.federation.strategy import strategy_for
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
 from splitfl.models.export import CONFIG_FILE, TRAINED_FILE, write_model
 from splitfl.models.source import Weights, empty_cut, locate, server_weights
+from splitfl.session.limits import limits_of
 from splitfl.telemetry.display import Display
+from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog, read_events
 from splitfl.telemetry.report import build_report, summary_table, write_report
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
+from splitfl.transport.keys import AllowList, read_key_pair
+from splitfl.transport.security import ServerSecurity
 from splitfl.transport.zeromq import Listener
 
 # Columns of the table when the output is no terminal, which would otherwise count as 80 wide.
 _PLAIN_WIDTH = 120
+# Within a run's folder: what the server needs to go on, and the mark that there is nothing to go on with.
+STATE_DIR = "state"
+FINISHED_FILE = "finished"
 _VERSIONED = ("splitfl", "torch", "transformers", "peft", "pyzmq", "msgpack")
 
 
@@ -50,51 +63,140 @@ class _Model:
     notes: list[str]
 
 
-def serve(config: ServerConfig, *, as_json: bool = False) -> Path:
-    """Serve one run and return its folder; raise `Incomplete` when it ended before its last round.
+def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) -> Path:
+    """Serve one run, or go on with it where it was interrupted, and return its folder.
 
-    Nothing is written before the model is loaded and the address is ours.
+    Nothing is written before the model is loaded and the address is ours. SIGTERM saves the run and returns; Ctrl-C
+    saves it and is raised. Raises `Incomplete` when the run ended before its last round.
     """
     begun_s = time.monotonic()
     if config.server.num_threads:
         torch.set_num_threads(config.server.num_threads)
     device = open_device(config.server.device, "server.device")
-    run_dir = _run_dir(config)
+    run_dir, is_resumed = _run_dir(config, resumes=resumes)
     with ExitStack() as stack:
-        listener = stack.enter_context(listen(config))
+        security = _security(config)
+        listener = stack.enter_context(listen(config, security))
+        listener.self_test()
         model = load(config, device)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_config(config, run_dir)
+        make_private_dir(run_dir)
+        storage = config.storage
+        store = stack.enter_context(
+            Store(
+                run_dir / STATE_DIR,
+                fsync=storage.fsync,
+                fsync_interval=storage.fsync_interval,
+                keep=storage.keep_snapshots,
+            )
+        )
+        if not is_resumed:
+            _write_config(config, run_dir)
         console = Console(stderr=as_json, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
         for note in model.notes:
             console.print(f"note: {note}", markup=False)
         metrics = stack.enter_context(MetricsLog(run_dir / "metrics.jsonl"))
+        history = stack.enter_context(History(run_dir, is_on=config.server.history, role="server"))
         display = stack.enter_context(Display(console))
         metrics.listen(display)
-        server = build_server(config, model, listener, metrics, run_dir, device)
-        metrics.emit("run_started", **_description(config, run_dir))
+        server = build_server(config, model, listener, security, store, metrics, history, run_dir, device)
+        metrics.emit("run_started", **_description(config, run_dir), resumed=is_resumed)
+        _recover(server, config, metrics, history, is_resumed=is_resumed)
         metrics.emit("waiting", text=f"clients at {listener.address}")
         try:
             server.serve()
+        except Terminated:
+            _suspend(server, run_dir, console)
+            return run_dir
         except KeyboardInterrupt:
-            server.reason = "stopped by the operator"
+            _suspend(server, run_dir, console)
             raise
-        finally:
-            server.stop(server.reason or "the run is over")
-            model_dir = _export(config, model, run_dir) if not server.reason else None
-            metrics.emit("run_finished", **_totals(server, listener, begun_s), model_dir=model_dir)
-            _report(run_dir, console, as_json=as_json)
+        except StorageError:
+            server.say_shutdown()
+            raise
+        server.stop(server.reason or "the run is over")
+        _finish(server, config, model, listener, history, run_dir, begun_s)
+        _report(run_dir, console, as_json=as_json)
     if server.reason:
-        raise Incomplete(f"the run ended before its last round: {server.reason}; see {run_dir}")
+        raise Incomplete(
+            f"the run ended before its last round: {server.reason}; see {run_dir}. The same command goes on with it"
+        )
     return run_dir
 
 
-def listen(config: ServerConfig) -> Listener:
-    """Bind the run's address."""
+def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history: History, *, is_resumed: bool) -> None:
+    """Begin the ledger of a new run, or bring everything to where that of an interrupted one ends."""
+    engine, begun_s = server.engine, time.monotonic()
+    ledger = engine.ledger
+
+    def redone(commit_number: int) -> None:
+        if history.is_on:
+            history.note("redone", commit_number=commit_number, digest=engine.worker.digest())
+
+    notes = ledger.recover(engine.worker, redone) if is_resumed else []
+    if not ledger.state.fingerprint:  # new, or ended before its first snapshot
+        ledger.begin(config.run_config().fingerprint(), engine.worker)
+    history.note("started", resumed=is_resumed, commit_number=ledger.state.commit_number)
+    if not is_resumed:
+        return
+    for note in notes:
+        metrics.emit("note", text=note)
+    state = ledger.state
+    engine.merger.restore(ledger.merged_layers, state.round.uploaded if state.round else {})
+    if state.round is None and state.num_merged:
+        engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
+    server.recover()
+    metrics.emit(
+        "resumed",
+        commit_number=state.commit_number,
+        round=state.round.number if state.round else state.num_merged,
+        clients=sorted(state.members),
+        seconds=time.monotonic() - begun_s,
+    )
+
+
+def _suspend(server: Server, run_dir: Path, console: Console) -> None:
+    server.suspend()
+    number = server.engine.ledger.state.commit_number
+    console.print(
+        f"stopped after commit {number}; everything is in {run_dir}, and the same command goes on from there",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _finish(
+    server: Server,
+    config: ServerConfig,
+    model: _Model,
+    listener: Listener,
+    history: History,
+    run_dir: Path,
+    begun_s: float,
+) -> None:
+    """Export the model of a run that went through, and write the last event."""
+    model_dir = _export(config, model, run_dir) if not server.reason else None
+    if history.is_on:
+        history.note("finished", digest=server.engine.worker.digest())
+    server.metrics.emit("run_finished", **_totals(server, listener, begun_s), model_dir=model_dir)
+    if not server.reason:
+        (run_dir / FINISHED_FILE).touch(mode=0o600)
+
+
+def _security(config: ServerConfig) -> ServerSecurity | None:
+    folder = config.server.keys
+    if folder is None:
+        return None
+    return ServerSecurity(key_pair=read_key_pair(folder), allow_list=AllowList(folder))
+
+
+def listen(config: ServerConfig, security: ServerSecurity | None = None) -> Listener:
+    """Bind the run's address; encrypted and authenticated if there are keys."""
     link = config.link
     return Listener(
         config.server.address,
+        security=security,
         max_frame_bytes=link.frame_bytes,
+        max_queued=2 * link.max_in_flight + 6,
         heartbeat_interval=link.heartbeat_interval,
         heartbeat_timeout=link.heartbeat_timeout,
     )
@@ -110,7 +212,15 @@ def load(config: ServerConfig, device: torch.device) -> _Model:
 
 
 def build_server(
-    config: ServerConfig, model: _Model, listener: Listener, metrics: MetricsLog, run_dir: Path, device: torch.device
+    config: ServerConfig,
+    model: _Model,
+    listener: Listener,
+    security: ServerSecurity | None,
+    store: Store,
+    metrics: MetricsLog,
+    history: History,
+    run_dir: Path,
+    device: torch.device,
 ) -> Server:
     """Put a run's server together."""
     run = config.run_config()
@@ -123,27 +233,79 @@ def build_server(
         model.weights.read(stored[name][0], values)
         return values
 
+    first_layers = FirstLayers(list(trainable), read)
     strategy = strategy_for(run.federation, run.seed)
+    merger = Merger(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
+    ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
+    terms = terms_of(run, cut)
+    limits = limits_of(terms, frame_bytes=run.link.frame_bytes, clients=config.server.max_clients)
+    listener.max_message_bytes = limits.message_bytes
     return Server(
         run=run,
         run_id=run_dir.name,
-        terms=terms_of(run, cut),
+        terms=terms,
+        limits=limits,
         listener=listener,
-        worker=Worker(cut, run, device),
-        merger=Merger(strategy, FirstLayers(list(trainable), read), run_dir, run.federation.weight_by),
+        allow_list=security.allow_list if security else None,
+        engine=Engine(run, Worker(cut, run, device), merger, ledger, history),
         provisions=prepare(model.directory, cut, model.weights, cache_dir=_cache_dir(config), run_dir=run_dir),
         metrics=metrics,
+        history=history,
     )
 
 
-def _run_dir(config: ServerConfig) -> Path:
-    run_id = config.server.run_id or datetime.now().strftime("%Y%m%d-%H%M%S")
-    run_dir = config.server.runs_dir / run_id
-    if (run_dir / CONFIG_FILE).exists():
+def _run_dir(config: ServerConfig, *, resumes: bool) -> tuple[Path, bool]:
+    """Return the run's folder, and whether a run in it is gone on with."""
+    runs_dir, run_id = config.server.runs_dir, config.server.run_id
+    if not run_id:
+        interrupted = _interrupted(config) if resumes else None
+        return interrupted or runs_dir / datetime.now().strftime("%Y%m%d-%H%M%S"), interrupted is not None
+    run_dir = runs_dir / run_id
+    if not (run_dir / CONFIG_FILE).exists():
+        return run_dir, False
+    if not resumes or (run_dir / FINISHED_FILE).exists():
+        what = "a finished run" if resumes else "a run"
         raise ConfigError(
-            f"{run_dir} holds a run: set server.run_id to another name, or leave it empty for date and time"
+            f"{run_dir} holds {what}: set server.run_id to another name, or leave it empty for date and time"
         )
-    return run_dir
+    _check_same(config, run_dir)
+    return run_dir, True
+
+
+def _interrupted(config: ServerConfig) -> Path | None:
+    """Return the latest run with these settings that has not gone through to its end."""
+    candidates = sorted(config.server.runs_dir.glob(f"*/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(candidates):
+        is_open = not (path.parent / FINISHED_FILE).exists() and (path.parent / STATE_DIR).is_dir()
+        if is_open and _settings_in(path) == config.run_config().fingerprint():
+            return path.parent
+    return None
+
+
+def _settings_in(path: Path) -> str | None:
+    try:
+        return ServerConfig.load(path).run_config().fingerprint()
+    except ConfigError:
+        return None  # another version's
+
+
+def _check_same(config: ServerConfig, run_dir: Path) -> None:
+    before = json.loads(ServerConfig.load(run_dir / CONFIG_FILE).run_config().to_json())
+    now = json.loads(config.run_config().to_json())
+    other = [f"{name} (was {a!r}, is {b!r})" for name, a, b in _differences(before, now, "")]
+    if other:
+        raise ConfigError(
+            f"{run_dir} holds an interrupted run with other settings: {'; '.join(other)}. Give it those again, or set"
+            " server.run_id to another name"
+        )
+
+
+def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield name, before, now
 
 
 def _cache_dir(config: ServerConfig) -> Path:
@@ -183,7 +345,7 @@ def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any
         "peak_rss_bytes": peak_rss_bytes(),
         "bytes_sent": listener.traffic.sent,
         "bytes_received": listener.traffic.received,
-        "compute_seconds": server.worker.compute.seconds,
+        "compute_seconds": server.engine.worker.compute.seconds,
         "pid": os.getpid(),
         "complete": not server.reason,
     }

@@ -1,28 +1,27 @@
-"""The server's loop: one thread that owns the socket, sessions, gate and rounds, and hands tensors to the worker.
+"""The server's loop: one thread that owns the socket, members, gate and rounds, and hands tensors to the engine.
 
-A training step, as seen here: `Forward` -> gate -> worker -> `ForwardDone`; `Backward` -> worker -> `BackwardDone`;
-`Commit` -> gate -> (all members in) -> worker's gradients reduced -> `Committed` to every member, and the worker's
+A training step, as seen here: `Forward` -> gate -> engine -> `ForwardDone`; `Backward` -> engine -> `BackwardDone`;
+`Commit` -> gate -> (all members in) -> gradients reduced and recorded -> `Committed` to every member, and the worker's
 optimizer step while the members take theirs.
 """
 
 import logging
 import math
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from torch import Tensor
-
+from server_backbone.engine import Decided, Engine, MergedLayers
 from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
 from server_backbone.jobs import Jobs
-from server_backbone.merger import Merger
+from server_backbone.members import Connection, Member, Members
 from server_backbone.provisions import Provisions
 from server_backbone.rounds import Decision, End, Merge, Open, Rounds
-from server_backbone.worker import Contribution, Worker
+from server_backbone.worker import Contribution
 from splitfl.config import NAME_PATTERN, RunConfig
+from splitfl.durability.crash import crash_point
 from splitfl.errors import PeerGone, RemoteProtocolError
 from splitfl.protocol import codec
 from splitfl.protocol.messages import (
@@ -30,6 +29,7 @@ from splitfl.protocol.messages import (
     Attach,
     Backward,
     BackwardDone,
+    Buffer,
     Chunk,
     Commit,
     Committed,
@@ -47,16 +47,23 @@ from splitfl.protocol.messages import (
     Ready,
     Refusal,
     Report,
+    Resume,
+    Resumed,
     RoundOpened,
+    Shutdown,
     TensorFrames,
     Upload,
     Welcome,
+    Why,
 )
-from splitfl.protocol.tensors import describe, digest_of, realise
-from splitfl.session.server import Phase, Reply, ServerSession
+from splitfl.protocol.tensors import realise
+from splitfl.session.limits import Limits
+from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
+from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import MetricsLog
-from splitfl.transport.zeromq import Listener, framed_bytes
+from splitfl.transport.keys import AllowList
+from splitfl.transport.zeromq import Arrived, Listener
 
 log = logging.getLogger(__name__)
 
@@ -67,23 +74,6 @@ _WAITING_AFTER_S = 1.0
 _WAITING_EVERY_S = 10.0
 
 
-@dataclass(slots=True, kw_only=True)
-class _Client:
-    """One connected client."""
-
-    client_id: str
-    peer: bytes
-    session: ServerSession
-    token: str
-    last_heard_s: float
-    control_peer: bytes | None = None
-    sent: int = 0
-    received: int = 0
-    num_examples: int = 0
-    held_round: int = 0
-    """Number of the merge whose layers it holds."""
-
-
 @dataclass(kw_only=True)
 class Server:
     """One run on one socket."""
@@ -91,11 +81,13 @@ class Server:
     run: RunConfig
     run_id: str
     terms: Terms
+    limits: Limits
     listener: Listener
-    worker: Worker
-    merger: Merger
+    allow_list: AllowList | None
+    engine: Engine
     provisions: Provisions
     metrics: MetricsLog
+    history: History
     reason: str = field(default="the server stopped on an error", init=False)
     """Why the run ended before its last round, "" once it has gone through it."""
 
@@ -103,13 +95,11 @@ class Server:
         federation = self.run.federation
         self._jobs = Jobs(self.listener.wake)
         self._gate = gate_for(federation.server_mode, federation.step_timeout)
-        self._rounds = Rounds(federation, self.merger.strategy.configure_train, time.monotonic())
-        self._clients: dict[str, _Client] = {}
-        self._by_peer: dict[bytes, _Client] = {}
-        self._by_token: dict[str, _Client] = {}
+        self._rounds = Rounds(federation, self.engine.merger.strategy.configure_train, time.monotonic())
+        self._members = Members()
+        self._strikes: dict[str, int] = {}
         self._layers: tuple[TensorFrames, ...] = ()
         self._merge_number = 0
-        self._commit_number = 0
         self._is_over = False
         self._waiting_said = ("", 0.0)
 
@@ -120,7 +110,7 @@ class Server:
                 arrived = self.listener.recv(_TICK_S)
                 now_s = time.monotonic()
                 if arrived is not None:
-                    self._receive(*arrived, now_s)
+                    self._receive(arrived, now_s)
                 self._jobs.finish()
                 self._tick(now_s)
         finally:
@@ -128,139 +118,183 @@ class Server:
 
     def stop(self, reason: str) -> None:
         """Tell every client that the run is over."""
-        for client in list(self._clients.values()):
-            self._send(client, Refusal(reason=reason))
+        for connection in self._members.connections():
+            self._refuse(connection.peer, Why.OVER if self.reason else Why.FINISHED, reason)
+
+    def suspend(self) -> None:
+        """Save this moment after an interruption, and tell every client where to resume."""
+        note = self.engine.snapshot()
+        self._said_of_snapshot(note)
+        self.say_shutdown()
+
+    def say_shutdown(self) -> None:
+        """Tell every client at which step it resumes."""
+        members = self.engine.ledger.state.members
+        for connection in self._members.connections():
+            known = members.get(connection.member.client_id)
+            self._send(connection, Shutdown(resume_at=known.step + 1 if known is not None else 1))
+
+    # what was before
+
+    def recover(self) -> None:
+        """Go on where the ledger's log ends: every client is expected back."""
+        state, now_s = self.engine.ledger.state, time.monotonic()
+        self._merge_number = state.num_merged
+        self._layers = self.engine.describe_layers() if state.num_merged else ()
+        open_round = state.round
+        opened = None
+        if open_round is not None:
+            opened = Open(
+                round_number=open_round.number,
+                clients=tuple(open_round.clients),
+                trainers=tuple(open_round.trainers),
+                first_step=open_round.first_step,
+            )
+            self._gate.round_opened((), open_round.step)
+        for client_id, known in state.members.items():
+            if known.has_finished:
+                continue
+            member = self._add(client_id)
+            member.absent_since_s = now_s
+            in_round = open_round is not None and client_id in open_round.clients
+            member.session.restore(
+                applied=known.applied,
+                round_=self._opening(opened, client_id) if opened is not None and in_round else None,
+                next_step=known.next_step,
+                awaits_merge=open_round is not None
+                and (client_id in open_round.uploaded or client_id not in open_round.trainers),
+            )
+            is_expected = open_round is not None and client_id not in open_round.out
+            if is_expected and member.session.phase is Phase.TRAINING and not member.session.has_done_its_steps:
+                self._gate.returned(client_id)
+        self._rounds.restore(
+            opened,
+            open_round.uploaded if open_round else (),
+            open_round.out if open_round else (),
+            num_merged=state.num_merged,
+        )
+        self._decide(self._rounds.resumed([member.client_id for member in self._members], now_s), now_s)
+
+    def _add(self, client_id: str) -> Member:
+        member = Member(client_id=client_id, session=ServerSession(self.terms))
+        self._members.add(member)
+        return member
 
     # what comes in
 
-    def _receive(self, peer: bytes, frames: list[memoryview], now_s: float) -> None:
-        client = self._by_peer.get(peer)
-        if client is not None:
-            client.received += framed_bytes(frames)
-            client.last_heard_s = now_s
+    def _receive(self, arrived: Arrived, now_s: float) -> None:
+        connection = self._members.at(arrived.peer)
+        if not arrived.intact:
+            self._damaged(arrived.peer, connection)
+            return
+        if not self._is_let_in(arrived):
+            self._lock_out(arrived.peer, connection)
+            return
+        if connection is not None:
+            self._count(connection, arrived, now_s)
         try:
-            message = codec.decode(frames, max_frame_bytes=self.run.link.frame_bytes)
-            self._route(peer, client, message, now_s)
+            if sum(map(len, arrived.frames)) > self.limits.message_bytes:
+                raise RemoteProtocolError(f"a message of more than message_bytes = {self.limits.message_bytes}")
+            message = codec.decode(arrived.frames, max_frame_bytes=self.limits.frame_bytes)
+            self._route(arrived, connection, message, now_s)
         except RemoteProtocolError as error:
-            log.warning("%s broke the protocol: %s", client.client_id if client else "a stranger", error)
-            if client is None:
-                self._refuse(peer, f"protocol error: {error}")
-            else:
-                self._expel(client, f"broke the protocol: {error}")
+            self._punish(arrived, connection, str(error))
 
-    def _route(self, peer: bytes, client: _Client | None, message: Message, now_s: float) -> None:
+    def _count(self, connection: Connection, arrived: Arrived, now_s: float) -> None:
+        connection.last_heard_s = now_s
+        connection.member.received += arrived.num_bytes
+        if arrived.peer == connection.peer:
+            connection.data_received += _payload(arrived.frames)
+
+    def _route(self, arrived: Arrived, connection: Connection | None, message: Message, now_s: float) -> None:
+        peer = arrived.peer
         match message:
-            case Hello() if client is None:
-                self._admit(peer, message, now_s)
-            case Attach(session=token) if client is None and token in self._by_token:
-                self._attach(peer, self._by_token[token])
-            case Ping() if client is not None:
-                self._send_to(peer, client, Pong(number=message.number, waiting_for=self._waiting_for()))
-            case Leave() if client is not None:
-                self._drop(client, message.reason[:200])
-            case _ if client is None:
-                self._refuse(peer, "no session here: say hello first (the server may have been restarted)")
-            case _ if peer != client.peer:
+            case Hello() if connection is None:
+                self._admit(arrived, message, now_s)
+            case Attach(session=token) if connection is None:
+                self._attach(arrived, token)
+            case Ping() if connection is not None:
+                self._pong(peer, connection, message.number)
+            case Leave() if connection is not None:
+                self._left(connection, message.reason[:200])
+            case _ if connection is None:
+                self._refuse(peer, Why.NO_SESSION, "no session here: say hello first (the server may be a new one)")
+            case _ if peer != connection.peer:
                 raise RemoteProtocolError(f"{type(message).__name__} on the control connection")
-            case _:
-                accepted = client.session.receive(message)
-                if isinstance(accepted, Reply):
-                    self._send(client, accepted.message)
-                elif accepted is not None:
-                    self._act(client, accepted, now_s)
-
-    def _act(self, client: _Client, message: Message, now_s: float) -> None:
-        """Do what a legal message asks for."""
-        match message:
+            case Resume():
+                # behind whatever is being applied, so that what it is compared with is settled
+                self._jobs.submit(lambda: None, lambda _: self._resume(connection, message))
             case Fetch():
-                content = self.provisions.read(message.name, message.offset, self.run.link.frame_bytes)
-                frames = TensorFrames(dtype="u8", shape=(len(content),), buffers=(content,))
-                self._send(client, Chunk(name=message.name, offset=message.offset, content=frames))
+                self._provide(connection, message)
+            case _ if not connection.is_resumed:
+                raise RemoteProtocolError(f"{type(message).__name__} before Resume")
+            case _:
+                self._hear(connection.member, message, now_s)
+
+    def _hear(self, member: Member, message: Message, now_s: float) -> None:
+        accepted = member.session.receive(message)
+        if isinstance(accepted, Reply):
+            self._tell(member, accepted.message)
+        elif accepted is not None:
+            self._act(member, accepted, now_s)
+
+    def _act(self, member: Member, message: Message, now_s: float) -> None:
+        """Do what a legal message asks for."""
+        client_id = member.client_id
+        match message:
             case Ready():
-                client.held_round, client.num_examples = message.round_number, message.num_examples
-                self._decide(self._rounds.ready(client.client_id), now_s)
+                member.held_round, member.num_examples = message.round_number, message.num_examples
+                self._decide(self._rounds.ready(client_id), now_s)
             case Forward(step=0):
-                self._compute(client, partial(self._evaluate, message))
+                self._compute(member, partial(self.engine.evaluate, message))
             case Forward():
-                self._carry_out(self._gate.forward(client.client_id, message, now_s), now_s)
+                self._carry_out(self._gate.forward(client_id, message, now_s), now_s)
             case Backward():
-                self._compute(client, partial(self._backward, client.client_id, message))
+                self._compute(member, partial(self.engine.backward, client_id, message))
             case Commit():
                 if not math.isfinite(message.loss):
-                    raise RemoteProtocolError("a loss that is not finite")
+                    raise RemoteProtocolError("a loss that is not finite (NONFINITE_TENSOR)")
                 realise(message.norms_P)  # norms that are not finite must not reach the others' step
-                self._carry_out(self._gate.commit(client.client_id, message, now_s), now_s)
+                self._carry_out(self._gate.commit(client_id, message, now_s), now_s)
             case Upload():
-                self._spool(client, message)
+                self._spool(member, message)
             case Report():
-                self._note(client, message)
+                self._note(member, message)
             case Goodbye():
-                self.metrics.emit("client_done", client_id=client.client_id, **_with_counts(message.metrics))
-                self._send(client, Farewell())
-                self._drop(client, "done")
+                self._part(member, message)
 
-    def _admit(self, peer: bytes, hello: Hello, now_s: float) -> None:
-        if hello.wire_version != WIRE_VERSION:
-            self._refuse(
-                peer,
-                f"this server speaks wire version {WIRE_VERSION} and this client {hello.wire_version}"
-                f" ({hello.software:.40}): install the same splitfl on both",
-            )
-        elif hello.client_id in self._clients:
-            wait = self.run.link.heartbeat_timeout
-            self._refuse(
-                peer,
-                f"client_id {hello.client_id:.64} is connected already: choose another name, or, if that client was"
-                f" just stopped, try again in {wait:g} s",
-            )
-        elif not re.fullmatch(NAME_PATTERN, hello.client_id):
-            self._refuse(peer, "client_id must be 1 to 64 letters, digits, '.', '_' or '-'")
-        elif self._rounds.is_parting:
-            self._refuse(peer, f"run {self.run_id} has finished its {self.run.federation.num_rounds} rounds")
-        else:
-            self._welcome(peer, hello.client_id, now_s)
+    def _part(self, member: Member, message: Goodbye) -> None:
+        self.metrics.emit("client_done", client_id=member.client_id, **_with_counts(message.metrics))
+        self._jobs.submit(partial(self.engine.ledger.note, "finished", client_id=member.client_id), _nothing)
+        self._tell(member, Farewell())
+        if member.connection is not None:
+            self._members.disconnect(member.connection)
+        self._leave(member, "done")
 
-    def _welcome(self, peer: bytes, client_id: str, now_s: float) -> None:
-        client = _Client(
-            client_id=client_id,
-            peer=peer,
-            session=ServerSession(self.terms),
-            token=secrets.token_hex(16),
-            last_heard_s=now_s,
+    def _provide(self, connection: Connection, message: Fetch) -> None:
+        content = self.provisions.read(message.name, message.offset, self.run.link.frame_bytes)
+        frames = TensorFrames(dtype="u8", shape=(len(content),), buffers=(content,))
+        self._send(connection, Chunk(name=message.name, offset=message.offset, content=frames))
+
+    def _pong(self, peer: bytes, connection: Connection, number: int) -> None:
+        pong = Pong(
+            number=number,
+            waiting_for=self._waiting_for(),
+            bytes_sent=connection.data_sent,
+            bytes_received=connection.data_received,
         )
-        self._clients[client_id] = self._by_peer[peer] = self._by_token[client.token] = client
-        self._rounds.joined(client_id)
-        self.metrics.emit("client_joined", client_id=client_id)
-        files = self.provisions.files
-        self._send(
-            client,
-            Welcome(
-                session=client.token,
-                run_id=self.run_id,
-                settings=self.run.to_json(),
-                fingerprint=self.run.fingerprint(),
-                file_names=tuple(files),
-                file_sizes=tuple(file.num_bytes for file in files.values()),
-                file_hashes=tuple(file.digest for file in files.values()),
-            ),
-        )
+        self._send_to(peer, connection, pong)
 
-    def _attach(self, peer: bytes, client: _Client) -> None:
-        if client.control_peer is not None:
-            raise RemoteProtocolError("a second control connection")
-        client.control_peer = peer
-        self._by_peer[peer] = client
-
-    def _note(self, client: _Client, report: Report) -> None:
+    def _note(self, member: Member, report: Report) -> None:
         if report.topic == "loaded":
             self.metrics.emit(
-                "loaded", client_id=client.client_id, round=report.round_number, digest=report.digest[:64]
+                "loaded", client_id=member.client_id, round=report.round_number, digest=report.digest[:64]
             )
             return
         also = {name.removeprefix("also:"): v for name, v in report.metrics.items() if name.startswith("also:")}
         self.metrics.emit(
             "evaluated",
-            client_id=client.client_id,
+            client_id=member.client_id,
             phase=report.phase[:16],
             round=report.round_number,
             eval_loss=report.metrics.get("eval_loss"),
@@ -268,102 +302,338 @@ class Server:
             also=also,
         )
 
+    # who comes in
+
+    def _is_let_in(self, arrived: Arrived) -> bool:
+        return self.allow_list is None or self.allow_list.client_of(arrived.user_id) is not None
+
+    def _lock_out(self, peer: bytes, connection: Connection | None) -> None:
+        self._refuse(
+            peer,
+            Why.REVOKED,
+            "this client's key is not, or no longer, among those that the server lets in: ask the server's operator to"
+            " run `splitfl authorize`",
+        )
+        if connection is not None:
+            self._lose(connection, "its key was revoked", waits=False)
+
+    def _damaged(self, peer: bytes, connection: Connection | None) -> None:
+        self._refuse(peer, Why.NO_SESSION, "a message arrived damaged: connect anew and resume")
+        if connection is not None:
+            self._lose(connection, "sent a message that was damaged on its way")
+
+    def _admit(self, arrived: Arrived, hello: Hello, now_s: float) -> None:
+        code, reason = self._objection(arrived, hello)
+        if code is not None:
+            self._refuse(arrived.peer, code, reason)
+            return
+        member = self._members.get(hello.client_id)
+        if member is None:
+            member = self._add(hello.client_id)
+            self._jobs.submit(partial(self.engine.ledger.note, "joined", client_id=hello.client_id), _nothing)
+            self._rounds.joined(hello.client_id)
+            self.metrics.emit("client_joined", client_id=hello.client_id)
+        self._welcome(self._members.connect(member, arrived.peer, arrived.user_id, now_s))
+
+    def _objection(self, arrived: Arrived, hello: Hello) -> tuple[Why | None, str]:
+        name = hello.client_id
+        if hello.wire_version != WIRE_VERSION:
+            return Why.VERSION_MISMATCH, (
+                f"this server speaks wire version {WIRE_VERSION} and this client {hello.wire_version}"
+                f" ({hello.software:.40}): install the same splitfl on both"
+            )
+        if not re.fullmatch(NAME_PATTERN, name):
+            return Why.OVER, "client_id must be 1 to 64 letters, digits, '.', '_' or '-'"
+        if self.allow_list is not None and (owner := self.allow_list.client_of(arrived.user_id)) != name:
+            return Why.KEY_MISMATCH, (
+                f"this key belongs to client {owner} and not to {name}: set client.client_id to the name in the"
+                " enrolment file"
+            )
+        if self._is_quarantined(name):
+            return Why.QUARANTINED, self._quarantine_text(name)
+        if self._rounds.is_parting and self._members.get(name) is None:
+            return Why.FINISHED, f"run {self.run_id} has finished its {self.run.federation.num_rounds} rounds"
+        if self._members.num_connected >= self.limits.clients and not self._is_connected(name):
+            return Why.FULL, (
+                f"{self.limits.clients} clients are connected, which is server.max_clients: try again later"
+            )
+        return None, ""
+
+    def _is_connected(self, client_id: str) -> bool:
+        member = self._members.get(client_id)
+        return member is not None and member.connection is not None
+
+    def _welcome(self, connection: Connection) -> None:
+        files = self.provisions.files
+        self._send(
+            connection,
+            Welcome(
+                session=connection.token,
+                session_number=connection.number,
+                run_id=self.run_id,
+                settings=self.run.to_json(),
+                fingerprint=self.run.fingerprint(),
+                file_names=tuple(files),
+                file_sizes=tuple(file.num_bytes for file in files.values()),
+                file_hashes=tuple(file.digest for file in files.values()),
+                limits=self.limits.announced(),
+            ),
+        )
+
+    def _attach(self, arrived: Arrived, token: str) -> None:
+        connection = self._members.with_token(token)
+        if connection is None:
+            self._refuse(arrived.peer, Why.NO_SESSION, "no session with this token: connect anew and resume")
+        elif connection.user_id != arrived.user_id:
+            self._refuse(arrived.peer, Why.KEY_MISMATCH, "this token was given to another key")
+        elif connection.control_peer is not None:
+            raise RemoteProtocolError("a second control connection")
+        else:
+            self._members.attach(connection, arrived.peer)
+
+    def _resume(self, connection: Connection, claim: Resume) -> None:
+        """Let a client go on: it is this member from now on, and an older session of it is over."""
+        member = connection.member
+        if self._members.with_token(connection.token) is not connection:
+            return  # lost while the queue came to it
+        rival = member.connection
+        if rival is not None and rival.number > connection.number:
+            self._refuse(connection.peer, Why.SUPERSEDED, "a newer session of this client has begun")
+            self._members.disconnect(connection)
+            return
+        if rival is not None and rival is not connection:
+            self._supersede(rival)
+        member.connection = connection
+        was_training = member.session.phase is Phase.TRAINING
+        if was_training:
+            member.session.returned(self._gate.returned(member.client_id))
+        resumed = member.session.resume(
+            claim,
+            held_round=self._merge_number,
+            layers=self._layers,
+            is_parting=self._rounds.is_parting,
+        )
+        self._let_go_on(connection, claim, resumed, was_training)
+
+    def _let_go_on(self, connection: Connection, claim: Resume, resumed: Resumed, was_training: bool) -> None:
+        member, now_s = connection.member, time.monotonic()
+        if resumed.verdict == "rewind":
+            self.metrics.emit("client_rewinds", client_id=member.client_id, step=resumed.step)
+        else:
+            connection.is_resumed = True
+            member.held_round = self._merge_number if resumed.layers else claim.held_round
+            if resumed.verdict == "anew":
+                member.held_round = -1 if not resumed.layers else self._merge_number
+                self.metrics.emit("client_rejoins", client_id=member.client_id, reason=resumed.reason)
+            self._take_back(member)
+        self._send(connection, resumed)
+        if was_training and member.session.phase is not Phase.TRAINING:
+            self._note_out(member)
+            self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
+            self._decide(self._rounds.gave_up(member.client_id), now_s)
+        elif member.session.phase is Phase.TRAINING and member.session.has_done_its_steps:
+            self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
+
+    def _take_back(self, member: Member) -> None:
+        takes_part = member.session.phase in (Phase.TRAINING, Phase.MERGING)
+        if member.is_out and takes_part:
+            self._jobs.submit(partial(self.engine.ledger.note, "returned", client_id=member.client_id), _nothing)
+        if member.is_out or member.absent_since_s is not None:
+            self._rounds.joined(member.client_id, takes_part=takes_part)
+            self.metrics.emit("client_returned", client_id=member.client_id, step=member.session.applied.step)
+        member.absent_since_s, member.is_out = None, False
+
+    def _supersede(self, rival: Connection) -> None:
+        reason = (
+            "a newer session of this client has begun: if that was not you, somebody has a copy of this client's keys;"
+            " tell the server's operator"
+        )
+        for peer in (rival.peer, rival.control_peer):
+            if peer is not None:
+                self._refuse(peer, Why.SUPERSEDED, reason)
+        self._lose(rival, "was replaced by a newer session of its own")
+
+    # who breaks a rule
+
+    def _punish(self, arrived: Arrived, connection: Connection | None, rule: str) -> None:
+        """Tell a peer which rule it broke and end its session; the third time it is kept out."""
+        name = self._name_of(arrived, connection)
+        log.warning("%s broke a rule: %s", name or "a stranger", rule)
+        if name is None:
+            self._refuse(arrived.peer, Why.VIOLATION, f"protocol error: {rule}")
+            return
+        strikes = self._strikes[name] = self._strikes.get(name, 0) + 1
+        self.metrics.emit("violation", client_id=name, rule=rule[:200], strikes=strikes)
+        quarantined = self._is_quarantined(name)
+        code = Why.QUARANTINED if quarantined else Why.VIOLATION
+        text = f"{name} sent {rule}; violation {strikes} of {self.limits.strikes}"
+        self._refuse(arrived.peer, code, f"{text}. {self._quarantine_text(name)}" if quarantined else text)
+        if connection is not None:
+            self._lose(connection, f"broke a rule: {rule}", waits=not quarantined)
+
+    def _name_of(self, arrived: Arrived, connection: Connection | None) -> str | None:
+        if connection is not None:
+            return connection.member.client_id
+        return None if self.allow_list is None else self.allow_list.client_of(arrived.user_id)
+
+    def _is_quarantined(self, client_id: str) -> bool:
+        return self._strikes.get(client_id, 0) >= self.limits.strikes
+
+    def _quarantine_text(self, client_id: str) -> str:
+        return (
+            f"{client_id} is quarantined after {self.limits.strikes} violations: the operator lets it in again with"
+            " `splitfl revoke` and `splitfl authorize`, or by starting the server again"
+        )
+
+    def _check_keys(self) -> None:
+        """Act on what `splitfl authorize` and `splitfl revoke` have changed."""
+        if self.allow_list is None or not self.allow_list.refresh():
+            return
+        for name in [name for name in self._strikes if self.allow_list.key_of(name) is None]:
+            del self._strikes[name]
+        revoked = [
+            connection
+            for connection in self._members.connections()
+            if self.allow_list.client_of(connection.user_id) != connection.member.client_id
+        ]
+        if revoked:
+            self._jobs.submit(
+                self.engine.snapshot, self._said_of_snapshot
+            )  # what they did so far stays, whatever comes
+        for connection in revoked:
+            self._lock_out(connection.peer, connection)
+
+    def _check_endless(self) -> None:
+        for cut in self.listener.sweep():
+            name = self.allow_list.client_of(cut.user_id) if self.allow_list is not None and cut.user_id else None
+            reason = f"a message without end: {cut.num_bytes} bytes, more than message_bytes"
+            log.warning("cut off %s at %s: %s", name or "a stranger", cut.address, reason)
+            self.metrics.emit("cut_off", address=cut.address, client_id=name or "", num_bytes=cut.num_bytes)
+            if name is not None:
+                self._strikes[name] = self.limits.strikes
+                member = self._members.get(name)
+                if member is not None and member.connection is not None:
+                    self._lose(member.connection, reason, waits=False)
+
     # what the gate and the rounds decide
 
     def _carry_out(self, actions: Iterable[Action], now_s: float) -> None:
         for action in actions:
             match action:
                 case Compute(client_id=client_id, message=message):
-                    if client_id in self._clients:
-                        self._compute(self._clients[client_id], partial(self._forward, client_id, message))
+                    member = self._members[client_id]
+                    if member.connection is not None:
+                        self._compute(member, partial(self.engine.forward, client_id, message))
                 case Apply(members=members):
                     contributions = [_contribution(client_id, commit) for client_id, commit in members]
                     self._jobs.submit(
-                        partial(self.worker.reduce, contributions), partial(self._acknowledge, members, contributions)
+                        partial(self.engine.decide, contributions), partial(self._acknowledge, members, contributions)
                     )
                     # next on the queue, so ahead of any work of a later step: both sides take their steps at once
-                    self._jobs.submit(self.worker.apply, lambda _: None)
+                    self._jobs.submit(partial(self.engine.apply, contributions), self._said_of_snapshot)
                 case CloseStep():
                     self._close_step(action, now_s)
 
     def _acknowledge(
-        self, members: tuple[tuple[str, Commit], ...], contributions: list[Contribution], clip_coefficient: float
+        self, members: tuple[tuple[str, Commit], ...], contributions: list[Contribution], decided: Decided
     ) -> None:
-        """Tell every member that the step is decided; those who left meanwhile have lost nothing but the answer."""
-        self._commit_number += 1
+        """Tell every member that the step counts; those whose connection is gone learn it when they resume."""
         for client_id, commit in members:
-            client = self._clients.get(client_id)
-            if client is None or client.session.phase is not Phase.COMMITTING:
-                continue
-            reply = Committed(step=commit.step, commit_number=self._commit_number, clip_coefficient=clip_coefficient)
-            client.session.committed(reply)
-            self._send(client, reply)
-            self.metrics.emit(
-                "step",
-                client_id=client_id,
-                round=client.session.round_number,
+            member = self._members[client_id]
+            reply = Committed(
                 step=commit.step,
-                commit_number=self._commit_number,
-                loss=commit.loss,
-                num_label_tokens=commit.num_label_tokens,
-                learning_rate=self.worker.learning_rate(contributions[0].step),
-                clip_coefficient=clip_coefficient,
-                bytes_sent=client.received,
-                bytes_received=client.sent,
-                compute_seconds=self.worker.compute.seconds,
+                commit_number=decided.commit_number,
+                clip_coefficient=decided.clip_coefficient,
+                durable_step=decided.durable_step,
             )
-            if client.session.next_step > client.session.last_step:
+            if member.session.phase in (Phase.TRAINING, Phase.COMMITTING):
+                member.session.committed(reply)
+            else:  # the round closed meanwhile; it counts all the same
+                member.session.applied = Applied(
+                    step=reply.step, commit_number=reply.commit_number, clip_coefficient=reply.clip_coefficient
+                )
+            self._tell(member, reply)
+            crash_point("commit-acknowledged")
+            self.history.note(
+                "acknowledged", client_id=client_id, step=commit.step, commit_number=decided.commit_number
+            )
+            self._log_step(member, commit, contributions[0].step, decided)
+            if member.session.has_done_its_steps:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
 
+    def _log_step(self, member: Member, commit: Commit, step: int, decided: Decided) -> None:
+        self.metrics.emit(
+            "step",
+            client_id=member.client_id,
+            round=member.session.round_number,
+            step=commit.step,
+            commit_number=decided.commit_number,
+            loss=commit.loss,
+            num_label_tokens=commit.num_label_tokens,
+            learning_rate=self.engine.worker.learning_rate(step),
+            clip_coefficient=decided.clip_coefficient,
+            bytes_sent=member.received,
+            bytes_received=member.sent,
+            compute_seconds=self.engine.worker.compute.seconds,
+        )
+
     def _close_step(self, action: CloseStep, now_s: float) -> None:
-        client = self._clients.get(action.client_id)
-        if client is None:
+        member = self._members[action.client_id]
+        if member.session.phase not in (Phase.TRAINING, Phase.COMMITTING):
             return
-        refusal = client.session.step_closed(action.next_step, action.reason)
-        self._jobs.submit(partial(self.worker.discard, client.client_id), lambda _: None)
-        self._send(client, refusal)
-        self.metrics.emit("step_refused", client_id=client.client_id, step=refusal.step, reason=action.reason)
-        if client.session.next_step > client.session.last_step:
-            self._carry_out(self._gate.finished(client.client_id, now_s), now_s)
+        refusal = member.session.step_closed(action.next_step, action.reason)
+        self._jobs.submit(partial(self.engine.closed, member.client_id, refusal.step, action.next_step), _nothing)
+        self._tell(member, refusal)
+        self.metrics.emit("step_refused", client_id=member.client_id, step=refusal.step, reason=action.reason)
+        if member.session.has_done_its_steps:
+            self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
 
     def _decide(self, decisions: Iterable[Decision], now_s: float) -> None:
         for decision in decisions:
             match decision:
                 case Open():
-                    self._open_round(decision, now_s)
+                    self._jobs.submit(
+                        partial(self.engine.opened, decision, self.run.federation.local_steps),
+                        lambda _, opened=decision: self._open_round(opened),
+                    )
                 case Merge():
                     self._gate.round_closed()
-                    self._jobs.submit(partial(self._merge, decision), partial(self._merged, decision))
+                    self._jobs.submit(partial(self.engine.merge, decision), partial(self._merged, decision))
                 case End(reason=reason):
                     self.reason = reason
                     self._is_over = True
 
-    def _open_round(self, round_: Open, now_s: float) -> None:
-        steps = self.run.federation.local_steps
+    def _open_round(self, round_: Open) -> None:
+        """Tell everybody of a round that is written down."""
         self._gate.round_opened(round_.trainers, round_.first_step)
         self.metrics.emit(
             "round_opened",
             round=round_.round_number,
             trainers=round_.trainers,
             first_step=round_.first_step,
-            num_steps=steps,
+            num_steps=self.run.federation.local_steps,
         )
         for client_id in round_.clients:
-            client = self._clients.get(client_id)
-            if client is None:
-                continue  # dropped while the others were told
-            opened = RoundOpened(
-                round_number=round_.round_number,
-                first_step=round_.first_step,
-                num_steps=steps if client_id in round_.trainers else 0,
-                layers=() if client.held_round == self._merge_number else self._layers,
-            )
-            client.session.opened(opened)
-            self._send(client, opened)
-        self._rounds.opened(now_s)
+            member = self._members[client_id]
+            opened = self._opening(round_, client_id)
+            member.session.phase = Phase.READY  # one whose connection was lost meanwhile is in the round as well
+            member.session.opened(opened)
+            self._tell(member, opened)
+            if member.is_out:
+                self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
+        self._rounds.opened(time.monotonic())
 
-    def _merged(self, merge: Merge, layers: tuple[tuple[TensorFrames, ...], str, dict[str, float]]) -> None:
-        self._layers, digest, weights = layers
+    def _opening(self, round_: Open, client_id: str) -> RoundOpened:
+        member = self._members[client_id]
+        return RoundOpened(
+            round_number=round_.round_number,
+            first_step=round_.first_step,
+            num_steps=self.run.federation.local_steps if client_id in round_.trainers else 0,
+            layers=() if member.held_round == self._merge_number else self._layers,
+        )
+
+    def _merged(self, merge: Merge, merged: MergedLayers) -> None:
+        self._layers = merged.layers
         self._merge_number = merge.round_number
         message = Merged(
             round_number=merge.round_number,
@@ -377,82 +647,80 @@ class Server:
             round=merge.round_number,
             accepted=message.accepted,
             reason=merge.reason,
-            clients=weights,
+            clients=merged.weights,
             absent=merge.absent,
             num_tensors=len(self._layers),
-            digest=digest,
+            digest=merged.digest,
         )
-        for client in list(self._clients.values()):
-            if client.session.phase in (Phase.TRAINING, Phase.COMMITTING, Phase.MERGING):
-                client.session.merged(message)
-                self._jobs.submit(partial(self.worker.discard, client.client_id), lambda _: None)
-                self._send(client, message)
+        self._said_of_snapshot(merged.note)
+        for member in self._members:
+            if member.session.phase in (Phase.TRAINING, Phase.COMMITTING, Phase.MERGING):
+                member.session.merged(message)
+                self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
+                self._tell(member, message)
         now_s = time.monotonic()
         self._decide(self._rounds.merged(now_s), now_s)
 
-    # what the compute thread does
+    # what the compute thread is asked for
 
-    def _compute(self, client: _Client, work: Callable[[], ForwardDone | BackwardDone]) -> None:
+    def _compute(self, member: Member, work: Callable[[], ForwardDone | BackwardDone]) -> None:
         """Have a micro-batch computed and answer with the result; a tensor that cannot be taken ends the session."""
+        connection = member.connection
 
         def answer(reply: ForwardDone | BackwardDone) -> None:
-            if client.client_id in self._clients and client.session.answered(reply):
-                self._send(client, reply)
+            if connection is not None and member.connection is connection and member.session.answered(reply):
+                self._send(connection, reply)
 
-        self._jobs.submit(work, answer, partial(self._expel_for, client))
+        def guarded() -> ForwardDone | BackwardDone | None:
+            return work() if member.connection is connection else None  # nobody waits for it any more
 
-    def _evaluate(self, message: Forward) -> ForwardDone:
-        hidden_BSD = self.worker.evaluate(realise(message.hidden_BSD), message.lengths_B, message.left_padded)
-        return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
-
-    def _forward(self, client_id: str, message: Forward) -> ForwardDone:
-        hidden_BSD = self.worker.forward(
-            client_id,
-            message.request_id,
-            realise(message.hidden_BSD),
-            message.lengths_B,
-            message.left_padded,
-            step=message.step,
-            micro_batch=message.micro_batch,
-        )
-        return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
-
-    def _backward(self, client_id: str, message: Backward) -> BackwardDone:
-        gradient_BSD = self.worker.backward(client_id, message.request_id, realise(message.gradient_BSD))
-        return BackwardDone(
-            request_id=message.request_id,
-            gradient_BSD=None if gradient_BSD is None else self._describe(gradient_BSD),
+        self._jobs.submit(
+            guarded, lambda reply: None if reply is None else answer(reply), partial(self._refuse_tensor, connection)
         )
 
-    def _spool(self, client: _Client, upload: Upload) -> None:
-        def spool() -> None:
-            self.merger.spool(client.client_id, upload)
-
+    def _spool(self, member: Member, upload: Upload) -> None:
         def count(_: None) -> None:
-            if client.client_id in self._clients and client.session.phase is Phase.MERGING:
-                now_s = time.monotonic()
-                self._decide(self._rounds.uploaded(client.client_id), now_s)
+            self._decide(self._rounds.uploaded(member.client_id), time.monotonic())
 
-        self._jobs.submit(spool, count, partial(self._expel_for, client))
+        self._jobs.submit(
+            partial(self.engine.spool, member.client_id, upload),
+            count,
+            partial(self._refuse_layers, member, member.connection),
+        )
 
-    def _merge(self, merge: Merge) -> tuple[tuple[TensorFrames, ...], str, dict[str, float]]:
-        """Fold the uploads (or keep the old layers) and save everything that is trained."""
-        weights = {} if merge.reason else self.merger.merge(merge.uploaded)
-        self.merger.forget_uploads()
-        self.merger.save(self.worker.trained())
-        layers = self.merger.layers()
-        return tuple(self._describe(layer) for layer in layers.values()), digest_of(layers.values()), weights
+    def _refuse_layers(self, member: Member, connection: Connection | None, error: Exception) -> bool:
+        """Take an upload back that could not be taken: the client may send another."""
+        if isinstance(error, RemoteProtocolError) and member.session.phase is Phase.MERGING:
+            member.session.phase = Phase.TRAINING
+        return self._refuse_tensor(connection, error)
 
-    def _describe(self, tensor: Tensor) -> TensorFrames:
-        return describe(tensor, self.run.link.frame_bytes)
+    def _refuse_tensor(self, connection: Connection | None, error: Exception) -> bool:
+        """End the session of a client whose tensors could not be taken; tell whether that was the error."""
+        if not isinstance(error, RemoteProtocolError):
+            return False
+        if connection is not None and connection.member.connection is connection:
+            arrived = Arrived(peer=connection.peer, user_id=connection.user_id, frames=[])
+            self._punish(arrived, connection, str(error))
+        return True
+
+    def _said_of_snapshot(self, note: str) -> None:
+        if note:
+            log.error("no snapshot could be taken: %s", note)
+            self.metrics.emit("snapshot_failed", reason=note)
 
     # who is there
 
     def _tick(self, now_s: float) -> None:
-        for client in list(self._clients.values()):
-            silent_s = now_s - client.last_heard_s
+        self._check_keys()
+        self._check_endless()
+        for connection in self._members.connections():
+            silent_s = now_s - connection.last_heard_s
             if silent_s > self.run.link.heartbeat_timeout:
-                self._expel(client, f"fell silent for {silent_s:.0f} s")
+                self._lose(connection, f"fell silent for {silent_s:.0f} s")
+        patience_s = self.run.federation.step_timeout
+        for member in self._members:
+            if member.absent_since_s is not None and now_s - member.absent_since_s > patience_s:
+                self._leave(member, f"was away for more than step_timeout = {patience_s:g} s")
         self._carry_out(self._gate.ticked(now_s), now_s)
         self._decide(self._rounds.ticked(now_s), now_s)
         self._say_what_is_waited_for(now_s)
@@ -466,48 +734,78 @@ class Server:
             self._waiting_said = (text, now_s + _WAITING_EVERY_S)
 
     def _waiting_for(self) -> str:
+        absent = [member.client_id for member in self._members if member.absent_since_s is not None]
         slow = self._gate.waiting_for()
-        return f"the step of {', '.join(slow)}" if slow else self._rounds.waiting_for()
+        text = f"the step of {', '.join(slow)}" if slow else self._rounds.waiting_for()
+        return f"{text} (absent: {', '.join(absent)})" if text and absent else text
 
-    def _expel(self, client: _Client, reason: str) -> None:
-        if client.client_id in self._clients:
-            self._drop(client, reason)
-            self._refuse(client.peer, f"the server ended the session: {client.client_id} {reason}")
+    def _left(self, connection: Connection, reason: str) -> None:
+        """Let a client go that says it goes."""
+        self._lose(connection, reason, waits=False)
 
-    def _expel_for(self, client: _Client, error: Exception) -> bool:
-        """End the session of a client whose tensors could not be taken; tell whether that was the error."""
-        if isinstance(error, RemoteProtocolError):
-            self._expel(client, f"sent {error}")
-        return isinstance(error, RemoteProtocolError)
-
-    def _drop(self, client: _Client, reason: str) -> None:
-        """Forget a client: the others go on by the rules of the config."""
-        if self._clients.pop(client.client_id, None) is None:
+    def _lose(self, connection: Connection, reason: str, *, waits: bool = True) -> None:
+        """Forget a connection and what was under way on it; the member is waited for, or the run goes on without it."""
+        member, now_s = connection.member, time.monotonic()
+        if not self._members.disconnect(connection):
             return
-        self._by_peer = {peer: other for peer, other in self._by_peer.items() if other is not client}
-        del self._by_token[client.token]
-        client.session.phase = Phase.GONE
-        self.metrics.emit("client_left", client_id=client.client_id, reason=reason)
-        self._jobs.submit(partial(self.worker.discard, client.client_id), lambda _: None)
+        member.session.disconnected()
+        self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
+        self._rounds.lost(member.client_id)
+        self._carry_out(self._gate.lost(member.client_id, now_s), now_s)
+        if waits:
+            member.absent_since_s = now_s
+            self.metrics.emit("client_lost", client_id=member.client_id, reason=reason)
+        else:
+            self._leave(member, reason)
+
+    def _leave(self, member: Member, reason: str) -> None:
+        """Go on without a client, by the rules of the config, until it comes back."""
+        if member.is_out:
+            return
         now_s = time.monotonic()
-        self._carry_out(self._gate.finished(client.client_id, now_s), now_s)
-        self._decide(self._rounds.left(client.client_id), now_s)
+        member.absent_since_s, member.is_out = None, True
+        self.metrics.emit("client_left", client_id=member.client_id, reason=reason)
+        self._note_out(member)
+        self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
+        self._decide(self._rounds.left(member.client_id), now_s)
 
-    def _send(self, client: _Client, message: Message) -> None:
-        self._send_to(client.peer, client, message)
+    def _note_out(self, member: Member) -> None:
+        self._jobs.submit(partial(self.engine.ledger.note, "left", client_id=member.client_id), _nothing)
 
-    def _send_to(self, peer: bytes, client: _Client, message: Message) -> None:
+    # what goes out
+
+    def _tell(self, member: Member, message: Message) -> None:
+        """Send to a member if it is connected; if not, it learns what it must when it resumes."""
+        if member.connection is not None:
+            self._send(member.connection, message)
+
+    def _send(self, connection: Connection, message: Message) -> None:
+        self._send_to(connection.peer, connection, message)
+
+    def _send_to(self, peer: bytes, connection: Connection, message: Message) -> None:
+        frames = codec.encode(message)
         try:
-            client.sent += self.listener.send(peer, codec.encode(message))
+            connection.member.sent += self.listener.send(peer, frames)
         except PeerGone as error:
-            self._drop(client, str(error))
+            self._lose(connection, str(error))
+            return
+        if peer == connection.peer:
+            connection.data_sent += _payload(frames)
 
-    def _refuse(self, peer: bytes, reason: str) -> None:
-        log.warning("refused a peer: %s", reason)
+    def _refuse(self, peer: bytes, code: Why, reason: str) -> None:
+        log.warning("refused a peer (%s): %s", code, reason)
         try:
-            self.listener.send(peer, codec.encode(Refusal(reason=reason)))
+            self.listener.send(peer, codec.encode(Refusal(code=code, reason=reason)))
         except PeerGone:
             log.info("a refused peer had gone already")
+
+
+def _nothing(_: object) -> None:
+    """Follow a job up with nothing."""
+
+
+def _payload(frames: Iterable[Buffer]) -> int:
+    return sum(map(len, frames))
 
 
 def _contribution(client_id: str, commit: Commit) -> Contribution:

@@ -4,7 +4,7 @@ It does not know who asked: gradients are kept in slots, and what a slot stands 
 uses it. Shapes: B micro-batch, S sequence, D hidden width, P tensors that train.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut, mask_of
+from splitfl.protocol.tensors import digest_of
 from splitfl.training.optimizer import NO_GRADIENT, PartOptimizer, clip_coefficient
 from splitfl.training.seeds import seed_dropout
 from splitfl.training.stopwatch import Stopwatch
@@ -52,7 +53,7 @@ class Worker:
         self._optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
         self._needs_backward = run.backbone_trains or run.bottom_trains
         self._slots: dict[str, _Slot] = {}
-        self._reduced = (0, 1.0)  # step and clip coefficient
+        self._reduced: tuple[int, float] | None = None  # step and clip coefficient of what is to be applied
         self.compute = Stopwatch()
 
     def evaluate(self, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool) -> Tensor:
@@ -90,8 +91,10 @@ class Worker:
             got_BSD.backward(gradient_BSD.to(self._device))
         return given_BSD.grad
 
-    def reduce(self, contributions: Sequence[Contribution]) -> float:
-        """Add up several slots' gradients, weighted by label tokens, and return the clip coefficient; `apply` is next.
+    def reduce(self, contributions: Sequence[Contribution]) -> tuple[float, dict[str, Tensor]]:
+        """Add up several slots' gradients, weighted by label tokens; `apply` is next.
+
+        Returns the clip coefficient and the sum by tensor name, before clipping: what a record of the step holds.
 
         The norm that is clipped by is that of the whole model: the reduced backbone gradient's per-tensor norms, and
         for the client-side tensors the same weighted mean of the clients' norms, an upper bound of the norm of their
@@ -100,20 +103,47 @@ class Worker:
         with self.compute.running():
             total = sum(c.num_label_tokens for c in contributions)
             shares = [c.num_label_tokens / total if total else 1.0 / len(contributions) for c in contributions]
-            self._sum_gradients(
-                [(self._slots.pop(c.slot, _Slot()), share) for c, share in zip(contributions, shares, strict=True)]
-            )
+            slots = [self._slots.pop(c.slot, _Slot()) for c in contributions]
+            scales = [share * self._tamed(slot, len(slots)) for slot, share in zip(slots, shares, strict=True)]
+            self._sum_gradients(list(zip(slots, scales, strict=True)))
             mine, theirs = iter(self._optimizer.norms().tolist()), iter(_mean_norms(contributions, shares))
             norms = [next(mine) if is_mine else next(theirs) for is_mine in self._is_mine]
             coefficient = clip_coefficient(norms, self._run.optimizer.max_grad_norm)
         self._reduced = (contributions[0].step, coefficient)
-        return coefficient
+        return coefficient, {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+
+    def withdraw(self) -> None:
+        """Forget what `reduce` has left: it could not be written down, so it must not be applied."""
+        self._reduced = None
+        self._optimizer.discard()
 
     def apply(self) -> None:
-        """Take the optimizer step with what `reduce` has left."""
-        step, coefficient = self._reduced
+        """Take the optimizer step with what `reduce` has left, if it was not withdrawn."""
+        if self._reduced is None:
+            return
+        (step, coefficient), self._reduced = self._reduced, None
         with self.compute.running():
             self._optimizer.step(step, coefficient)
+
+    def redo(self, step: int, clip_coefficient: float, gradients: Mapping[str, Tensor]) -> None:
+        """Take the optimizer step that a record holds."""
+        for name, parameter in self._trainable.items():
+            gradient = gradients.get(name)
+            parameter.grad = None if gradient is None else gradient.to(self._device)
+        self._optimizer.step(step, clip_coefficient)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights and optimizer state by name, to be written down before anything else happens here."""
+        return self._optimizer.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to what `state` has returned."""
+        self._slots.clear()
+        self._optimizer.load_state(state)
+
+    def digest(self) -> str:
+        """Return the SHA-256 (hex) over what trains here, in the model's order."""
+        return digest_of(self._parameters)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1."""
@@ -143,6 +173,18 @@ class Worker:
             slot.gradients = [parameter.grad for parameter in self._parameters]
             for parameter in self._parameters:
                 parameter.grad = None
+
+    def _tamed(self, slot: _Slot, num_members: int) -> float:
+        """Return what to scale one member's gradient by so that it outweighs no other; alone, the step's clipping does.
+
+        The norm is that of its gradient of the backbone, which nothing that the client says can change.
+        """
+        limit = self._run.federation.client_max_grad_norm
+        gradients = [gradient for gradient in slot.gradients if gradient is not None]
+        if num_members == 1 or not limit or not gradients:
+            return 1.0
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        return min(1.0, limit / norm) if norm > 0 else 1.0
 
     def _sum_gradients(self, slots: Sequence[tuple[_Slot, float]]) -> None:
         """Set each parameter's gradient to the weighted sum over the slots, in the order given."""

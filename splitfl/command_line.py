@@ -21,6 +21,10 @@ from splitfl.errors import SplitflError
 _INTERRUPTED = 130
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a command that has saved its state ends with 0 after it."""
+
+
 class Command(Protocol):
     """One sub-command."""
 
@@ -98,10 +102,10 @@ def _interrupted_once() -> Iterator[None]:
     the middle of telling the clients or writing the report would leave either half done.
     """
 
-    def interrupt(_signal: int, _frame: object) -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
+    def interrupt(number: int, _frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -161,6 +161,10 @@ class FederationSection(Section):
     optimizer_state: Literal["keep", "reset"] = "keep"
     """What becomes of a client's optimizer state when merged layers arrive."""
 
+    client_max_grad_norm: float = Field(10.0, ge=0)
+    """Where several clients share a step, the backbone's gradient from each of them is clipped to this norm before they
+    are added up, so that none outweighs the others; 0 means no such clipping."""
+
     evaluate: Literal["ends", "rounds"] = "ends"
     """Evaluate each client's held-out text before and after the run, or after every round as well."""
 
@@ -171,7 +175,8 @@ class FederationSection(Section):
     """Seconds after which a round closes with the clients that are done."""
 
     step_timeout: float = Field(120.0, gt=0)
-    """Seconds after which a step goes on without a client that has not finished it."""
+    """Seconds after which a step goes on without a client that has not finished it, and a round without one whose
+    connection is lost."""
 
     @model_validator(mode="after")
     def _clients_add_up(self) -> Self:
@@ -199,7 +204,7 @@ class LinkSection(Section):
     max_in_flight: int = Field(2, ge=1, le=64)
     """Micro-batches a client may have under way at once."""
 
-    frame_bytes: int = Field(1 << 20, ge=1 << 12, le=1 << 26)
+    frame_bytes: int = Field(1 << 18, ge=1 << 12, le=1 << 26)
     """Largest frame a tensor is cut into."""
 
     heartbeat_interval: float = Field(2.0, gt=0)
@@ -208,8 +213,13 @@ class LinkSection(Section):
     heartbeat_timeout: float = Field(10.0, gt=0)
     """Seconds of silence on the control connection after which the peer counts as gone."""
 
-    slowest_link_bytes_per_second: float = Field(1_250_000.0, gt=0)
-    """The slowest client link to allow for; a frame must pass it in less than half the heartbeat timeout."""
+    slowest_link_bytes_per_second: float = Field(250_000.0, gt=0)
+    """The slowest client link to allow for (default 2 Mbit/s); a frame must pass it in less than half the heartbeat
+    timeout, and a message that is slower than this is taken for lost."""
+
+    max_rms: float = Field(1e6, gt=0)
+    """Largest root mean square of a tensor's values that either side takes from the other; larger ones count as poison,
+    as NaN and infinity do."""
 
     @model_validator(mode="after")
     def _a_heartbeat_passes(self) -> Self:
@@ -227,11 +237,51 @@ class LinkSection(Section):
         return self
 
 
+class StorageSection(Section):
+    """What both sides keep on disk so that no acknowledged step is lost."""
+
+    durability: Literal["redo", "snapshot"] = "redo"
+    """`redo`: a step's gradients are on disk before it is acknowledged, so it survives any crash; `snapshot`: only
+    merges are, and all sides go back to the last one together (for full training, whose records are as large as the
+    model)."""
+
+    fsync: Literal["always", "interval", "never"] = "always"
+    """When writes are forced through to the disk: before every acknowledgement, every `fsync_interval`, or when the
+    system likes; the last two survive a crash of the process but not a power failure."""
+
+    fsync_interval: float = Field(1.0, gt=0)
+    """Seconds between two forced writes with `fsync = "interval"`."""
+
+    snapshot_steps: int = Field(50, ge=1)
+    """Commits after which a snapshot is taken between two merges; bounds the log's size and the time to recover."""
+
+    keep_snapshots: int = Field(2, ge=0)
+    """Generations of snapshots, with the log since each, that are kept; at least 2 for a damaged one to have a
+    predecessor, 0 keeps all, so that `splitfl replay` can begin at the first step."""
+
+    @model_validator(mode="after")
+    def _has_a_predecessor(self) -> Self:
+        if self.keep_snapshots == 1:
+            raise ValueError("keep_snapshots must be 2 or more, or 0 for all: a damaged snapshot needs a predecessor")
+        return self
+
+
 class ServerSection(Section):
     """The server's own: where it listens, computes and writes. Not sent to clients."""
 
     address: str = "tcp://127.0.0.1:5555"
-    """Where to listen: tcp://HOST:PORT on loopback, or ipc://PATH; other hosts are refused until keys exist."""
+    """Where to listen: tcp://HOST:PORT or ipc://PATH; on any host but loopback, `keys` must be set."""
+
+    keys: OptionalPath = None
+    """Folder made by `splitfl keygen`: the server's key pair and the clients it lets in (`splitfl authorize`); turns
+    encryption and authentication on."""
+
+    max_clients: int = Field(64, ge=1)
+    """Clients that may be connected at once."""
+
+    history: bool = False
+    """Whether `history.jsonl` is written: every step invoked, acknowledged and applied, with hashes of the weights; for
+    tests and audits."""
 
     run_id: str = Field("", pattern=r"^$|" + NAME_PATTERN)
     """Name of the run and of its folder; empty means date and time."""
@@ -259,7 +309,17 @@ class ClientSection(Section):
     """Name of this client in reports and merges; letters, digits, `.`, `_` and `-`."""
 
     server_address: str = "tcp://127.0.0.1:5555"
-    """The server's address."""
+    """The server's address; an enrolment file brings its own."""
+
+    keys: OptionalPath = None
+    """Folder made by `splitfl keygen`: this client's key pair; needed with `enrolment`."""
+
+    enrolment: OptionalPath = None
+    """File from the server's operator (`splitfl authorize`): the server's address and public key and this client's
+    name; turns encryption and authentication on."""
+
+    socks_proxy: str = ""
+    """SOCKS5 proxy to reach the server through, as HOST:PORT; empty means none."""
 
     output_dir: Path = Path("client-runs")
     """Folder for this client's own metrics; nothing in it is sent."""
@@ -275,6 +335,13 @@ class ClientSection(Section):
 
     connect_timeout: float = Field(60.0, gt=0)
     """Seconds to wait for a server's first answer."""
+
+    reconnect_timeout: float = Field(600.0, gt=0)
+    """Seconds for which a client tries to reach a server that it has lost; then it ends, to be started again."""
+
+    history: bool = False
+    """Whether `history.jsonl` is written: every step invoked, acknowledged and applied, with hashes of the weights; for
+    tests and audits."""
 
 
 class DataSection(Section):
@@ -343,6 +410,7 @@ class RunConfig(Config):
     federation: FederationSection = FederationSection()
     text: TextSection = TextSection()
     link: LinkSection = LinkSection()
+    storage: StorageSection = StorageSection()
 
     @property
     def total_steps(self) -> int:

@@ -11,8 +11,9 @@ SplitflError               1
     PeerGone               7   the peer did not answer, closed, or fell silent past its deadline
   Refused                  8   the server said no, and why
   Incomplete               9   the run ended before its last round
+  StorageError            10   the disk is full, or does not take or give back what must be kept
 
-Ctrl-C ends a command with 130, as shells expect.
+Ctrl-C ends a command with 130, as shells expect; SIGTERM ends a server or client that has saved its state with 0.
 """
 
 from typing import ClassVar
@@ -71,12 +72,22 @@ class PeerGone(TransportError):  # noqa: N818  # the name is the finding, not th
 
 
 class Refused(SplitflError):  # noqa: N818
-    """The server said no, and why."""
+    """The server said no, and why; `code` is its name on the wire (`protocol.messages.Why`), "" without one."""
 
     exit_code = 8
+
+    def __init__(self, text: str, *, code: str = "") -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class Incomplete(SplitflError):  # noqa: N818
     """The run ended before its last round; the text says what is kept and where."""
 
     exit_code = 9
+
+
+class StorageError(SplitflError):
+    """The disk is full, or does not take or give back what must be kept; the text names the file and the remedy."""
+
+    exit_code = 10

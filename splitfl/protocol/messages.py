@@ -11,16 +11,40 @@ Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the c
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from types import MappingProxyType
 from typing import TypeAlias
 
 Buffer: TypeAlias = bytes | memoryview
 
 # Must match exactly before 1.0; add one whenever a message changes.
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 # Bytes an element takes, for the types that may cross.
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"f32": 4, "bf16": 2, "u8": 1})
+
+
+class Why(StrEnum):
+    """Why a session ended or was not begun; wire names are forever, and an unknown one is like `OVER`."""
+
+    VERSION_MISMATCH = "VERSION_MISMATCH"
+    KEY_MISMATCH = "KEY_MISMATCH"
+    """The client's name belongs to another key, or its key to no client."""
+    REVOKED = "REVOKED"
+    SUPERSEDED = "SUPERSEDED"
+    """A newer session of the same client has taken its place."""
+    QUARANTINED = "QUARANTINED"
+    """Three violations: kept out until the operator lets it in again."""
+    VIOLATION = "VIOLATION"
+    """A message broke a rule and was not applied; nothing else was lost."""
+    FULL = "FULL"
+    NO_SESSION = "NO_SESSION"
+    """The server knows nothing of this connection: connect anew and resume."""
+    SHUTDOWN = "SHUTDOWN"
+    """The server is being stopped; it resumes when it is started again."""
+    FINISHED = "FINISHED"
+    """All rounds are done."""
+    OVER = "OVER"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +76,8 @@ class Welcome:
 
     session: str
     """Token that ties a second connection to this one."""
+    session_number: int
+    """Rises with every welcome of this server; of two sessions of one client the higher number wins."""
     run_id: str
     settings: str
     """The run's settings as JSON (`RunConfig.to_json`)."""
@@ -61,6 +87,8 @@ class Welcome:
     file_sizes: tuple[int, ...]
     file_hashes: tuple[str, ...]
     """SHA-256 (hex) of each file's content."""
+    limits: dict[str, float]
+    """The bounds that the server holds this session to (docs/limits.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,10 +124,16 @@ class Ping:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pong:
-    """Server: so am I, and this is what the run is waiting for ("" when for nothing)."""
+    """Server: so am I, and this is what the run is waiting for ("" when for nothing).
+
+    The bytes are those of whole messages on the data connection since its first: a side that has sent more than the
+    other has received, and sees no progress, has a dead connection.
+    """
 
     number: int
     waiting_for: str
+    bytes_sent: int
+    bytes_received: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -182,6 +216,8 @@ class Committed:
     step: int
     commit_number: int
     clip_coefficient: float
+    durable_step: int
+    """The last step of yours that survives a crash of the server; below `step` with `durability = "snapshot"`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -242,7 +278,60 @@ class Farewell:
 class Refusal:
     """Server: no, and why; the session is over."""
 
+    code: str
+    """One of `Why`."""
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Resume:
+    """Client: this is where I am; all zero when I begin."""
+
+    held_round: int
+    """Number of the merge whose layers I hold."""
+    step: int
+    """The last step that I have applied."""
+    commit_number: int
+    """The commit that it was."""
+    pending_step: int
+    """A step whose commit I have sent without an answer; 0 when there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Resumed:
+    """Server: this is where you go on.
+
+    `verdict` "go": settle the pending step (applied if it is `step`, else discarded), load `layers` if there are any,
+    and go on. "rewind": I have lost what came after `step`; go back to it and resume again. "anew": you are behind, by
+    `reason`; load `layers`, count from `step`, and wait for the next round.
+    """
+
+    verdict: str
+    reason: str
+    step: int
+    """The last step of yours that the server has applied, 0 for none."""
+    commit_number: int
+    clip_coefficient: float
+    """What that commit's gradients are scaled by."""
+    held_round: int
+    """The last merge: `layers` are its, where yours are older."""
+    layers: tuple[TensorFrames, ...]
+    round_number: int
+    """The open round you take part in, 0 for none."""
+    first_step: int
+    num_steps: int
+    next_step: int
+    awaits_merge: bool
+    """Whether your part of the round is done: the merge is what comes next."""
+    is_parting: bool
+    """Whether all rounds are merged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Shutdown:
+    """Server: I stop here and have saved everything; resume at this step when I am back."""
+
+    resume_at: int
 
 
 Message: TypeAlias = (
@@ -269,6 +358,9 @@ Message: TypeAlias = (
     | Goodbye
     | Farewell
     | Refusal
+    | Resume
+    | Resumed
+    | Shutdown
 )
 
 # Wire numbers are forever: add, never renumber.
@@ -297,5 +389,8 @@ KINDS: Mapping[int, type[Message]] = MappingProxyType(
         21: Goodbye,
         22: Farewell,
         23: Refusal,
+        24: Resume,
+        25: Resumed,
+        26: Shutdown,
     }
 )

@@ -5,6 +5,7 @@ Activations and gradients are not; parameters are, so snapshot them first.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 
 import torch
@@ -33,8 +34,10 @@ def describe(tensor: Tensor, frame_bytes: int) -> TensorFrames:
     )
 
 
-def realise(frames: TensorFrames, device: torch.device | str = "cpu") -> Tensor:
-    """Return a tensor of its own, aligned memory; raise `RemoteProtocolError` when a value is NaN or infinite.
+def realise(frames: TensorFrames, device: torch.device | str = "cpu", *, max_rms: float = math.inf) -> Tensor:
+    """Return a tensor of its own, aligned memory.
+
+    Raises `RemoteProtocolError` when a value is NaN or infinite, or the values' root mean square exceeds `max_rms`.
 
     The bytes are copied once: small frames arrive unaligned, several frames must be put together, and one path for all
     sizes costs less than it saves.
@@ -47,8 +50,12 @@ def realise(frames: TensorFrames, device: torch.device | str = "cpu") -> Tensor:
             target[start : start + len(buffer)] = buffer
             start += len(buffer)
     # a norm sees NaN and infinity ten times faster than isfinite().all() does; float64 so that large finite values pass
-    if tensor.is_floating_point() and not torch.linalg.vector_norm(tensor, dtype=torch.float64).isfinite():
-        raise RemoteProtocolError("a tensor with values that are not finite")
+    if tensor.is_floating_point() and tensor.numel():
+        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        if not math.isfinite(norm):
+            raise RemoteProtocolError("a tensor with values that are not finite (NONFINITE_TENSOR)")
+        if (rms := norm / math.sqrt(tensor.numel())) > max_rms:
+            raise RemoteProtocolError(f"a tensor whose root mean square is {rms:.3g}, more than max_rms = {max_rms:g}")
     return tensor.to(device)
 
 

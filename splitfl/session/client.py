@@ -17,6 +17,8 @@ from splitfl.protocol.messages import (
     Merged,
     Message,
     Ready,
+    Resume,
+    Resumed,
     RoundOpened,
     StepRefused,
     TensorFrames,
@@ -45,6 +47,18 @@ class ClientSession:
     def has_credit(self) -> bool:
         """Whether another micro-batch may be sent."""
         return len(self._graphs) < self.terms.max_in_flight
+
+    @property
+    def awaits_merge(self) -> bool:
+        """Whether the merge of the open round is what comes next."""
+        return self._waits_for is Merged
+
+    def resume(self, *, held_round: int, step: int, commit_number: int, pending_step: int) -> Resume:
+        """Say where this client is; the first thing to say on every connection."""
+        if self._last_request or self.open_round is not None:
+            raise LocalProtocolError("resuming in the middle of a session")
+        self._wait_for(Resumed)
+        return Resume(held_round=held_round, step=step, commit_number=commit_number, pending_step=pending_step)
 
     def forward(self, *, step: int, micro_batch: int, hidden_BSD: TensorFrames, lengths_B: tuple[int, ...]) -> Forward:
         """Number a micro-batch; `step` 0 is an evaluation."""
@@ -137,6 +151,10 @@ class ClientSession:
                 return message
             case StepRefused():
                 return self._receive_refusal(message)
+            case Resumed():
+                self._require_asked(message)
+                self._go_on(message)
+                return message
             case RoundOpened():
                 self._require_asked(message)
                 if message.layers:
@@ -159,6 +177,26 @@ class ClientSession:
                 self._waits_for = None
                 return message
         raise RemoteProtocolError(f"{type(message).__name__} is not a server's to send here")
+
+    def _go_on(self, message: Resumed) -> None:
+        if message.verdict not in ("go", "rewind", "anew"):
+            raise RemoteProtocolError(f"resumed with verdict {message.verdict!r:.20}")
+        if message.layers:
+            self.terms.check_layers(message.layers)
+        self._waits_for = None
+        if message.verdict == "rewind":
+            return
+        self.round_number = message.held_round
+        if message.round_number:
+            self.open_round = RoundOpened(
+                round_number=message.round_number,
+                first_step=message.first_step,
+                num_steps=message.num_steps,
+                layers=(),
+            )
+            self.next_step = message.next_step
+        if message.awaits_merge:
+            self._waits_for = Merged
 
     def _receive_answer(self, number: int, message: ForwardDone | BackwardDone) -> Message | None:
         if number in self._abandoned:

@@ -3,6 +3,9 @@
 A message either changes the state and is returned as something to do, or raises `RemoteProtocolError` and changes
 nothing. What the server decides on its own (a round opens, a step is committed or closed without this client) comes in
 through the methods named after it.
+
+A session outlives its connections: what is under way goes with a connection (`disconnected`), what was applied stays,
+and `resume` finds out where the client goes on.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,6 @@ from splitfl.protocol.messages import (
     BackwardDone,
     Commit,
     Committed,
-    Fetch,
     Forward,
     ForwardDone,
     Goodbye,
@@ -23,8 +25,11 @@ from splitfl.protocol.messages import (
     Message,
     Ready,
     Report,
+    Resume,
+    Resumed,
     RoundOpened,
     StepRefused,
+    TensorFrames,
     Upload,
 )
 from splitfl.session.terms import Terms
@@ -52,7 +57,16 @@ class Reply:
     message: Message
 
 
-Accepted: TypeAlias = Fetch | Ready | Forward | Backward | Commit | Upload | Report | Goodbye
+Accepted: TypeAlias = Ready | Forward | Backward | Commit | Upload | Report | Goodbye
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """The last step of a client that was applied: what its acknowledgement says."""
+
+    step: int = 0
+    commit_number: int = 0
+    clip_coefficient: float = 1.0
 
 
 @dataclass(slots=True)
@@ -74,7 +88,9 @@ class ServerSession:
         self.round_number = 0
         self.next_step = 0
         self.last_step = 0
+        self._first_step = 0
         self.last_commit: Committed | StepRefused | None = None
+        self.applied = Applied()
         self._last_applied = 0
         """The last step that was applied; those between it and `next_step` went on without this client."""
         self._graphs: dict[int, _Graph] = {}
@@ -89,14 +105,16 @@ class ServerSession:
         """Micro-batches under way."""
         return len(self._graphs)
 
+    @property
+    def has_done_its_steps(self) -> bool:
+        """Whether no step of the round is left for this client."""
+        return self.phase is not Phase.IDLE and self.next_step > self.last_step
+
     def receive(self, message: Message) -> Accepted | Reply | None:
         """Check a message and take it in; None means it came for a step that is closed and is to be ignored."""
         if self.phase is Phase.GONE:
             raise RemoteProtocolError(f"{type(message).__name__} from a client that has gone")
         match message:
-            case Fetch():
-                self._require(message, Phase.IDLE)
-                return message
             case Ready():
                 self._require(message, Phase.IDLE)
                 self.phase = Phase.READY
@@ -126,11 +144,75 @@ class ServerSession:
             raise LocalProtocolError(f"a round opened for a client that is {self.phase.name}")
         self.round_number = round_.round_number
         self.next_step = round_.first_step
+        self._first_step = round_.first_step
         self.last_step = round_.first_step + round_.num_steps - 1
         self._last_applied = round_.first_step - 1
         self._closed.clear()  # whatever was under way in the last round came before this client was ready
         self.phase = Phase.TRAINING if round_.num_steps else Phase.MERGING
         self._begin_step()
+
+    def restore(self, *, applied: Applied, round_: RoundOpened | None, next_step: int, awaits_merge: bool) -> None:
+        """Set what a log says of this client: its last applied step, and its place in the open round if it has one."""
+        self.applied = applied
+        if round_ is not None:
+            self.phase = Phase.READY
+            self.opened(round_)
+            self.next_step = next_step
+            self._last_applied = max(self._last_applied, applied.step)
+            if awaits_merge:
+                self.phase = Phase.MERGING
+
+    def disconnected(self) -> None:
+        """Take note that the connection is gone: micro-batches and a commit that waits go with it, nothing else."""
+        self._graphs.clear()
+        self._closed.clear()
+        self._last_request = 0
+        self._begin_step()
+        if self.phase is Phase.COMMITTING:
+            self.phase = Phase.TRAINING
+        elif self.phase is Phase.READY:
+            self.phase = Phase.IDLE
+
+    def returned(self, next_step: int) -> None:
+        """Go on at this step: the others have gone on meanwhile."""
+        self.next_step = max(self.next_step, next_step)
+
+    def resume(self, claim: Resume, *, held_round: int, layers: tuple[TensorFrames, ...], is_parting: bool) -> Resumed:
+        """Compare where the client says it is with what was applied, and say where it goes on.
+
+        `held_round` is the last merge and `layers` are its. A client that is behind leaves its open round.
+        """
+        verdict, reason = self._compare(claim, held_round)
+        if verdict == "anew" and self.phase is Phase.TRAINING:  # layers that it uploaded stay in the round
+            self.phase = Phase.IDLE
+        takes_part = self.phase in (Phase.TRAINING, Phase.MERGING)
+        # one that is new and in no round yet gets them when its first round opens
+        is_new = not (takes_part or self.applied.step or claim.held_round)
+        is_older = verdict == "anew" or (verdict == "go" and claim.held_round < held_round and not is_new)
+        return Resumed(
+            verdict=verdict,
+            reason=reason,
+            step=self.applied.step,
+            commit_number=self.applied.commit_number,
+            clip_coefficient=self.applied.clip_coefficient,
+            held_round=held_round,
+            layers=layers if is_older else (),
+            round_number=self.round_number if takes_part else 0,
+            first_step=self._first_step if takes_part else 0,
+            num_steps=self.last_step - self._first_step + 1 if takes_part else 0,
+            next_step=self.next_step if takes_part else 0,
+            awaits_merge=self.phase is Phase.MERGING,
+            is_parting=is_parting,
+        )
+
+    def _compare(self, claim: Resume, held_round: int) -> tuple[str, str]:
+        mine, theirs = self.applied.step, claim.step
+        is_other = theirs == mine and claim.commit_number != self.applied.commit_number
+        if claim.held_round > held_round or theirs > mine or is_other:
+            return "rewind", f"the server has gone back to step {mine} of this client, and it is at step {theirs}"
+        if theirs < mine != claim.pending_step:
+            return "anew", f"this client's records end at step {theirs}, and step {mine} of it has been applied"
+        return "go", ""
 
     def answered(self, reply: ForwardDone | BackwardDone) -> bool:
         """Take note of a reply on its way; False means its step was closed meanwhile and it must not be sent."""
@@ -147,9 +229,12 @@ class ServerSession:
 
     def committed(self, commit: Committed) -> None:
         """Take note that the step this client waits for is applied."""
-        if self.phase is not Phase.COMMITTING:
+        if self.phase not in (Phase.COMMITTING, Phase.TRAINING):  # the latter when its connection was lost meanwhile
             raise LocalProtocolError(f"a step was committed for a client that is {self.phase.name}")
         self.last_commit = commit
+        self.applied = Applied(
+            step=commit.step, commit_number=commit.commit_number, clip_coefficient=commit.clip_coefficient
+        )
         self._last_applied = commit.step
         self.phase = Phase.TRAINING
         self.next_step = commit.step + 1

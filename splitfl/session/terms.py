@@ -1,10 +1,11 @@
 """What a server and one client agreed on, and the checks that follow from it for a described tensor."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splitfl.errors import RemoteProtocolError
-from splitfl.protocol.messages import TensorFrames
+from splitfl.protocol.messages import DTYPE_BYTES, TensorFrames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,19 @@ class Terms:
     layer_shapes: tuple[tuple[int, ...], ...]
     """Shapes of the client-side tensors that train, in the model's order."""
     layer_dtypes: tuple[str, ...]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the largest micro-batch's activations."""
+        return self.max_batch_size * self.max_seq_length * self.hidden_size * DTYPE_BYTES[self.dtype]
+
+    @property
+    def layers_bytes(self) -> int:
+        """Bytes of all client-side tensors that train."""
+        return sum(
+            math.prod(shape) * DTYPE_BYTES[dtype]
+            for shape, dtype in zip(self.layer_shapes, self.layer_dtypes, strict=True)
+        )
 
     def check_activations(self, tensor: TensorFrames, lengths_B: Sequence[int]) -> None:
         """Raise unless the tensor is activations BSD within the bounds, with a length for each row."""

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 from splitfl.config import OptimizerSection
 
 NO_GRADIENT = -1.0
+_MOMENT = "|"  # between a weight's name and its moment's
 
 
 class PartOptimizer:
@@ -20,6 +21,7 @@ class PartOptimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimizerSection, total_steps: int) -> None:
         """Take parameters by their names in the whole model, in its order; the schedule runs over `total_steps`."""
+        self._named = dict(parameters)
         self._parameters = list(parameters.values())
         self._section = section
         self._optimizer = self._build()
@@ -58,6 +60,30 @@ class PartOptimizer:
         """Forget the gradients."""
         for parameter in self._parameters:
             parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the weights and the optimizer's moments, by the weights' names; the tensors are the live ones."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._named.items():
+            tensors[name] = parameter.detach()
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}{_MOMENT}{key}"] = value
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to what `state` returned, forgetting gradients; every weight must be there."""
+        self.reset_state()
+        self.discard()
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(tensors[name])
+        for name, value in tensors.items():
+            owner, is_moment, key = name.rpartition(_MOMENT)
+            if is_moment:
+                parameter = self._named[owner]
+                # AdamW counts its steps on the CPU, whatever device the weights are on
+                device = "cpu" if key == "step" else parameter.device
+                self._optimizer.state[parameter][key] = value.to(device, copy=True)
 
     def reset_state(self) -> None:
         """Forget the moments, as at the first step."""

@@ -8,8 +8,8 @@ from splitfl.errors import TransportError
 SCHEMES = ("tcp", "ipc", "inproc")
 
 
-def check_address(address: str) -> None:
-    """Raise `TransportError` unless the address is of a known scheme and stays on this machine."""
+def check_address(address: str, *, has_keys: bool = False) -> None:
+    """Raise `TransportError` unless the address is of a known scheme, and stays on this machine or `has_keys`."""
     scheme, found, rest = address.partition("://")
     if not found or scheme not in SCHEMES or not rest:
         known = ", ".join(f"{name}://" for name in SCHEMES)
@@ -23,11 +23,11 @@ def check_address(address: str) -> None:
     match = re.fullmatch(r"(\[[^\]]+\]|[^:\[\]]+):(\d{1,5}|\*)", rest)
     if match is None or (match[2] != "*" and not 0 < int(match[2]) < 1 << 16):
         raise TransportError(f"address {address!r}: write tcp://HOST:PORT with a port from 1 to 65535")
-    if not _is_loopback(match[1].strip("[]")):
+    if not has_keys and not _is_loopback(match[1].strip("[]")):
         raise TransportError(
-            f"address {address!r} is not on this machine, and splitfl has no keys yet: without them anyone could join"
-            " and read along. Use tcp://127.0.0.1:PORT or ipc://PATH, and reach it from elsewhere through a tunnel you"
-            " trust"
+            f"address {address!r} is not on this machine, and there are no keys: without them anyone could join and"
+            " read along. Make keys with `splitfl keygen` and name their folder (server.keys; client.keys and"
+            " client.enrolment), or use tcp://127.0.0.1:PORT or ipc://PATH"
         )
 
 

@@ -3,28 +3,55 @@
 Both keep order and move whole messages. A socket stays in the thread that made it; only `Listener.wake` may be called
 from another. Over `inproc://` the same code runs without a network, for tests and for parts within one process.
 
+With keys every connection is encrypted and authenticated (`transport.security`). Without them, over TCP, a message has
+one frame more: the CRC-32 of the others, since TCP's own checksum is weak.
+A connection that was once made and broke is not mended: libzmq would make a new one in silence, and what was on its way
+would be missing.
+
 Ownership: large buffers are sent without a copy, so whoever hands one over must never write to it again.
 """
 
 import errno
 import os
+import re
 import socket
+import struct
 import threading
+import time
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
-from splitfl.errors import LocalProtocolError, PeerGone, TransportError
-from splitfl.protocol.messages import Buffer
+from splitfl.errors import LocalProtocolError, PeerGone, Refused, TransportError
+from splitfl.protocol.messages import Buffer, Why
 from splitfl.transport.address import check_address
+from splitfl.transport.keys import KeyPair
+from splitfl.transport.security import ClientSecurity, Doorkeeper, ServerSecurity, secure_client, secure_server
+from splitfl.transport.watch import Cut, Watch, is_supported
 
 # Below this a copy costs less than keeping track of who holds the buffer.
 _COPY_BELOW_BYTES = 1 << 16
 # What ZMTP 3.1 (https://rfc.zeromq.org/spec/37) puts before each frame: flags and a length of 1 or 8 bytes.
 _SMALL_FRAME_BYTES = 255
+_CHECKSUM = struct.Struct("<I")
+_HANDSHAKE_MS = 5000
+_BACKLOG = 1024
+# A server that does not complete this many handshakes in a row, for this long, will not.
+_MAX_HANDSHAKES = 3
+_HANDSHAKES_S = 4.0
+_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
 
 
 class Traffic:
@@ -42,16 +69,47 @@ def framed_bytes(frames: Sequence[Buffer]) -> int:
     return sum(len(frame) + (2 if len(frame) <= _SMALL_FRAME_BYTES else 9) for frame in frames)
 
 
+class ConnectionLost(PeerGone):
+    """A connection that was made has broken; make a new one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Arrived:
+    """A message as it came in."""
+
+    peer: bytes
+    """Where to answer; says nothing about who it is."""
+    user_id: str
+    """The public key that its connection is authenticated with, "" without keys."""
+    frames: list[memoryview]
+    intact: bool = True
+    """Whether its checksum fits; if not, there are no frames."""
+    num_bytes: int = 0
+    """What it took on the connection, framing included."""
+
+
 class _Socket:
     """What both ends share: options, counting, closing."""
 
-    def __init__(self, kind: int, *, max_frame_bytes: int, heartbeat_interval: float, heartbeat_timeout: float) -> None:
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+    def __init__(
+        self,
+        kind: int,
+        *,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        has_checksum: bool,
+        max_frame_bytes: int,
+        heartbeat_timeout: float,
+    ) -> None:
+        self._socket: zmq.Socket[bytes] = context.socket(kind)
+        self._has_checksum = has_checksum
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         # one header and whatever frames the config allows; a longer frame ends its connection
         self._socket.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, 1 << 16))
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, int(heartbeat_interval * 1000))
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(heartbeat_timeout * 1000))
+        # The application has heartbeats of its own on a second connection, which no large frame holds up. These ones
+        # only clear away what is dead for good: a frame on a slow link must never be taken for death.
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, int(heartbeat_timeout * 1000))
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(6 * heartbeat_timeout * 1000))
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self.traffic = Traffic()
@@ -69,8 +127,8 @@ class _Socket:
     ) -> None:
         self.close(linger_s=1.0)
 
-    def _receive(self) -> list[memoryview]:
-        return [frame.buffer for frame in self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)]
+    def _receive(self) -> list["zmq.Frame"]:
+        return self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
 
     def _send(self, frames: Sequence[Buffer]) -> None:
         last = len(frames) - 1
@@ -78,21 +136,65 @@ class _Socket:
             more = zmq.SNDMORE if number < last else 0
             self._socket.send(frame, flags=zmq.NOBLOCK | more, copy=len(frame) < _COPY_BELOW_BYTES)
 
+    def _sealed(self, frames: Sequence[Buffer]) -> list[Buffer]:
+        return [*frames, _CHECKSUM.pack(_checksum(frames))] if self._has_checksum else list(frames)
+
+    def _unsealed(self, frames: list[memoryview]) -> list[memoryview] | None:
+        """Return a message without its checksum, None if that does not fit."""
+        if not self._has_checksum:
+            return frames
+        *content, seal = frames
+        if not content or len(seal) != _CHECKSUM.size or _CHECKSUM.unpack(seal)[0] != _checksum(content):
+            return None
+        return content
+
+
+def _checksum(frames: Sequence[Buffer]) -> int:
+    """Return a CRC-32 that also sees a border between frames move."""
+    crc = 0
+    for frame in frames:
+        crc = zlib.crc32(frame, zlib.crc32(_CHECKSUM.pack(len(frame) & 0xFFFFFFFF), crc))
+    return crc
+
 
 class Listener(_Socket):
     """The server's end: many peers behind one address."""
 
     def __init__(
-        self, address: str, *, max_frame_bytes: int, heartbeat_interval: float, heartbeat_timeout: float
+        self,
+        address: str,
+        *,
+        max_frame_bytes: int,
+        heartbeat_interval: float,
+        heartbeat_timeout: float,
+        max_message_bytes: int = 1 << 26,
+        max_queued: int = 64,
+        security: ServerSecurity | None = None,
     ) -> None:
-        """Bind; raise `TransportError` when the address is refused, taken or not ours."""
-        check_address(address)
+        """Bind; raise `TransportError` when the address is refused, taken or not ours.
+
+        `max_queued` messages of one peer wait here before it is made to wait; `heartbeat_interval` is the
+        application's affair.
+        """
+        check_address(address, has_keys=security is not None)
+        self._security = security
+        # an authenticator serves a whole context, so a listener with keys has one of its own
+        self._context = zmq.Context() if security else zmq.Context.instance()
+        self._doorkeeper = Doorkeeper(self._context, security) if security else None
+        self._watch: Watch | None = None
+        self.max_message_bytes = max_message_bytes
         super().__init__(
             zmq.ROUTER,
+            context=self._context,
+            has_checksum=address.startswith("tcp") and security is None,
             max_frame_bytes=max_frame_bytes,
-            heartbeat_interval=heartbeat_interval,
             heartbeat_timeout=heartbeat_timeout,
         )
+        self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
+        self._socket.setsockopt(zmq.RCVHWM, max_queued)
+        self._socket.setsockopt(zmq.SNDHWM, max_queued)
+        if security is not None and not address.startswith("inproc"):
+            secure_server(self._socket, security)
         if address.startswith("ipc://") and _someone_listens(address.removeprefix("ipc://")):
             self.close()
             raise TransportError(_in_use(address))
@@ -109,6 +211,42 @@ class Listener(_Socket):
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
         self._poller.register(self._wake_in, zmq.POLLIN)
+        self._is_behind = False
+        if address.startswith("tcp") and is_supported():
+            self._watch = Watch(
+                self._socket,
+                max_message_bytes=lambda: self.max_message_bytes,
+                may_be_behind=lambda: self._is_behind,
+                seen_keys=self._doorkeeper.seen if self._doorkeeper else set,
+            )
+
+    def self_test(self, timeout_s: float = 3.0) -> None:
+        """Knock with a random key and without one; raise `TransportError` if either is let in.
+
+        An authentication that is not set up completely lets everybody in without a word, so it is tried.
+        """
+        if self._security is None:
+            return
+        for knocks in (_Stranger.with_random_key, _Stranger.without_keys):
+            with knocks(self._security, self.address) as stranger:
+                if self._hears(stranger.nonce, timeout_s=timeout_s / 3):
+                    raise TransportError(
+                        f"{self.address}: the server let in a stranger that it does not know: refusing to serve. This"
+                        " is a fault of this installation of pyzmq or libzmq"
+                    )
+
+    def _hears(self, nonce: bytes, timeout_s: float) -> bool:
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            if not dict(self._poller.poll(int(left_s * 1000) + 1)).get(self._socket):
+                continue
+            if any(bytes(frame.buffer) == nonce for frame in self._receive()):
+                return True
+        return False
+
+    def sweep(self) -> list[Cut]:
+        """Return the connections that were cut off because their message had no end."""
+        return self._watch.take_cuts() if self._watch else []
 
     def wake(self) -> None:
         """Make `recv` return at once; callable from any thread."""
@@ -120,34 +258,55 @@ class Listener(_Socket):
             if error.errno != errno.EBADF:  # closed while another thread finished its work
                 raise
 
-    def recv(self, timeout_s: float) -> tuple[bytes, list[memoryview]] | None:
-        """Return (peer, frames), or None after `timeout_s` or a `wake`."""
+    def recv(self, timeout_s: float) -> Arrived | None:
+        """Return the next message, or None after `timeout_s` or a `wake`."""
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
         if self._wake_in.fileno() in ready:
             self._wake_in.recv(4096)
-        if self._socket not in ready:
+        self._is_behind = self._socket in ready
+        if not self._is_behind:
             return None
-        peer, *frames = self._receive()
-        self.traffic.received += framed_bytes(frames)
-        return bytes(peer), frames
+        peer, *received = self._receive()
+        user_id = _property(received[-1], "User-Id") if self._security and received else ""
+        if self._watch is not None and received:
+            self._watch.heard(received[-1].get(zmq.SRCFD), user_id)
+        frames = [frame.buffer for frame in received]
+        num_bytes = framed_bytes(frames)
+        self.traffic.received += num_bytes
+        content = self._unsealed(frames)
+        return Arrived(
+            peer=bytes(peer.buffer),
+            user_id=user_id,
+            frames=content or [],
+            intact=content is not None,
+            num_bytes=num_bytes,
+        )
 
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> int:
         """Send to one peer and return the bytes it takes; raise `PeerGone` when it is not there or does not read."""
+        sealed = self._sealed(frames)
         try:
-            self._send([peer, *frames])
+            self._send([peer, *sealed])
         except zmq.Again:
             raise PeerGone("the peer does not read what it is sent") from None
         except zmq.ZMQError as error:
             if error.errno == zmq.EHOSTUNREACH:
                 raise PeerGone("the peer has closed its connection") from None
             raise
-        size = framed_bytes(frames)
+        size = framed_bytes(sealed)
         self.traffic.sent += size
         return size
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """Stop listening."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         super().close(linger_s=linger_s)
+        if self._doorkeeper is not None:
+            self._doorkeeper.stop()
+            self._doorkeeper = None
+            self._context.term()
         for end in ("_wake_in", "_wake_out"):
             if hasattr(self, end):
                 getattr(self, end).close()
@@ -157,49 +316,177 @@ class Endpoint(_Socket):
     """A client's end."""
 
     def __init__(
-        self, address: str, *, max_frame_bytes: int, heartbeat_interval: float, heartbeat_timeout: float
+        self,
+        address: str,
+        *,
+        max_frame_bytes: int,
+        heartbeat_interval: float,
+        heartbeat_timeout: float,
+        security: ClientSecurity | None = None,
+        socks_proxy: str = "",
     ) -> None:
         """Connect; this succeeds whether or not somebody listens there, so wait for an answer with a deadline."""
-        check_address(address)
+        check_address(address, has_keys=security is not None)
         if address.startswith("tcp") and address.endswith(":*"):
             raise TransportError(f"address {address!r}: a client needs the server's port")
         super().__init__(
             zmq.DEALER,
+            context=zmq.Context.instance(),
+            has_checksum=address.startswith("tcp") and security is None,
             max_frame_bytes=max_frame_bytes,
-            heartbeat_interval=heartbeat_interval,
             heartbeat_timeout=heartbeat_timeout,
         )
         self.address = address
+        self._has_keys = security is not None
         self._thread = threading.get_ident()
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        if security is not None and not address.startswith("inproc"):
+            secure_client(self._socket, security)
+        if socks_proxy:
+            self._socket.setsockopt_string(zmq.SOCKS_PROXY, socks_proxy)
+        self._is_connected = False
+        self._failed_handshakes = 0
+        self._first_failure_s = 0.0
+        self._finding = "nobody listens there"
+        self._monitor = self._socket.get_monitor_socket(_EVENTS) if not address.startswith("inproc") else None
+        if self._monitor is not None:
+            self._poller.register(self._monitor, zmq.POLLIN)
         try:
             self._socket.connect(_for_ipv6(self._socket, address))
         except zmq.ZMQError as error:
             self.close()
             raise TransportError(f"address {address!r}: {error.strerror}") from None
 
+    def finding(self) -> str:
+        """Say in words what is known of the connection."""
+        return self._finding
+
     def send(self, frames: Sequence[Buffer]) -> None:
-        """Queue a message; raise `PeerGone` when the queue is full because nobody reads."""
+        """Queue a message; raise `PeerGone` when the queue is full because nobody reads, or the connection broke."""
         self._check_thread()
+        self._follow_monitor()
+        sealed = self._sealed(frames)
         try:
-            self._send(frames)
+            self._send(sealed)
         except zmq.Again:
             raise PeerGone(f"{self.address} does not read what it is sent") from None
-        self.traffic.sent += framed_bytes(frames)
+        self.traffic.sent += framed_bytes(sealed)
 
     def recv(self, timeout_s: float) -> list[memoryview] | None:
-        """Return the next message's frames, or None after `timeout_s`."""
+        """Return the next message's frames, or None after `timeout_s`.
+
+        Raises `ConnectionLost` when the connection broke or a message was damaged, and `Refused` when the server does
+        not let this client's key in.
+        """
         self._check_thread()
-        if not self._poller.poll(int(timeout_s * 1000)):
-            return None
-        frames = self._receive()
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            ready = dict(self._poller.poll(int(left_s * 1000)))
+            if self._socket in ready:  # what has arrived counts, also when the connection broke behind it
+                return self._take()
+            self._follow_monitor()
+            if not left_s:
+                return None
+
+    def _take(self) -> list[memoryview]:
+        frames = [frame.buffer for frame in self._receive()]
         self.traffic.received += framed_bytes(frames)
-        return frames
+        content = self._unsealed(frames)
+        if content is None:
+            raise ConnectionLost(f"a message from {self.address} arrived damaged")
+        return content
+
+    def _follow_monitor(self) -> None:
+        while self._monitor is not None and self._monitor.poll(0):
+            event = parse_monitor_message(self._monitor.recv_multipart())
+            self._follow(int(event["event"]))
+
+    def _follow(self, event: int) -> None:
+        match event:
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._is_connected, self._finding = True, "connected"
+            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise Refused(
+                    f"{self.address} does not let this client's key in: it is unknown there, or was revoked; send your"
+                    " public.key to the server's operator for `splitfl authorize`",
+                    code=Why.REVOKED,
+                )
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._fail_handshake()
+            case zmq.EVENT_DISCONNECTED if self._is_connected:
+                raise ConnectionLost(f"the connection to {self.address} broke")
+
+    def _fail_handshake(self) -> None:
+        """Take note of a server that was reached and did not agree; give up on it after a few seconds of that."""
+        now_s = time.monotonic()
+        if not self._failed_handshakes:
+            self._first_failure_s = now_s
+        self._failed_handshakes += 1
+        keys = (
+            "the enrolment file's server key is not this server's, or it runs without keys"
+            if self._has_keys
+            else "it may want keys (client.keys and client.enrolment), or is no splitfl server"
+        )
+        self._finding = f"something listens there but does not complete the handshake: {keys}"
+        if self._failed_handshakes >= _MAX_HANDSHAKES and now_s - self._first_failure_s > _HANDSHAKES_S:
+            raise PeerGone(f"{self.address}: {self._finding}")
+
+    def close(self, *, linger_s: float = 0.0) -> None:
+        """Close, waiting at most `linger_s` for what is still to be sent."""
+        if getattr(self, "_monitor", None) is not None and self._monitor is not None:
+            self._poller.unregister(self._monitor)
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+        super().close(linger_s=linger_s)
 
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise LocalProtocolError("an endpoint is used outside the thread that made it")
+
+
+class _Stranger:
+    """Somebody whom the server must not let in."""
+
+    def __init__(self, address: str) -> None:
+        self.nonce = os.urandom(16)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._address = re.sub(r"//(0\.0\.0\.0|\*|\[::\])", "//127.0.0.1", address)
+
+    @classmethod
+    def with_random_key(cls, security: ServerSecurity, address: str) -> "_Stranger":
+        stranger = cls(address)
+        public, secret = (key.decode() for key in zmq.curve_keypair())
+        pair = KeyPair(public=public, secret=secret)
+        secure_client(stranger._socket, ClientSecurity(key_pair=pair, server_public_key=security.key_pair.public))
+        return stranger
+
+    @classmethod
+    def without_keys(cls, _security: ServerSecurity, address: str) -> "_Stranger":
+        return cls(address)
+
+    def __enter__(self) -> Self:
+        self._socket.connect(self._address)
+        self._socket.send(self.nonce)
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+def _property(frame: "zmq.Frame", name: str) -> str:
+    """Return a property of the connection that a frame came by, "" where it has none."""
+    try:
+        return str(frame.get(name))
+    except zmq.ZMQError:
+        return ""
 
 
 def _for_ipv6(sock: "zmq.Socket[bytes]", address: str) -> str:

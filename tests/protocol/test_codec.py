@@ -46,6 +46,9 @@ NUMBERS = {
     21: "Goodbye",
     22: "Farewell",
     23: "Refusal",
+    24: "Resume",
+    25: "Resumed",
+    26: "Shutdown",
 }
 
 
@@ -117,7 +120,7 @@ class TestRoundTrip:
 
     def test_a_header_too_large_is_our_own_error(self) -> None:
         with pytest.raises(LocalProtocolError, match="header of Refusal has 65"):
-            encode(messages.Refusal(reason="x" * MAX_HEADER_BYTES))
+            encode(messages.Refusal(code="OVER", reason="x" * MAX_HEADER_BYTES))
 
 
 def packed(kind: int, plain_fields: dict[Any, Any], tensors: list[Any]) -> bytes:
@@ -140,7 +143,7 @@ BAD: dict[str, tuple[list[Buffer], str]] = {
     "array of four billion": ([b"\xdd\xff\xff\xff\xff"], "not msgpack"),
     "extension type": ([bytes(msgpack.packb([22, {}, msgpack.ExtType(5, b"x")]))], "not msgpack"),
     "timestamp for a number": ([packed(6, {"number": msgpack.Timestamp(1)}, [])], "Ping.number is no int"),
-    "kind unknown": ([packed(24, {}, [])], "unknown kind 24"),
+    "kind unknown": ([packed(27, {}, [])], "unknown kind 27"),
     "kind is a bool": ([packed(True, {}, [])], "not \\[kind, fields, tensors\\]"),
     "not a list": ([bytes(msgpack.packb({"kind": 1}))], "not \\[kind, fields, tensors\\]"),
     "field missing": ([packed(6, {}, [])], "Ping without number"),
@@ -151,7 +154,7 @@ BAD: dict[str, tuple[list[Buffer], str]] = {
     "negative number": ([packed(6, {"number": -1}, [])], "Ping.number is not from 0 to 2"),
     "number too large": ([packed(6, {"number": 2**63}, [])], "Ping.number is not from 0 to 2"),
     "int as float": ([packed(16, {"step": 1, "commit_number": 1, "clip_coefficient": 1}, [])], "is no float"),
-    "bytes as text": ([packed(23, {"reason": b"no"}, [])], "Refusal.reason is no str"),
+    "bytes as text": ([packed(23, {"code": "OVER", "reason": b"no"}, [])], "Refusal.reason is no str"),
     "map as list": ([packed(2, {"file_names": {}}, [])], "Welcome without session"),
     "long metric name": ([packed(21, {"metrics": {"x" * 65: 1.0}}, [])], "short names to floats"),
     "metric is an int": ([packed(21, {"metrics": {"x": 1}}, [])], "short names to floats"),

@@ -41,7 +41,7 @@ def through(session: ClientSession, step: int, micro_batch: int) -> None:
 
 
 def committed(step: int) -> Committed:
-    return Committed(step=step, commit_number=step, clip_coefficient=1.0)
+    return Committed(step=step, commit_number=step, clip_coefficient=1.0, durable_step=step)
 
 
 def refused(step: int, next_step: int) -> StepRefused:
@@ -156,7 +156,7 @@ MESSAGES: dict[str, Message] = {
     "Merged, another round": merged(2),
     "Farewell": Farewell(),
     "Hello": Hello(wire_version=1, software="x", client_id="a"),
-    "Pong": Pong(number=1, waiting_for=""),
+    "Pong": Pong(number=1, waiting_for="", bytes_sent=0, bytes_received=0),
 }
 BACKWARDS = {"BackwardDone", "BackwardDone, no gradient"}
 LEGAL: dict[str, set[str]] = {

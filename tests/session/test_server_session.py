@@ -13,7 +13,6 @@ from splitfl.protocol.messages import (
     BackwardDone,
     Committed,
     Farewell,
-    Fetch,
     Forward,
     ForwardDone,
     Goodbye,
@@ -139,7 +138,7 @@ def gone() -> ServerSession:
 
 
 def acknowledged(step: int) -> Committed:
-    return Committed(step=step, commit_number=step, clip_coefficient=0.5)
+    return Committed(step=step, commit_number=step, clip_coefficient=0.5, durable_step=step)
 
 
 STATES: dict[str, Callable[[], ServerSession]] = {
@@ -162,7 +161,6 @@ STATES: dict[str, Callable[[], ServerSession]] = {
 }
 
 MESSAGES: dict[str, Message] = {
-    "Fetch": Fetch(name="config.json", offset=0),
     "Ready": Ready(round_number=0, num_examples=5),
     "Forward": forward(3, 1, 0),
     "Forward, next": forward(3, 1, 1),
@@ -181,7 +179,7 @@ MESSAGES: dict[str, Message] = {
 }
 
 LEGAL: dict[str, set[str]] = {
-    "idle": {"Fetch", "Ready", "Forward, evaluation", "Goodbye", "Upload"},  # an upload after its round is ignored
+    "idle": {"Ready", "Forward, evaluation", "Goodbye", "Upload"},  # an upload after its round is ignored
     "ready": set(),
     "training": {"Forward"},
     "computing": {"Forward, next"},
@@ -200,7 +198,6 @@ LEGAL: dict[str, set[str]] = {
 class TestPhases:
     def test_a_legal_run(self) -> None:
         session = idle()
-        assert session.receive(Fetch(name="config.json", offset=0)) is not None
         through_evaluation(session, 1)
         session.receive(Ready(round_number=0, num_examples=5))
         assert session.phase is Phase.READY
@@ -243,8 +240,8 @@ class TestPhases:
         assert snapshot(session) == before
 
     def test_the_error_names_message_and_phase(self) -> None:
-        with pytest.raises(RemoteProtocolError, match="Fetch while COMMITTING"):
-            committing().receive(Fetch(name="x", offset=0))
+        with pytest.raises(RemoteProtocolError, match="Ready while COMMITTING"):
+            committing().receive(Ready(round_number=0, num_examples=5))
 
     def test_what_the_server_does_at_the_wrong_time_is_its_own_error(self) -> None:
         session = idle()

@@ -159,7 +159,7 @@ class TwoSessions(RuleBasedStateMachine):
     def server_commits(self) -> None:
         step = self.server.next_step
         self.applied.append(step)
-        answer = Committed(step=step, commit_number=len(self.applied), clip_coefficient=1.0)
+        answer = Committed(step=step, commit_number=len(self.applied), clip_coefficient=1.0, durable_step=step)
         self.server.committed(answer)
         self.down.append(answer)
 

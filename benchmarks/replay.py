@@ -1,0 +1,169 @@
+"""Trains a finished run again in one process, quietly, in the order that its log holds, and compares every bit.
+
+`python -m benchmarks.replay RUN_DIR CLIENT.toml ...` needs the model and every client's text, and a run whose log is whole
+(`storage.keep_snapshots = 0`). It takes order and membership from the log and nothing else: activations, gradients and
+weights are computed anew from the texts.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from client_edge.data import TrainBatches
+from client_edge.edge import Edge
+from client_edge.run import read_text
+from server_backbone.provisions import prepare
+from server_backbone.serve import STATE_DIR, load
+from server_backbone.worker import Contribution, Worker
+from splitfl.config import ClientConfig, RunConfig, ServerConfig
+from splitfl.durability.record import Record
+from splitfl.durability.store import Store
+from splitfl.federation.strategy import weighted_mean
+from splitfl.models.checkpoint import TensorFile
+from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, empty_cut, weights_of
+from splitfl.protocol.tensors import digest_of
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What came out."""
+
+    server: dict[int, str] = field(default_factory=dict)
+    """Digest of the server's weights after each commit."""
+    clients: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Digest of each client's weights after each of its steps."""
+    merges: dict[int, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+class _Quiet:
+    """Server and clients of a run, side by side in this process."""
+
+    def __init__(self, run_dir: Path, clients: Sequence[ClientConfig], scratch: Path) -> None:
+        config = ServerConfig.load(run_dir / "config.toml")
+        self.run: RunConfig = config.run_config()
+        model = load(config, _CPU)
+        provisions = prepare(model.directory, model.cut, model.weights, cache_dir=scratch, run_dir=scratch)
+        self.worker = Worker(model.cut, self.run, _CPU)
+        files = {name: file.path for name, file in provisions.files.items()}
+        self.edges = {each.client.client_id: self._edge(each, model.directory, files) for each in clients}
+        self.batches = {each.client.client_id: self._batches(each, model.directory) for each in clients}
+        self.replayed = Replayed(clients={name: {} for name in self.edges})
+
+    def _edge(self, config: ClientConfig, directory: Path, files: Mapping[str, Path]) -> Edge:
+        cut, _ = empty_cut(directory, self.run)
+        later: Mapping[str, Tensor] = TensorFile(files[ADAPTERS_FILE]) if ADAPTERS_FILE in files else {}
+        weights = weights_of([files[WEIGHTS_FILE]], cut, seed=self.run.seed, later=later)
+        cut.fill("client", weights.read, _CPU)
+        return Edge(cut, self.run, config.client.client_id, _CPU)
+
+    def _batches(self, config: ClientConfig, directory: Path) -> TrainBatches:
+        federation = self.run.federation
+        return TrainBatches(
+            read_text(config, self.run, directory).train,
+            seed=self.run.seed,
+            client_id=config.client.client_id,
+            per_device_train_batch_size=federation.per_device_train_batch_size,
+            gradient_accumulation_steps=federation.gradient_accumulation_steps,
+        )
+
+    def follow(self, entry: Record) -> None:
+        """Do what an entry of the log says was done."""
+        match entry.kind:
+            case "commit":
+                self._commit(entry.fields)
+            case "merge":
+                self._merge(entry)
+
+    def _commit(self, fields: Mapping[str, Any]) -> None:
+        contributions = [self._compute(client_id, step) for client_id, step in fields["members"]]
+        coefficient, _ = self.worker.reduce(contributions)
+        if coefficient != fields["clip_coefficient"]:
+            self.replayed.problems.append(f"commit {fields['number']}: another clip coefficient")
+        self.worker.apply()
+        self.replayed.server[fields["number"]] = self.worker.digest()
+        for client_id, step in fields["members"]:
+            self.edges[client_id].step(step, coefficient)
+            self.replayed.clients[client_id][step] = self.edges[client_id].digest()
+
+    def _compute(self, client_id: str, step: int) -> Contribution:
+        edge, batches = self.edges[client_id], self.batches[client_id].at(step)
+        num_label_tokens = sum(batch.num_label_tokens for batch in batches)
+        for number, batch in enumerate(batches):
+            micro_batch = edge.bottom_forward(batch, step=step, number=number)
+            hidden_BSD = self.worker.forward(
+                client_id,
+                number,
+                micro_batch.hidden_BSD.detach(),
+                batch.lengths_B,
+                False,
+                step=step,
+                micro_batch=number,
+            )
+            _, gradient_BSD = edge.top_loss_and_backward(
+                micro_batch, hidden_BSD, step=step, num_label_tokens=num_label_tokens
+            )
+            back = None
+            if self.run.backbone_trains or self.run.bottom_trains:
+                back = self.worker.backward(client_id, number, gradient_BSD)
+            edge.bottom_backward(micro_batch, back)
+        norms = edge.optimizer.norms().tolist()
+        return Contribution(slot=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
+
+    def _merge(self, entry: Record) -> None:
+        layers = dict(entry.tensors)
+        if entry.fields["accepted"]:
+            weights = sorted(entry.fields["weights"].items())
+            layers = weighted_mean([(self.edges[name].layers(), weight) for name, weight in weights])
+        if digest_of(layers.values()) != digest_of(entry.tensors.values()):
+            self.replayed.problems.append(f"merge of round {entry.fields['round']}: other layers than in the log")
+        self.replayed.merges[entry.fields["round"]] = digest_of(layers.values())
+        for edge in self.edges.values():
+            edge.load(list(layers.values()))
+
+
+def quiet_replay(run_dir: Path, clients: Sequence[ClientConfig]) -> Replayed:
+    """Train a run again from its log's order; the number of threads must be that of the run."""
+    with tempfile.TemporaryDirectory() as scratch:
+        quiet = _Quiet(run_dir, clients, Path(scratch))
+        for entry in entries(run_dir):
+            quiet.follow(entry)
+        return quiet.replayed
+
+
+def entries(run_dir: Path) -> Iterator[Record]:
+    """Yield the whole log of a run, over all its generations."""
+    store = Store.reading(run_dir / STATE_DIR)
+    generations = store.generations()
+    if not generations or generations[0] != 0:
+        raise SystemExit(f"{run_dir}: its log does not begin at the first step: storage.keep_snapshots was not 0")
+    for generation in generations:
+        yield from store.entries_of(generation)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what the replay found."""
+    parser = argparse.ArgumentParser(prog="benchmarks.replay", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("client_configs", type=Path, nargs="+")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads, as in the run")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    replayed = quiet_replay(arguments.run_dir, [ClientConfig.load(path) for path in arguments.client_configs])
+    for problem in replayed.problems:
+        print(problem)
+    print(f"{len(replayed.server)} commits and {len(replayed.merges)} merges trained again")
+    return 1 if replayed.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

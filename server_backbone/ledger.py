@@ -1,0 +1,223 @@
+"""What the server writes down so that nothing acknowledged is lost: one log for commits, membership, rounds and merges.
+
+Every entry is folded into `RunState` as it is written, and read back the same way: a snapshot is the state and the
+tensors of one moment, and recovery is a snapshot with the entries behind it. One thread uses it: the compute thread,
+whose queue also decides the order of the entries.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from server_backbone.worker import Contribution, Worker
+from splitfl.durability.record import Record
+from splitfl.durability.store import Store
+from splitfl.session.server import Applied
+
+_LAYERS = "layers/"
+_WORKER = "worker/"
+
+
+@dataclass(slots=True, kw_only=True)
+class RoundState:
+    """The open round."""
+
+    number: int
+    first_step: int
+    num_steps: int
+    clients: list[str]
+    trainers: list[str]
+    step: int
+    """The step after the highest that was committed: where `shared` is."""
+    uploaded: dict[str, float] = field(default_factory=dict)
+    """Weights of the uploads on disk, by client."""
+    out: list[str] = field(default_factory=list)
+    """Clients that the round goes on without."""
+
+
+@dataclass(slots=True, kw_only=True)
+class MemberState:
+    """One client, connected or not."""
+
+    step: int = 0
+    commit_number: int = 0
+    clip_coefficient: float = 1.0
+    next_step: int = 0
+    has_finished: bool = False
+    num_examples: int = 0
+
+    @property
+    def applied(self) -> Applied:
+        """The last step of it that was applied."""
+        return Applied(step=self.step, commit_number=self.commit_number, clip_coefficient=self.clip_coefficient)
+
+
+@dataclass(slots=True, kw_only=True)
+class RunState:
+    """Where a run stands, in values that a record holds."""
+
+    fingerprint: str = ""
+    commit_number: int = 0
+    num_merged: int = 0
+    round: RoundState | None = None
+    members: dict[str, MemberState] = field(default_factory=dict)
+    durable_step: int = 0
+    """Last step of the last merged round: what `durability = "snapshot"` keeps."""
+
+    def fold(self, kind: str, entry: Mapping[str, Any]) -> None:
+        """Take in one entry."""
+        match kind:
+            case "joined":
+                self.members.setdefault(entry["client_id"], MemberState())
+            case "round":
+                self.round = RoundState(**entry, step=entry["first_step"])
+                for client_id in entry["clients"]:
+                    self.members[client_id].next_step = entry["first_step"]
+            case "commit":
+                self._committed(entry)
+            case "closed":
+                self.members[entry["client_id"]].next_step = entry["next_step"]
+            case "uploaded" if self.round is not None:
+                self.round.uploaded[entry["client_id"]] = entry["weight"]
+            case "left" if self.round is not None:
+                self.round.out.append(entry["client_id"])
+            case "returned" if self.round is not None:
+                self.round.out = [client_id for client_id in self.round.out if client_id != entry["client_id"]]
+            case "merge":
+                self.durable_step = self.round.first_step + self.round.num_steps - 1 if self.round else 0
+                self.num_merged = entry["round"]
+                self.round = None
+            case "finished":
+                self.members[entry["client_id"]].has_finished = True
+
+    def _committed(self, entry: Mapping[str, Any]) -> None:
+        self.commit_number = entry["number"]
+        for client_id, step in entry["members"]:
+            member = self.members[client_id]
+            member.step, member.next_step = step, step + 1
+            member.commit_number, member.clip_coefficient = entry["number"], entry["clip_coefficient"]
+            if self.round is not None:
+                self.round.step = max(self.round.step, step + 1)
+
+    def to_fields(self) -> dict[str, Any]:
+        """Write the state as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "RunState":
+        """Read what `to_fields` has written."""
+        round_ = fields["round"]
+        return cls(
+            **{
+                **fields,
+                "round": None if round_ is None else RoundState(**round_),
+                "members": {name: MemberState(**member) for name, member in fields["members"].items()},
+            }
+        )
+
+
+class Ledger:
+    """The run's state on disk, and the one way to change it."""
+
+    def __init__(self, store: Store, *, keeps_records: bool, snapshot_steps: int) -> None:
+        """`keeps_records` is `durability = "redo"`: then commits are redone from the log, else they are forgotten."""
+        self._store = store
+        self._keeps_records = keeps_records
+        self._snapshot_steps = snapshot_steps
+        self._commits_since_snapshot = 0
+        self.state = RunState()
+        self.merged_layers: Mapping[str, Tensor] | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough was committed since the last snapshot to take another."""
+        return self._keeps_records and self._commits_since_snapshot >= self._snapshot_steps
+
+    def begin(self, fingerprint: str, worker: Worker) -> None:
+        """Write the first snapshot of a new run."""
+        self.state.fingerprint = fingerprint
+        self.snapshot(worker)
+
+    def recover(self, worker: Worker, redone: Callable[[int], None]) -> list[str]:
+        """Bring state and worker to where the log ends; return notes for the operator.
+
+        `redone` is told the number of each commit that was applied again, when it is.
+        """
+        recovered = self._store.recover()
+        snapshot = recovered.snapshot
+        if snapshot is None:
+            return recovered.notes
+        self.state = RunState.from_fields(snapshot.fields)
+        worker.load(_without(_WORKER, snapshot.tensors))
+        self.merged_layers = _without(_LAYERS, snapshot.tensors) if self.state.num_merged else None
+        for entry in recovered.entries:
+            if self._keeps_records or entry.kind in ("joined", "finished"):
+                self._redo(entry, worker, redone)
+        if not self._keeps_records:
+            self.snapshot(worker)  # what is not done again must not be read again
+        return recovered.notes
+
+    def _redo(self, entry: Record, worker: Worker, redone: Callable[[int], None]) -> None:
+        self.state.fold(entry.kind, entry.fields)
+        if entry.kind == "merge":
+            self.merged_layers = entry.tensors
+        elif entry.kind == "commit":
+            self._commits_since_snapshot += 1
+            worker.redo(entry.fields["step"], entry.fields["clip_coefficient"], entry.tensors)
+            redone(self.state.commit_number)
+
+    def note(self, kind: str, **entry: Any) -> None:
+        """Write an entry that need not be on disk before anything else happens."""
+        self._write(Record(kind=kind, fields=entry), durable=False)
+
+    def commit(
+        self, contributions: Sequence[Contribution], clip_coefficient: float, gradients: Mapping[str, Tensor]
+    ) -> int:
+        """Write a decided step, to be applied next, and return its number; durable when this returns."""
+        number = self.state.commit_number + 1
+        fields = {
+            "number": number,
+            "step": contributions[0].step,
+            "members": [[each.slot, each.step] for each in contributions],
+            "tokens": [each.num_label_tokens for each in contributions],
+            "clip_coefficient": clip_coefficient,
+        }
+        tensors = gradients if self._keeps_records else {}
+        self._write(Record(kind="commit", fields=fields, tensors=tensors), durable=self._keeps_records)
+        self._commits_since_snapshot += 1
+        return number
+
+    def uploaded(self, client_id: str, weight: float) -> None:
+        """Write that a client's layers are on disk."""
+        self._write(Record(kind="uploaded", fields={"client_id": client_id, "weight": weight}), durable=True)
+
+    def opened(self, **entry: Any) -> None:
+        """Write that a round opens."""
+        self._write(Record(kind="round", fields=entry), durable=True)
+
+    def merged(self, layers: Mapping[str, Tensor], **entry: Any) -> None:
+        """Write a merge: number, layers and round are one entry, durable before any client hears of it."""
+        self.merged_layers = layers
+        self._write(Record(kind="merge", fields=entry, tensors=layers), durable=True)
+
+    def snapshot(self, worker: Worker) -> None:
+        """Write state and tensors of this moment; raise `StorageError` and keep what there was if that fails."""
+        tensors = {_WORKER + name: tensor for name, tensor in worker.state().items()}
+        if self.merged_layers is not None:
+            tensors |= {_LAYERS + name: layer for name, layer in self.merged_layers.items()}
+        self._store.snapshot(Record(kind="snapshot", fields=self.state.to_fields(), tensors=tensors))
+        self._commits_since_snapshot = 0
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._store.close()
+
+    def _write(self, record: Record, *, durable: bool) -> None:
+        self._store.append(record, durable=durable)
+        self.state.fold(record.kind, record.fields)
+
+
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

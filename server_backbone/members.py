@@ -1,0 +1,116 @@
+"""Who is there: a member is a client of the run, connected or not; a connection is one session's two sockets of it."""
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from splitfl.session.server import ServerSession
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Member:
+    """One client of the run; it outlives its connections."""
+
+    client_id: str
+    session: ServerSession
+    connection: "Connection | None" = None
+    sent: int = 0
+    received: int = 0
+    """Bytes to and from it since this process began, framing included."""
+    num_examples: int = 0
+    held_round: int = 0
+    """Number of the merge whose layers it holds, -1 when it must get them anew."""
+    absent_since_s: float | None = None
+    """When its connection was lost, while it is waited for."""
+    is_out: bool = False
+    """Whether the run goes on without it until it comes back."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Connection:
+    """One session: a data connection, and a control connection once it is attached."""
+
+    member: Member
+    peer: bytes
+    user_id: str
+    """The key it authenticated with, "" without keys."""
+    token: str
+    number: int
+    """Rises with every welcome: of two sessions of one client the higher wins."""
+    last_heard_s: float
+    control_peer: bytes | None = None
+    is_resumed: bool = False
+    data_sent: int = 0
+    data_received: int = 0
+    """Payload bytes of whole messages on the data connection."""
+
+
+class Members:
+    """All members and connections, by the names they are looked up by."""
+
+    def __init__(self) -> None:
+        self._members: dict[str, Member] = {}
+        self._by_peer: dict[bytes, Connection] = {}
+        self._by_token: dict[str, Connection] = {}
+        self._last_number = 0
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(list(self._members.values()))
+
+    def __getitem__(self, client_id: str) -> Member:
+        return self._members[client_id]
+
+    def get(self, client_id: str) -> Member | None:
+        """Return a member, or None for a name that has never joined."""
+        return self._members.get(client_id)
+
+    def add(self, member: Member) -> None:
+        """Take in a new member."""
+        self._members[member.client_id] = member
+
+    def connections(self) -> list[Connection]:
+        """Return every connection, also those that have not resumed."""
+        return list(self._by_token.values())
+
+    @property
+    def num_connected(self) -> int:
+        """Clients that are connected."""
+        return len({connection.member.client_id for connection in self._by_token.values()})
+
+    def connect(self, member: Member, peer: bytes, user_id: str, now_s: float) -> Connection:
+        """Begin a session; it is the member's at once if that has none, else when it resumes."""
+        self._last_number += 1
+        connection = Connection(
+            member=member,
+            peer=peer,
+            user_id=user_id,
+            token=secrets.token_hex(16),
+            number=self._last_number,
+            last_heard_s=now_s,
+        )
+        self._by_peer[peer] = self._by_token[connection.token] = connection
+        if member.connection is None:
+            member.connection = connection
+        return connection
+
+    def at(self, peer: bytes) -> Connection | None:
+        """Return the connection that a peer belongs to."""
+        return self._by_peer.get(peer)
+
+    def with_token(self, token: str) -> Connection | None:
+        """Return the connection that a token was given to."""
+        return self._by_token.get(token)
+
+    def attach(self, connection: Connection, control_peer: bytes) -> None:
+        """Add the control connection."""
+        connection.control_peer = control_peer
+        self._by_peer[control_peer] = connection
+
+    def disconnect(self, connection: Connection) -> bool:
+        """Forget a connection; return whether it was its member's."""
+        self._by_token.pop(connection.token, None)
+        self._by_peer = {peer: other for peer, other in self._by_peer.items() if other is not connection}
+        if connection.member.connection is not connection:
+            return False
+        connection.member.connection = None
+        return True

@@ -1,0 +1,50 @@
+"""What a server takes from one client at most, and what that can cost it: docs/limits.md has the formula."""
+
+from dataclasses import asdict, dataclass
+
+from splitfl.session.terms import Terms
+
+HEADER_BYTES = 1 << 16
+# Violations after which a client is kept out.
+MAX_STRIKES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The bounds of one session, announced in the welcome and held on both sides."""
+
+    header_bytes: int
+    frame_bytes: int
+    message_bytes: int
+    """All frames of one message together."""
+    messages_queued: int
+    """Messages of one client that wait in the server's socket before it is made to wait."""
+    micro_batches_in_flight: int
+    """Graphs that one client may have on the server."""
+    clients: int
+    strikes: int
+
+    @property
+    def bytes_per_client(self) -> int:
+        """Most bytes of messages that one client can have the server hold, graphs apart."""
+        return self.message_bytes * (self.messages_queued + 2 * self.micro_batches_in_flight + 1)
+
+    def announced(self) -> dict[str, float]:
+        """Write them as the welcome carries them."""
+        return {name: float(value) for name, value in asdict(self).items()} | {
+            "bytes_per_client": float(self.bytes_per_client)
+        }
+
+
+def limits_of(terms: Terms, *, frame_bytes: int, clients: int) -> Limits:
+    """Return the limits that follow from a run's terms: the largest legal message is activations or all layers."""
+    return Limits(
+        header_bytes=HEADER_BYTES,
+        frame_bytes=frame_bytes,
+        message_bytes=HEADER_BYTES + max(terms.activation_bytes, terms.layers_bytes, frame_bytes),
+        # both directions of each micro-batch, a commit or upload, and what a reconnection says
+        messages_queued=2 * terms.max_in_flight + 6,
+        micro_batches_in_flight=terms.max_in_flight,
+        clients=clients,
+        strikes=MAX_STRIKES,
+    )

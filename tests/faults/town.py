@@ -1,0 +1,179 @@
+"""A server and clinics as real processes, which a test may harm and start again with the same command."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from conftest import free_port, write_text
+
+from benchmarks.history import Verdict, check
+from benchmarks.replay import quiet_replay
+from splitfl.config import ClientConfig
+from splitfl.telemetry.history import HISTORY_FILE
+from splitfl.telemetry.metrics import Event, read_events
+
+HEARTBEAT_TIMEOUT_S = 3.0
+
+
+class Town:
+    """A server and clinics."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        clients: int,
+        settings: dict[str, Any],
+        *,
+        own: dict[str, Any] | None = None,
+        crash: dict[str, str] | None = None,
+        starts: bool = True,
+        ports: dict[str, int] | None = None,
+    ) -> None:
+        """`own` are settings of every client, `crash` the points at which a process ends its first life.
+
+        `ports` are where a client finds the server if not at its own.
+        """
+        self.folder = folder
+        self.run_dir = folder / "runs" / "run"
+        self.port = free_port()
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.names = [f"clinic-{number}" for number in range(clients)]
+        self._crash = crash or {}
+        self._write(
+            "server",
+            {
+                "server.address": f"tcp://127.0.0.1:{self.port}",
+                "server.runs_dir": folder / "runs",
+                "server.run_id": "run",
+                "server.cache_dir": folder / "cache",
+                "server.num_threads": 1,
+                "server.history": "true",
+                "server.export_model": "false",
+                "model.model_name_or_path": model,
+                "federation.num_rounds": 2,
+                "federation.local_steps": 60,
+                "federation.min_available_clients": clients,
+                "federation.step_timeout": 20,
+                "link.heartbeat_interval": 0.5,
+                "link.heartbeat_timeout": HEARTBEAT_TIMEOUT_S,
+                "link.slowest_link_bytes_per_second": 1e7,
+                "storage.keep_snapshots": 0,
+                "storage.snapshot_steps": 25,
+                **settings,
+            },
+        )
+        for number, name in enumerate(self.names):
+            self._write(
+                name,
+                {
+                    "client.client_id": name,
+                    "client.server_address": f"tcp://127.0.0.1:{(ports or {}).get(name, self.port)}",
+                    "client.output_dir": folder / "clients",
+                    "client.cache_dir": folder / "cache",
+                    "client.num_threads": 1,
+                    "client.history": "true",
+                    "data.path": write_text(folder / f"{number}.txt", num_lines=30, seed=number),
+                    "data.eval_fraction": 0.0,
+                    **(own or {}),
+                },
+            )
+        if starts:
+            for name in ("server", *self.names):
+                self.start(name)
+
+    def config(self, name: str) -> Path:
+        return self.folder / f"{name}.toml"
+
+    def _write(self, name: str, settings: dict[str, Any]) -> None:
+        sections: dict[str, list[str]] = {}
+        for key, value in settings.items():
+            section, _, field = key.partition(".")
+            is_bare = isinstance(value, int | float) or value in ("true", "false")
+            sections.setdefault(section, []).append(f"{field} = {value}" if is_bare else f"{field} = {str(value)!r}")
+        text = "\n".join(f"[{section}]\n" + "\n".join(lines) for section, lines in sections.items())
+        self.config(name).write_text(text + "\n", encoding="utf-8")
+
+    def start(self, name: str) -> None:
+        """Start a process, or start it again with the same command."""
+        module = "server_backbone" if name == "server" else "client_edge"
+        crash = self._crash.pop(name, "")
+        self.processes[name] = subprocess.Popen(
+            [sys.executable, "-m", module, "--config", str(self.config(name))],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **({"SPLITFL_CRASH": crash} if crash else {})},
+        )
+
+    def events(self, kind: str) -> list[Event]:
+        path = self.run_dir / "metrics.jsonl"
+        return [event for event in read_events(path) if event["event"] == kind] if path.exists() else []
+
+    def wait_for(self, kind: str, count: int, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while len(self.events(kind)) < count:
+            assert time.monotonic() < deadline, f"no {count} events of {kind} within {timeout_s} s"
+            time.sleep(0.05)
+
+    def end_of(self, name: str, timeout_s: float = 60.0) -> tuple[int, str]:
+        """Return a process's exit code and the last line of what it said."""
+        _, errors = self.processes[name].communicate(timeout=timeout_s)
+        return self.processes[name].returncode, (errors.strip().splitlines() or [""])[-1]
+
+    def keep_alive(self, timeout_s: float = 90.0) -> None:
+        """Start again whoever ends before the run's end, until all have ended in order."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            ended = {name: process.poll() for name, process in self.processes.items()}
+            if all(code == 0 for code in ended.values()):
+                return
+            for name, code in ended.items():
+                if code not in (None, 0):
+                    self.said = self.processes[name].communicate()[1]
+                    assert code in (137, -9), f"{name} ended with {code}: {self.said}"
+                    self.start(name)
+            assert time.monotonic() < deadline, f"still running: {ended}"
+            time.sleep(0.05)
+
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "report.json").read_text())
+
+    def client_dir(self, name: str) -> Path:
+        return self.folder / "clients" / "run" / name
+
+    def verdict(self) -> Verdict:
+        """What the histories say; nothing was lost if it has no problems."""
+        return check(self.run_dir / HISTORY_FILE, {name: self.client_dir(name) / HISTORY_FILE for name in self.names})
+
+    def differs_from_replay(self) -> list[str]:
+        """Train the run again from its log, and name what differs."""
+        replayed = quiet_replay(self.run_dir, [ClientConfig.load(self.config(name)) for name in self.names])
+        problems = list(replayed.problems)
+        for event in read_events(self.run_dir / HISTORY_FILE):
+            if (
+                event["event"] in ("applied", "redone")
+                and replayed.server.get(event["commit_number"]) != event["digest"]
+            ):
+                problems.append(f"server: commit {event['commit_number']} has other weights than in the replay")
+        for name in self.names:
+            for event in read_events(self.client_dir(name) / HISTORY_FILE):
+                if (
+                    event["event"] in ("applied", "redone")
+                    and replayed.clients[name].get(event["step"]) != event["digest"]
+                ):
+                    problems.append(f"{name}: step {event['step']} has other weights than in the replay")
+        return problems
+
+    def end(self) -> None:
+        """End whatever still runs."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
