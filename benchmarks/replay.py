@@ -1,8 +1,8 @@
 """Trains a finished run again in one process, quietly, in the order that its log holds, and compares every bit.
 
-`python -m benchmarks.replay RUN_DIR CLIENT.toml ...` needs the model and every client's text, and a run whose log is whole
-(`storage.keep_snapshots = 0`). It takes order and membership from the log and nothing else: activations, gradients and
-weights are computed anew from the texts.
+`python -m benchmarks.replay RUN_DIR CLIENT.toml ...` needs the model and every client's text, and a run whose log is
+whole (`storage.keep_snapshots = 0`). It takes order and membership from the log and nothing else: activations,
+gradients and weights are computed anew from the texts.
 """
 
 import argparse

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from splitfl.command_line import add_config_arguments
+from splitfl.command_line import add_config_arguments, saved_on_sigterm
 
 
 class Client:
@@ -27,10 +27,11 @@ class Client:
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Read the config and take part."""
-        from client_edge.run import take_part
-        from splitfl.config import ClientConfig
+        with saved_on_sigterm():
+            from client_edge.run import take_part
+            from splitfl.config import ClientConfig
 
-        config = ClientConfig.load(arguments.config, arguments.overrides)
-        folder = take_part(config, resumes=arguments.resume == "auto")
-        if arguments.json:
-            sys.stdout.write(json.dumps({"folder": str(folder)}) + "\n")
+            config = ClientConfig.load(arguments.config, arguments.overrides)
+            folder = take_part(config, resumes=arguments.resume == "auto")
+            if arguments.json:
+                sys.stdout.write(json.dumps({"folder": str(folder)}) + "\n")

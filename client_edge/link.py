@@ -53,7 +53,7 @@ from splitfl.session.client import ClientSession
 from splitfl.session.terms import Terms
 from splitfl.transport.keys import read_enrolment, read_key_pair
 from splitfl.transport.security import ClientSecurity
-from splitfl.transport.zeromq import Endpoint, Traffic
+from splitfl.transport.zeromq import ConnectionLost, Endpoint, Traffic
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,10 @@ class StepClosed(Exception):  # noqa: N818  # no error: the step is given up, an
 
 class ServerStops(PeerGone):
     """The server is being stopped in order; it resumes when it is started again."""
+
+
+class _NoAnswer(PeerGone):
+    """Nobody answered a Hello in time."""
 
 
 class SessionLost(PeerGone):
@@ -178,10 +182,24 @@ class Link:
         """Told from time to time what the run waits for, while we wait with it."""
         self.on_lost: Callable[[str], None] = lambda _: None
         """Told of every connection that is lost, and of every attempt at a new one."""
-        self._endpoint = self._connect(self._bounds)
-        self.welcome = self._join(client.connect_timeout)
+        self._endpoint, self.welcome = self._first_join()
         self.run = _settings_of(self.welcome)
         self._begin()
+
+    def _first_join(self) -> tuple[Endpoint, Welcome]:
+        """Join for the first time; a connection that breaks while it is made, or is silent, is made again."""
+        timeout_s = self._client.connect_timeout
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            self._endpoint = self._connect(self._bounds)
+            try:
+                return self._endpoint, self._join(min(left_s, _JOIN_AGAIN_S))
+            except (ConnectionLost, _NoAnswer):
+                time.sleep(_RETRY_LEAST_S)
+        raise PeerGone(
+            f"no answer from {self.address} after {timeout_s:g} s of trying to connect ({self._endpoint.finding()}): is"
+            " the server running, and is this its address?"
+        )
 
     @property
     def session(self) -> ClientSession:
@@ -261,7 +279,7 @@ class Link:
 
     def _begin(self) -> None:
         self._bounds = self.run.link
-        self._data_sent = self._data_received = 0
+        self._data_sent = 0
         self._progress, self._progress_s = (0, 0), time.monotonic()
         self._heartbeat = Heartbeat(self._connect, self.welcome.session, self._bounds)
         if self._terms is not None:
@@ -413,10 +431,8 @@ class Link:
         try:
             frames = self._endpoint.recv(timeout_s)
             if frames is None:
-                raise PeerGone(
-                    f"no answer from {self.address} after {timeout_s:g} s of trying to connect"
-                    f" ({self._endpoint.finding()}): is the server running, and is this its address?"
-                )
+                raise _NoAnswer(f"no answer from {self.address} for {timeout_s:.3g} s ({self._endpoint.finding()})")
+            self._data_received = _payload(frames)
             match codec.decode(frames, max_frame_bytes=self._bounds.frame_bytes):
                 case Welcome() as welcome:
                     return welcome
@@ -432,7 +448,7 @@ class Link:
         frames = codec.encode(message)
         if (limit := self.welcome.limits.get("message_bytes")) and _payload(frames) > limit:
             raise LocalProtocolError(
-                f"{type(message).__name__} of {_payload(frames)} bytes, more than message_bytes = {limit:g} of the server"
+                f"{type(message).__name__} of {_payload(frames)} bytes, more than message_bytes = {limit:g}"
             )
         self._endpoint.send(frames)
         self._data_sent += _payload(frames)

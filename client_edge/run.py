@@ -17,7 +17,6 @@ from client_edge.edge import Edge
 from client_edge.journal import Journal
 from client_edge.link import Link
 from client_edge.loop import Step, evaluate, report_layers, train
-from splitfl.command_line import Terminated
 from splitfl.config import ClientConfig, RunConfig, default_cache_dir
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
@@ -50,7 +49,7 @@ class _Text:
 def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
     """Join a run, or go on with it, train in it to its end, and return the folder with this client's own metrics.
 
-    SIGTERM saves everything and returns; Ctrl-C saves it and is raised.
+    SIGTERM and Ctrl-C save everything and are raised.
     """
     begun_s = time.monotonic()
     _check_files(config)
@@ -96,16 +95,13 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
         part = Participation(config, link, edge, journal, text, metrics, begun_s)
         try:
             part.run()
-        except KeyboardInterrupt as stopped:
+        except KeyboardInterrupt:
             if storage.durability != "redo":
                 journal.pending = None
                 journal.snapshot()
             at = journal.place.step + 1
             _say(console, config, f"stopped; start the same command again to resume at step {at}")
-            if not isinstance(stopped, Terminated):
-                raise
-            link.leaving = "stopped by its operator"
-            return folder
+            raise
     _say(console, config, f"done; this client's own metrics are in {folder}")
     return folder
 
@@ -343,8 +339,7 @@ def _joined(config: ClientConfig) -> Iterator[Link]:
     link.leaving = "stopped without a reason"
     try:
         yield link
-        if link.leaving == "stopped without a reason":
-            link.leaving = ""
+        link.leaving = ""
     except KeyboardInterrupt:
         link.leaving = "stopped by its operator"
         raise

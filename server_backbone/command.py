@@ -2,7 +2,7 @@
 
 import argparse
 
-from splitfl.command_line import add_config_arguments
+from splitfl.command_line import add_config_arguments, saved_on_sigterm
 
 
 class Server:
@@ -23,8 +23,9 @@ class Server:
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Read the config and serve one run."""
-        from server_backbone.serve import serve
-        from splitfl.config import ServerConfig
+        with saved_on_sigterm():
+            from server_backbone.serve import serve
+            from splitfl.config import ServerConfig
 
-        config = ServerConfig.load(arguments.config, arguments.overrides)
-        serve(config, as_json=arguments.json, resumes=arguments.resume == "auto")
+            config = ServerConfig.load(arguments.config, arguments.overrides)
+            serve(config, as_json=arguments.json, resumes=arguments.resume == "auto")

@@ -23,7 +23,6 @@ from server_backbone.merger import FirstLayers, Merger
 from server_backbone.provisions import prepare
 from server_backbone.server import Server
 from server_backbone.worker import Worker
-from splitfl.command_line import Terminated
 from splitfl.config import ServerConfig, default_cache_dir, to_toml
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
@@ -66,8 +65,8 @@ class _Model:
 def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) -> Path:
     """Serve one run, or go on with it where it was interrupted, and return its folder.
 
-    Nothing is written before the model is loaded and the address is ours. SIGTERM saves the run and returns; Ctrl-C
-    saves it and is raised. Raises `Incomplete` when the run ended before its last round.
+    Nothing is written before the model is loaded and the address is ours. SIGTERM and Ctrl-C
+    save the run and are raised. Raises `Incomplete` when the run ended before its last round.
     """
     begun_s = time.monotonic()
     if config.server.num_threads:
@@ -104,9 +103,6 @@ def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) 
         metrics.emit("waiting", text=f"clients at {listener.address}")
         try:
             server.serve()
-        except Terminated:
-            _suspend(server, run_dir, console)
-            return run_dir
         except KeyboardInterrupt:
             _suspend(server, run_dir, console)
             raise

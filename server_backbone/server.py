@@ -793,7 +793,7 @@ class Server:
             connection.data_sent += _payload(frames)
 
     def _refuse(self, peer: bytes, code: Why, reason: str) -> None:
-        log.warning("refused a peer (%s): %s", code, reason)
+        log.info("refused a peer (%s): %s", code, reason)
         try:
             self.listener.send(peer, codec.encode(Refusal(code=code, reason=reason)))
         except PeerGone:

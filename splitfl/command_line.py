@@ -95,6 +95,15 @@ def _run(commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
 
 
 @contextmanager
+def saved_on_sigterm() -> Iterator[None]:
+    """End with 0 after SIGTERM: for commands that keep what matters on disk at every moment, also before they begin."""
+    try:
+        yield
+    except Terminated:
+        sys.stderr.write("stopped; the same command goes on from what is saved\n")
+
+
+@contextmanager
 def _interrupted_once() -> Iterator[None]:
     """Let SIGTERM end a command the way Ctrl-C does, and let what it does about it finish.
 

@@ -144,6 +144,8 @@ class ClientSession:
             case ForwardDone(request_id=number) | BackwardDone(request_id=number):
                 return self._receive_answer(number, message)
             case Committed():
+                if message.step != self._committing and message.step < self.next_step:
+                    return None  # answered once more, because the question was repeated on its way
                 if message.step != self._committing:
                     raise RemoteProtocolError(f"step {message.step} committed where {self._committing} was asked for")
                 self._committing = None

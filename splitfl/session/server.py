@@ -322,6 +322,8 @@ class ServerSession:
             return Reply(message=self.last_commit)
         if self._was_closed(message.step):
             return None  # the client has been told, and waits for no answer
+        if self.phase is Phase.COMMITTING and message.step == self.next_step:
+            return None  # repeated on its way; the first is being dealt with
         if message.step < self.next_step:
             raise RemoteProtocolError(f"commit of step {message.step}, which is past: step {self.next_step} is next")
         self._require(message, Phase.TRAINING)

@@ -130,7 +130,7 @@ class Town:
         deadline = time.monotonic() + timeout_s
         while True:
             ended = {name: process.poll() for name, process in self.processes.items()}
-            if all(code == 0 for code in ended.values()):
+            if ended["server"] == 0 and not self._wait_for_clients():
                 return
             for name, code in ended.items():
                 if code not in (None, 0):
@@ -139,6 +139,16 @@ class Town:
                     self.start(name)
             assert time.monotonic() < deadline, f"still running: {ended}"
             time.sleep(0.05)
+
+    def _wait_for_clients(self) -> list[str]:
+        """Return who has still not ended after the server; one killed behind its goodbye finds nobody any more."""
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline:
+            left = [name for name in self.names if self.processes[name].poll() is None]
+            if not left:
+                return []
+            time.sleep(0.05)
+        return left
 
     def report(self) -> dict[str, Any]:
         return json.loads((self.run_dir / "report.json").read_text())
