@@ -53,7 +53,7 @@ from splitfl.session.client import ClientSession
 from splitfl.session.terms import Terms
 from splitfl.transport.keys import read_enrolment, read_key_pair
 from splitfl.transport.security import ClientSecurity
-from splitfl.transport.zeromq import ConnectionLost, Endpoint, Traffic
+from splitfl.transport.zeromq import ConnectionLost, Endpoint, HandshakeFailed, Traffic
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ _POLL_S = 0.5
 # A server that lives answers a Hello at once; a new connection is tried after this.
 _JOIN_AGAIN_S = 10.0
 _RETRY_LEAST_S = 0.1
+_MAX_HANDSHAKES = 3
 _RETRY_MOST_S = 2.0
 _WORTH_ANOTHER_TRY = (Why.NO_SESSION, Why.SHUTDOWN, Why.FULL)
 # A wait is worth a line when it has lasted a while, and again from time to time.
@@ -190,12 +191,18 @@ class Link:
         """Join for the first time; a connection that breaks while it is made, or is silent, is made again."""
         timeout_s = self._client.connect_timeout
         deadline_s = time.monotonic() + timeout_s
+        failed_handshakes = 0
         while (left_s := deadline_s - time.monotonic()) > 0:
             self._endpoint = self._connect(self._bounds)
             try:
                 return self._endpoint, self._join(min(left_s, _JOIN_AGAIN_S))
-            except (ConnectionLost, _NoAnswer):
-                time.sleep(_RETRY_LEAST_S)
+            except HandshakeFailed:
+                failed_handshakes += 1
+                if failed_handshakes >= _MAX_HANDSHAKES:
+                    raise
+            except (ConnectionLost, _NoAnswer) as gone:
+                log.info("joining again: %s", gone)
+            time.sleep(_RETRY_LEAST_S)
         raise PeerGone(
             f"no answer from {self.address} after {timeout_s:g} s of trying to connect ({self._endpoint.finding()}): is"
             " the server running, and is this its address?"

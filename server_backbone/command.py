@@ -1,6 +1,10 @@
-"""`splitfl server`: its arguments. What it does is imported when it runs, so that `--help` is quick."""
+"""`splitfl server`, `replay`, `rollback`: their arguments; what they do is imported when they run."""
 
 import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 from splitfl.command_line import add_config_arguments, saved_on_sigterm
 
@@ -29,3 +33,53 @@ class Server:
 
             config = ServerConfig.load(arguments.config, arguments.overrides)
             serve(config, as_json=arguments.json, resumes=arguments.resume == "auto")
+
+
+class Replay:
+    """Do a run's log again."""
+
+    summary = "do a run's log again from its snapshots, and compare every bit with what is saved"
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments."""
+        parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a server's run, e.g. runs/20261122-093000")
+        parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Do it, and end with an error if a bit differs."""
+        from server_backbone.replay import replay
+        from splitfl.errors import StorageError
+
+        found = replay(arguments.run_dir)
+        if arguments.json:
+            sys.stdout.write(json.dumps(asdict(found)) + "\n")
+        else:
+            sys.stdout.write(
+                f"{found.commits} commits done again from snapshot {found.from_generation} to commit"
+                f" {found.last_commit}; {found.snapshots_equal} snapshots equal in every bit; weights {found.digest}\n"
+            )
+        if found.problems:
+            raise StorageError(
+                f"{arguments.run_dir}: the log and what is saved differ: {'; '.join(found.problems[:5])}"
+            )
+
+
+class Rollback:
+    """Take a run back to a snapshot."""
+
+    summary = "take a stopped run back to its last snapshot, or an earlier one; clients go back with it"
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments."""
+        parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a server's run; its server must be stopped")
+        parser.add_argument("--to", type=int, metavar="N", help="the snapshot's number (state/snapshot-N.bin)")
+
+    def run(self, arguments: argparse.Namespace) -> None:
+        """Do it and say where the run stands."""
+        from server_backbone.replay import rollback
+
+        generation, commit_number = rollback(arguments.run_dir, arguments.to)
+        sys.stdout.write(
+            f"back at commit {commit_number} (snapshot {generation}); what came later is kept as state/*.dropped. Start"
+            " the server again: clients go back with it\n"
+        )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from server_backbone.worker import Contribution, Worker
@@ -149,24 +150,36 @@ class Ledger:
         snapshot = recovered.snapshot
         if snapshot is None:
             return recovered.notes
-        self.state = RunState.from_fields(snapshot.fields)
-        worker.load(_without(_WORKER, snapshot.tensors))
-        self.merged_layers = _without(_LAYERS, snapshot.tensors) if self.state.num_merged else None
+        self.go_to(snapshot, worker)
         for entry in recovered.entries:
             if self._keeps_records or entry.kind in ("joined", "finished"):
-                self._redo(entry, worker, redone)
+                self.redo(entry, worker)
+                if entry.kind == "commit":
+                    redone(self.state.commit_number)
         if not self._keeps_records:
             self.snapshot(worker)  # what is not done again must not be read again
         return recovered.notes
 
-    def _redo(self, entry: Record, worker: Worker, redone: Callable[[int], None]) -> None:
+    def go_to(self, snapshot: Record, worker: Worker) -> None:
+        """Bring state and worker to a snapshot."""
+        self.state = RunState.from_fields(snapshot.fields)
+        worker.load(_without(_WORKER, snapshot.tensors))
+        self.merged_layers = _without(_LAYERS, snapshot.tensors) if self.state.num_merged else None
+
+    def is_at(self, snapshot: Record, worker: Worker) -> bool:
+        """Tell whether state and worker are what a snapshot holds, bit for bit."""
+        theirs, mine = _without(_WORKER, snapshot.tensors), worker.state()
+        is_same = theirs.keys() == mine.keys() and all(torch.equal(theirs[name], mine[name].cpu()) for name in mine)
+        return is_same and snapshot.fields == self.state.to_fields()
+
+    def redo(self, entry: Record, worker: Worker) -> None:
+        """Do again what an entry says."""
         self.state.fold(entry.kind, entry.fields)
         if entry.kind == "merge":
             self.merged_layers = entry.tensors
         elif entry.kind == "commit":
             self._commits_since_snapshot += 1
             worker.redo(entry.fields["step"], entry.fields["clip_coefficient"], entry.tensors)
-            redone(self.state.commit_number)
 
     def note(self, kind: str, **entry: Any) -> None:
         """Write an entry that need not be on disk before anything else happens."""

@@ -73,6 +73,10 @@ class ConnectionLost(PeerGone):
     """A connection that was made has broken; make a new one."""
 
 
+class HandshakeFailed(ConnectionLost):
+    """The other side speaks another language; libzmq does not try that connection again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Arrived:
     """A message as it came in."""
@@ -413,7 +417,10 @@ class Endpoint(_Socket):
                     " public.key to the server's operator for `splitfl authorize`",
                     code=Why.REVOKED,
                 )
-            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self._fail_handshake()
+                raise HandshakeFailed(f"{self.address}: {self._finding}")
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._fail_handshake()
             case zmq.EVENT_DISCONNECTED if self._is_connected:
                 raise ConnectionLost(f"the connection to {self.address} broke")
