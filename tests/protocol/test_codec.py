@@ -1,8 +1,10 @@
 """The trust boundary: every message survives the way, and nothing but `RemoteProtocolError` comes out of bad bytes."""
 
+import contextlib
 import copy
 import math
 import random
+import tracemalloc
 import typing
 from collections.abc import Callable
 from dataclasses import fields
@@ -19,7 +21,7 @@ from splitfl.protocol.codec import MAX_HEADER_BYTES, decode, encode
 from splitfl.protocol.messages import DTYPE_BYTES, KINDS, Buffer, Message, TensorFrames
 
 MAX_FRAME_BYTES = 64
-NUM_MUTATIONS = 20_000
+NUM_MUTATIONS = 200_000
 
 # A frozen copy: numbers on the wire are forever.
 NUMBERS = {
@@ -316,6 +318,25 @@ def test_mutated_messages_raise_one_error_only() -> None:
             # what is let through is a message like any other
             assert encode(read(encode(message))) == encode(message)
     assert refused > NUM_MUTATIONS // 2
+
+
+def test_mutated_messages_take_no_more_memory_than_twice_the_largest() -> None:
+    draw = random.Random(21)
+    originals = one_of_each()
+    largest = 0
+    tracemalloc.start()
+    try:
+        for _ in range(10_000):
+            frames = draw.choice(MUTATIONS)(list(draw.choice(originals)), draw)
+            largest = max(largest, sum(map(len, frames)))
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            with contextlib.suppress(RemoteProtocolError):
+                read(frames)
+            _, peak = tracemalloc.get_traced_memory()
+            assert peak - before <= 2 * max(largest, MAX_HEADER_BYTES)
+    finally:
+        tracemalloc.stop()
 
 
 def _is_whole(frames: list[Any]) -> bool:

@@ -1,0 +1,91 @@
+"""Where clients go on: after lost disks, old copies, second processes, rollbacks and snapshots alone."""
+
+import shutil
+import signal
+from collections.abc import Callable
+
+import pytest
+from faults.town import Town
+
+from server_backbone.replay import replay, rollback
+from splitfl.command_line import run_one
+from splitfl.commands.purge import Purge
+
+pytestmark = pytest.mark.slow
+
+
+def kill(run: Town, name: str) -> None:
+    run.processes[name].kill()
+    run.processes[name].communicate()
+
+
+def test_a_client_that_lost_its_disk_waits_for_the_next_round(town: Callable[..., Town]) -> None:
+    run = town(2, federation__local_steps=40)
+    run.wait_for("step", 10)
+    kill(run, "clinic-1")
+    shutil.rmtree(run.client_dir("clinic-1"))
+    run.start("clinic-1")
+    run.wait_for("client_rejoins", 1)
+    (event,) = run.events("client_rejoins")
+    assert event["client_id"] == "clinic-1"
+    assert "records end at step 0" in event["reason"]
+    assert [run.end_of(name)[0] for name in ("server", *run.names)] == [0, 0, 0]
+    first, second = run.report()["merges"]
+    assert (first["absent"], second["absent"]) == (["clinic-1"], [])
+
+
+def test_a_second_process_with_the_same_folder_is_refused_and_another_supersedes(town: Callable[..., Town]) -> None:
+    run = town(1, federation__num_rounds=1, federation__local_steps=400)
+    run.wait_for("step", 5)
+    first = run.processes["clinic-0"]
+    run.start("clinic-0")
+    code, said = run.end_of("clinic-0")
+    assert (code, "in use by another process" in said) == (2, True)
+    copy = run.config("clinic-0").read_text().replace("/clients'", "/copied'")
+    run.config("clinic-0").write_text(copy)
+    shutil.copytree(run.folder / "clients", run.folder / "copied")
+    run.start("clinic-0")
+    _, errors = first.communicate(timeout=40)
+    assert first.returncode == 8
+    assert "SUPERSEDED" in errors
+
+
+@pytest.mark.parametrize("durability", ["redo", "snapshot"])
+def test_rolling_back_takes_the_clients_along(town: Callable[..., Town], durability: str) -> None:
+    run = town(2, federation__num_rounds=3, federation__local_steps=8, storage__durability=durability)
+    run.wait_for("merged", 1)
+    run.wait_for("step", 22)
+    run.processes["server"].send_signal(signal.SIGTERM)
+    assert run.end_of("server")[0] == 0
+    assert replay(run.run_dir).problems == []
+    generation, commit = rollback(run.run_dir, 1)
+    assert (generation, commit) == (1, 8)  # the first merge
+    run.start("server")
+    run.wait_for("client_rewinds", 2)
+    assert [run.end_of(name)[0] for name in ("server", *run.names)] == [0, 0, 0]
+    assert replay(run.run_dir).problems == []
+    assert all(merge["equal"] for merge in run.report()["merges"])
+
+
+def test_snapshots_alone_go_back_to_the_last_merge_together(town: Callable[..., Town]) -> None:
+    run = town(2, federation__num_rounds=2, federation__local_steps=12, storage__durability="snapshot")
+    run.wait_for("merged", 1)
+    run.wait_for("step", 30)
+    kill(run, "server")
+    run.start("server")
+    run.wait_for("client_rewinds", 2)
+    assert [run.end_of(name)[0] for name in ("server", *run.names)] == [0, 0, 0]
+
+
+def test_purging(town: Callable[..., Town], capsys: pytest.CaptureFixture[str]) -> None:
+    run = town(1, federation__num_rounds=1, federation__local_steps=3)
+    run.wait_for("step", 1)
+    assert run_one("purge", Purge(), [str(run.run_dir), "--yes"]) == 2  # at work
+    assert [run.end_of(name)[0] for name in ("server", "clinic-0")] == [0, 0]
+    for folder in (run.run_dir, run.client_dir("clinic-0")):
+        assert run_one("purge", Purge(), [str(folder)]) == 0
+        assert (folder / "state").exists()
+        assert run_one("purge", Purge(), [str(folder), "--yes"]) == 0
+        assert not (folder / "state").exists()
+        assert (folder / "metrics.jsonl").exists()
+    assert "would be removed" in capsys.readouterr().out
