@@ -72,6 +72,10 @@ class RunProgress:
                 self.waiting_for = ""
             case "client_done":
                 self._leave(event, "done")
+            case "client_lost":
+                self._leave(event, "away")
+            case "client_returned":
+                self._leave(event, "connected")
             case "client_left" if self.client(event["client_id"]).state != "done":
                 self._leave(event, "left")
             case "run_finished":
@@ -216,6 +220,26 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
             return "joined", event["client_id"]
         case "client_left" if progress.client(event["client_id"]).state != "done":
             return "left", f"{event['client_id']}: {event['reason']}"
+        case "client_lost":
+            return "lost", f"{event['client_id']}: {event['reason']}; waiting for it to come back"
+        case "client_returned":
+            return "back", f"{event['client_id']}, at step {event['step'] + 1}"
+        case "client_rejoins":
+            return "rejoins", f"{event['client_id']}: {event['reason']}; it takes part from the next round on"
+        case "client_rewinds":
+            return "rewinds", f"{event['client_id']} goes back to step {event['step']} with this server"
+        case "resumed":
+            return "resumed", f"at commit {event['commit_number']} of round {event['round']}"
+        case "violation":
+            return "violation", f"{event['client_id']}, {event['strikes']}. time: {event['rule']}"
+        case "cut_off":
+            return "cut off", f"{event['client_id'] or event['address']}: a message without end"
+        case "snapshot_failed":
+            return "disk", f"no snapshot: {event['reason']}"
+        case "note":
+            return "note", event["text"]
+        case "rejoined" | "rewound":
+            return event["event"], event["reason"]
         case "round_opened":
             return "round", _say_round(event, progress)
         case "step":

@@ -13,7 +13,7 @@ from faults.town import Town
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"federation__num_rounds": 3, "federation__local_steps": 8, "storage__snapshot_steps": 5}
+SMALL = {"federation__num_rounds": 2, "federation__local_steps": 8, "storage__snapshot_steps": 5}
 
 
 def settle(run: Town, *, all_steps: bool = True) -> None:
@@ -22,7 +22,7 @@ def settle(run: Town, *, all_steps: bool = True) -> None:
     assert verdict.problems == []
     assert (verdict.steps_lost, verdict.steps_twice) == (0, 0)
     if all_steps:  # outages shorter than step_timeout change nothing
-        assert verdict.steps_acknowledged == 24 * len(run.names)
+        assert verdict.steps_acknowledged == 16 * len(run.names)
     assert run.differs_from_replay() == []
 
 
@@ -35,21 +35,17 @@ def test_an_undisturbed_run(town: Callable[..., Town]) -> None:
     [
         "commit-before-record:3",
         "append-torn:9",
-        "append-after:9",
         "commit-after-record:4",
         "commit-after-apply:4",
         "commit-acknowledged:5",
-        "snapshot-before-rename:2",
         "snapshot-after-rename:2",
-        "snapshot-before-clean:3",
         "upload-after-record:1",
-        "merge-before-record:1",
         "merge-after-record:1",
-        "merge-after-record:3",
+        "merge-after-record:2",
     ],
 )
 def test_a_server_that_dies_at_a_point(town: Callable[..., Town], point: str) -> None:
-    run = town(2, crash={"server": point}, **SMALL)
+    run = town(1, crash={"server": point}, **SMALL)
     settle(run)
     assert len(run.events("resumed")) == 1
 
@@ -58,13 +54,10 @@ def test_a_server_that_dies_at_a_point(town: Callable[..., Town], point: str) ->
     "point",
     [
         "step-before-record:3",
-        "append-torn:3",
         "step-after-record:3",
         "step-acknowledged:3",
         "step-applied:3",
-        "snapshot-before-rename:2",
         "snapshot-after-rename:3",
-        "snapshot-before-clean:2",
     ],
 )
 def test_a_client_that_dies_at_a_point(town: Callable[..., Town], point: str) -> None:
@@ -73,11 +66,11 @@ def test_a_client_that_dies_at_a_point(town: Callable[..., Town], point: str) ->
     assert len(run.events("client_returned")) >= 1
 
 
-@pytest.mark.parametrize("server_mode", ["shared", "sequential", "frozen"])
+@pytest.mark.parametrize("server_mode", ["shared", "sequential"])
 def test_kills_at_random(town: Callable[..., Town], server_mode: str) -> None:
     draw = random.Random(server_mode)
     run = town(2, **SMALL, federation__server_mode=server_mode)
-    for _ in range(4):
+    for _ in range(3):
         time.sleep(draw.uniform(0.5, 4.0))
         victim = draw.choice(["server", *run.names])
         if run.processes[victim].poll() is None:
@@ -92,7 +85,7 @@ def test_sigterm_and_the_same_command_again(town: Callable[..., Town]) -> None:
     run = town(2, **SMALL)
     for victim in ("server", "clinic-0", "server"):
         before = len(run.events("step"))
-        run.wait_for("step", min(before + 6, 47))
+        run.wait_for("step", min(before + 6, 31))
         run.processes[victim].send_signal(signal.SIGTERM)
         code, said = run.end_of(victim, timeout_s=20)
         assert code == 0, said
