@@ -667,16 +667,16 @@ class Server:
         """Have a micro-batch computed and answer with the result; a tensor that cannot be taken ends the session."""
         connection = member.connection
 
-        def answer(reply: ForwardDone | BackwardDone) -> None:
-            if connection is not None and member.connection is connection and member.session.answered(reply):
+        def answer(reply: ForwardDone | BackwardDone | None) -> None:
+            if reply is None or connection is None or member.connection is not connection:
+                return
+            if member.session.answered(reply):
                 self._send(connection, reply)
 
         def guarded() -> ForwardDone | BackwardDone | None:
             return work() if member.connection is connection else None  # nobody waits for it any more
 
-        self._jobs.submit(
-            guarded, lambda reply: None if reply is None else answer(reply), partial(self._refuse_tensor, connection)
-        )
+        self._jobs.submit(guarded, answer, partial(self._refuse_tensor, connection))
 
     def _spool(self, member: Member, upload: Upload) -> None:
         def count(_: None) -> None:
