@@ -594,7 +594,7 @@ class Server:
                 case Open():
                     self._jobs.submit(
                         partial(self.engine.opened, decision, self.run.federation.local_steps),
-                        lambda _, opened=decision: self._open_round(opened),
+                        partial(self._open_round, decision),
                     )
                 case Merge():
                     self._gate.round_closed()
@@ -603,7 +603,7 @@ class Server:
                     self.reason = reason
                     self._is_over = True
 
-    def _open_round(self, round_: Open) -> None:
+    def _open_round(self, round_: Open, _: None) -> None:
         """Tell everybody of a round that is written down."""
         self._gate.round_opened(round_.trainers, round_.first_step)
         self.metrics.emit(
