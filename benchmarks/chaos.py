@@ -38,6 +38,8 @@ from splitfl.telemetry.metrics import read_events
 from splitfl.transport.keys import Enrolment, authorize, keygen, write_enrolment
 
 _HEARTBEAT_TIMEOUT_S = 3.0
+# A fault that ends within this of the timeout may be over before anybody looks.
+_HEARTBEAT_SLACK_S = 1.5
 _WARM_S = 10.0
 _SPECIAL = {"unk_token": "<unk>", "eos_token": "</s>"}
 # Sends some commits twice, as a network that repeats would; everything else is the client as it is.
@@ -341,7 +343,7 @@ class Chaos:
         longest = 0.0
         for fault in self._injected:
             noticed = min((at for name, at in lost if name == fault.client_id and at >= fault.at), default=None)
-            due = fault.at + _HEARTBEAT_TIMEOUT_S
+            due = fault.at + _HEARTBEAT_TIMEOUT_S + _HEARTBEAT_SLACK_S
             was_at_work = any(name == fault.client_id and 0 <= fault.at - at < 2 for name, at in worked)
             if (
                 noticed is None

@@ -132,7 +132,7 @@ class Server:
         members = self.engine.ledger.state.members
         for connection in self._members.connections():
             known = members.get(connection.member.client_id)
-            self._send(connection, Shutdown(resume_at=known.step + 1 if known is not None else 1))
+            self._say_last(connection.peer, Shutdown(resume_at=known.step + 1 if known is not None else 1))
 
     # what was before
 
@@ -794,10 +794,14 @@ class Server:
 
     def _refuse(self, peer: bytes, code: Why, reason: str) -> None:
         log.info("refused a peer (%s): %s", code, reason)
+        self._say_last(peer, Refusal(code=code, reason=reason))
+
+    def _say_last(self, peer: bytes, message: Message) -> None:
+        """Send what nothing follows; a peer that has gone already misses nothing."""
         try:
-            self.listener.send(peer, codec.encode(Refusal(code=code, reason=reason)))
+            self.listener.send(peer, codec.encode(message))
         except PeerGone:
-            log.info("a refused peer had gone already")
+            log.info("a peer had gone before it was told of %s", type(message).__name__)
 
 
 def _nothing(_: object) -> None:

@@ -1,0 +1,112 @@
+"""The history checker finds what is lost, counted twice, out of order or different: on histories broken on purpose."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Finished, write_text
+
+from benchmarks.history import Verdict, check
+from server_backbone.worker import Worker
+
+Line = dict[str, Any]
+
+
+def server(steps: int = 4) -> list[Line]:
+    lines: list[Line] = [{"event": "started", "resumed": False, "commit_number": 0}]
+    for step in range(1, steps + 1):
+        members = [{"client_id": "a", "step": step, "num_label_tokens": 1}]
+        lines.append({"event": "applied", "commit_number": step, "members": members, "digest": f"s{step}"})
+        lines.append({"event": "acknowledged", "client_id": "a", "step": step, "commit_number": step})
+    return lines
+
+
+def client(steps: int = 4) -> list[Line]:
+    lines: list[Line] = [{"event": "started", "resumed": False, "step": 0}]
+    for step in range(1, steps + 1):
+        lines.append({"event": "acknowledged", "step": step, "commit_number": step})
+        lines.append({"event": "applied", "step": step, "commit_number": step, "digest": f"c{step}"})
+    return lines
+
+
+def verdict(tmp_path: Path, server_lines: list[Line], client_lines: list[Line]) -> Verdict:
+    paths = []
+    for name, lines in (("s", server_lines), ("c", client_lines)):
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return check(paths[0], {"a": paths[1]})
+
+
+def test_a_good_history(tmp_path: Path) -> None:
+    found = verdict(tmp_path, server(), client())
+    assert found.problems == []
+    assert (found.steps_acknowledged, found.commits) == (4, 4)
+
+
+def swapped(lines: list[Line], one: int, other: int) -> list[Line]:
+    lines[one], lines[other] = lines[other], lines[one]
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("server_lines", "client_lines", "count"),
+    [
+        ([*server(), server()[3]], client(), "steps_twice"),  # the server applies a commit again
+        ([line for line in server() if line.get("digest") != "s2"], client(), "steps_lost"),
+        (server(), [*client(), client()[4]], "steps_twice"),  # the client applies a step again
+        (server(), [line for line in client() if line.get("digest") != "c2"], "steps_lost"),
+        (server(), swapped(client(), 2, 6), "steps_reordered"),
+        (swapped(server(), 1, 5), client(), "steps_twice"),
+        ([*server(), {"event": "redone", "commit_number": 4, "digest": "other"}], client(), "digests_differ"),
+        (server(), [*client(), {"event": "redone", "step": 4, "commit_number": 4, "digest": "x"}], "digests_differ"),
+    ],
+)
+def test_what_is_broken_is_found(
+    tmp_path: Path, server_lines: list[Line], client_lines: list[Line], count: str
+) -> None:
+    found = verdict(tmp_path, server_lines, client_lines)
+    assert found.problems
+    assert getattr(found, count) >= 1
+
+
+@pytest.mark.parametrize("breaks", ["twice", "skipped"])
+def test_a_server_that_is_broken_on_purpose(
+    make_model: Callable[..., Path],
+    federate: Callable[..., Finished],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    breaks: str,
+) -> None:
+    """The worker applies its third step twice, or not at all: the replay from the run's own log has other weights."""
+    from server_backbone.replay import replay
+
+    apply, count = Worker.apply, [0]
+
+    def broken(self: Worker) -> None:
+        count[0] += 1
+        if count[0] == 3 and breaks == "skipped":
+            self.withdraw()
+        reduced = self._reduced
+        gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
+        apply(self)
+        if count[0] == 3 and breaks == "twice":
+            self._reduced = reduced
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
+            apply(self)
+
+    monkeypatch.setattr(Worker, "apply", broken)
+    finished = federate(
+        {
+            "model": {"model_name_or_path": str(make_model())},
+            "federation": {"num_rounds": 1, "local_steps": 5},
+            "storage": {"keep_snapshots": 0},
+            "server": {"export_model": False},
+        },
+        {"a": {"path": write_text(tmp_path / "a.txt", num_lines=20, seed=1)}},
+    )
+    monkeypatch.undo()
+    assert finished.errors == {}
+    assert any("other weights" in problem for problem in replay(finished.run_dir).problems)
