@@ -67,9 +67,15 @@ class ChaosProxy:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(asyncio.start_server(self._serve, sock=self._listening))
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, sock=self._listening))
         self._loop.run_forever()
-        self._listening.close()
+        server.close()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
 
     def _cut(self) -> None:
         for writer in self._writers:

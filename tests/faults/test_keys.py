@@ -12,7 +12,7 @@ from splitfl.transport.keys import AllowList, Enrolment, authorize, keygen, read
 
 pytestmark = pytest.mark.slow
 
-SOON_S = 25.0  # ten seconds, and a Python that has to start beside others
+SOON_S = 50.0  # ten seconds, and a Python that has to start beside others
 
 
 class Office:

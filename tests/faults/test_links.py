@@ -44,6 +44,7 @@ def test_two_megabits_carry_the_largest_tensor_without_a_reconnection(
     for harm in proxy.harm.values():
         harm.bytes_per_second = 250_000
     run.start("server")
+    run.wait_for("waiting", 1)
     run.start("clinic-0")
     assert [run.end_of(name)[0] for name in ("clinic-0", "server")] == [0, 0]
     assert proxy.connections == 2  # data and control, once
@@ -53,6 +54,7 @@ def test_two_megabits_carry_the_largest_tensor_without_a_reconnection(
 def test_cuts_silence_and_damage_lose_nothing(proxied: Callable[..., tuple[Town, ChaosProxy]]) -> None:
     run, proxy = proxied(federation__num_rounds=2, federation__local_steps=40)
     run.start("server")
+    run.wait_for("waiting", 1)
     run.start("clinic-0")
     harms: list[Callable[[], None]] = [
         proxy.cut,

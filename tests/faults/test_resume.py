@@ -35,7 +35,7 @@ def test_a_client_that_lost_its_disk_waits_for_the_next_round(town: Callable[...
 
 
 def test_a_second_process_with_the_same_folder_is_refused_and_another_supersedes(town: Callable[..., Town]) -> None:
-    run = town(1, federation__num_rounds=1, federation__local_steps=400)
+    run = town(1, federation__num_rounds=1, federation__local_steps=5000)
     run.wait_for("step", 5)
     first = run.processes["clinic-0"]
     run.start("clinic-0")

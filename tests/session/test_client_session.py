@@ -223,6 +223,9 @@ class TestPhases:
         if name in legal:
             assert session.receive(MESSAGES[name]) is MESSAGES[name]
             return
+        if (name, state) == ("Committed", "merging"):  # answered once more, because the question was repeated
+            assert session.receive(MESSAGES[name]) is None
+            return
         with pytest.raises(RemoteProtocolError):
             session.receive(MESSAGES[name])
         assert snapshot(session) == before

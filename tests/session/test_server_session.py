@@ -187,7 +187,7 @@ LEGAL: dict[str, set[str]] = {
     "computing_backward": {"Forward, next"},
     "through_one": {"Forward, next"},
     "through_all": {"Commit"},
-    "committing": set(),
+    "committing": {"Commit"},  # repeated on its way, and ignored
     "all_steps_done": {"Upload", "Commit"},  # a repeated commit gets the recorded answer
     "merging": {"Commit"},
     "sitting_out": set(),
