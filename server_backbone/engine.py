@@ -78,6 +78,7 @@ class Engine:
         return BackwardDone(
             request_id=message.request_id,
             gradient_BSD=None if gradient_BSD is None else self._describe(gradient_BSD),
+            norms_Q=None,
         )
 
     # steps

@@ -45,13 +45,25 @@ def terms(**changed: Any) -> Terms:
 
 def forward(request_id: int, step: int, micro_batch: int = 0, **changed: Any) -> Forward:
     """Return activations of two rows of three tokens."""
-    usual: dict[str, Any] = {"hidden_BSD": frames_of(2, 3, WIDTH), "lengths_B": (3, 2), "left_padded": False}
+    usual: dict[str, Any] = {
+        "hidden_BSD": frames_of(2, 3, WIDTH),
+        "lengths_B": (3, 2),
+        "left_padded": False,
+        "example_lengths": (),
+        "adapters_off": False,
+    }
     return Forward(request_id=request_id, step=step, micro_batch=micro_batch, **{**usual, **changed})
 
 
 def commit(step: int, **changed: Any) -> Commit:
     """Return the request to apply a step."""
-    usual: dict[str, Any] = {"num_label_tokens": 7, "loss": 1.5, "norms_P": frames_of(len(LAYER_SHAPES))}
+    usual: dict[str, Any] = {
+        "num_label_tokens": 7,
+        "loss": 1.5,
+        "norms_P": frames_of(len(LAYER_SHAPES)),
+        "learning_rate": 0.0,
+        "clip_coefficient": 1.0,
+    }
     return Commit(step=step, **{**usual, **changed})
 
 

@@ -2,10 +2,10 @@
 
 A tensor is described (dtype name, shape, raw buffers) and becomes a real one only in `protocol.tensors`, after the
 session has checked it. What may cross is a closed list: activations and their gradients, row lengths, counts of label
-tokens and examples, gradient norms, learning rates, metrics, and the layers of a merge. Token ids, labels, logits and
-text never do; `tests/test_wire.py` watches for them.
+tokens and examples, gradient norms, learning rates, metrics, beam permutations, and the layers of a merge. Token ids,
+labels, logits and text never do; `tests/test_wire.py` watches for them.
 
-Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client.
+Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client, Q those that train on the server.
 """
 
 import math
@@ -18,7 +18,7 @@ from typing import TypeAlias
 Buffer: TypeAlias = bytes | memoryview
 
 # Must match exactly before 1.0; add one whenever a message changes.
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 # Bytes an element takes, for the types that may cross.
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"f32": 4, "bf16": 2, "u8": 1})
@@ -171,11 +171,15 @@ class Forward:
     hidden_BSD: TensorFrames
     lengths_B: tuple[int, ...]
     left_padded: bool
+    example_lengths: tuple[int, ...]
+    """Lengths of the examples that the rows are packed from, row after row; () when each row is one example."""
+    adapters_off: bool
+    """Whether the backbone's adapters sit this one out, as in peft's `disable_adapter`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ForwardDone:
-    """Server: the backbone's activations."""
+    """Server: the backbone's activations, in answer to `Forward` or `Decode`."""
 
     request_id: int
     hidden_BSD: TensorFrames
@@ -195,6 +199,11 @@ class BackwardDone:
 
     request_id: int
     gradient_BSD: TensorFrames | None
+    norms_Q: TensorFrames | None
+    """Norm of each server-side gradient of the step so far (f32, -1 where a tensor has none), in the model's order.
+
+    For a client that runs a loop of its own and clips there; None in a run that goes by rounds.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -207,6 +216,10 @@ class Commit:
     """Mean loss over the step's label tokens, for the report."""
     norms_P: TensorFrames
     """Norm of each client-side gradient, in the model's order; -1 where a tensor has none."""
+    learning_rate: float
+    """The client's, in a loop of its own; 0.0 in a run that goes by rounds, whose schedule both sides know."""
+    clip_coefficient: float
+    """What the client's loop has scaled all gradients of the step by; 1.0 in a run that goes by rounds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -334,6 +347,74 @@ class Shutdown:
     resume_at: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decode:
+    """Client: run new positions of a generation through the backbone, behind those in its cache.
+
+    A `cache_id` that is new begins a cache: the rows are prompts, padded on the left. Later every row has as many new
+    positions as the others.
+    """
+
+    request_id: int
+    cache_id: int
+    hidden_BSD: TensorFrames
+    lengths_B: tuple[int, ...]
+    """Tokens of each row among the new positions; fewer than S only in a padded prompt."""
+    beams_B: tuple[int, ...]
+    """The cached row that each row goes on from; () when every row goes on from its own."""
+    adapters_off: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EndCache:
+    """Client: free this cache; one that is not there is free already."""
+
+    cache_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Discard:
+    """Client, in a loop of its own: drop the graphs and gradients of this step; it is not going to be committed."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Keep:
+    """Client, in a loop of its own: keep a snapshot of the backbone as it is now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kept:
+    """Server: the backbone after this commit is kept, and can be gone back to by that number."""
+
+    commit_number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GoBack:
+    """Client, in a loop of its own: bring the backbone back to where it was after this commit."""
+
+    commit_number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WentBack:
+    """Server: the backbone is what it was after that commit; your last applied step is this one."""
+
+    commit_number: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Declined:
+    """Server: not this, and why; nothing has changed and the session goes on."""
+
+    request_id: int
+    """The `Decode` that this answers, 0 when it answers anything else."""
+    reason: str
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -361,6 +442,14 @@ Message: TypeAlias = (
     | Resume
     | Resumed
     | Shutdown
+    | Decode
+    | EndCache
+    | Discard
+    | Keep
+    | Kept
+    | GoBack
+    | WentBack
+    | Declined
 )
 
 # Wire numbers are forever: add, never renumber.
@@ -392,5 +481,13 @@ KINDS: Mapping[int, type[Message]] = MappingProxyType(
         24: Resume,
         25: Resumed,
         26: Shutdown,
+        27: Decode,
+        28: EndCache,
+        29: Discard,
+        30: Keep,
+        31: Kept,
+        32: GoBack,
+        33: WentBack,
+        34: Declined,
     }
 )

@@ -78,6 +78,8 @@ class ClientSession:
             hidden_BSD=hidden_BSD,
             lengths_B=lengths_B,
             left_padded=False,
+            example_lengths=(),
+            adapters_off=False,
         )
         self._graphs[message.request_id] = hidden_BSD.shape
         self._awaiting[message.request_id] = ForwardDone
@@ -99,7 +101,14 @@ class ClientSession:
         if self.open_round is None or self._waits_for is not None or self._committing is not None:
             raise LocalProtocolError(f"commit of step {self.next_step}, which is not open")
         self._committing = self.next_step
-        return Commit(step=self.next_step, num_label_tokens=num_label_tokens, loss=loss, norms_P=norms_P)
+        return Commit(
+            step=self.next_step,
+            num_label_tokens=num_label_tokens,
+            loss=loss,
+            norms_P=norms_P,
+            learning_rate=0.0,
+            clip_coefficient=1.0,
+        )
 
     def ready(self, num_examples: int) -> Ready:
         """Ask for the next round."""

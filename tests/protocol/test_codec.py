@@ -51,6 +51,14 @@ NUMBERS = {
     24: "Resume",
     25: "Resumed",
     26: "Shutdown",
+    27: "Decode",
+    28: "EndCache",
+    29: "Discard",
+    30: "Keep",
+    31: "Kept",
+    32: "GoBack",
+    33: "WentBack",
+    34: "Declined",
 }
 
 
@@ -145,7 +153,7 @@ BAD: dict[str, tuple[list[Buffer], str]] = {
     "array of four billion": ([b"\xdd\xff\xff\xff\xff"], "not msgpack"),
     "extension type": ([bytes(msgpack.packb([22, {}, msgpack.ExtType(5, b"x")]))], "not msgpack"),
     "timestamp for a number": ([packed(6, {"number": msgpack.Timestamp(1)}, [])], "Ping.number is no int"),
-    "kind unknown": ([packed(27, {}, [])], "unknown kind 27"),
+    "kind unknown": ([packed(27, {}, [])], "unknown kind 99"),
     "kind is a bool": ([packed(True, {}, [])], "not \\[kind, fields, tensors\\]"),
     "not a list": ([bytes(msgpack.packb({"kind": 1}))], "not \\[kind, fields, tensors\\]"),
     "field missing": ([packed(6, {}, [])], "Ping without number"),

@@ -37,7 +37,7 @@ def through(session: ClientSession, step: int, micro_batch: int) -> None:
     number = sent(session, step, micro_batch)
     session.receive(ForwardDone(request_id=number, hidden_BSD=ACTIVATIONS))
     session.backward(number, ACTIVATIONS)
-    session.receive(BackwardDone(request_id=number, gradient_BSD=ACTIVATIONS))
+    session.receive(BackwardDone(request_id=number, gradient_BSD=ACTIVATIONS, norms_Q=None))
 
 
 def committed(step: int) -> Committed:
@@ -143,9 +143,9 @@ IN_ROUND = {"training", "awaiting_forward", "holding_activations", "awaiting_bac
 MESSAGES: dict[str, Message] = {
     "ForwardDone": ForwardDone(request_id=1, hidden_BSD=ACTIVATIONS),
     "ForwardDone, unknown": ForwardDone(request_id=9, hidden_BSD=ACTIVATIONS),
-    "BackwardDone": BackwardDone(request_id=1, gradient_BSD=ACTIVATIONS),
-    "BackwardDone, no gradient": BackwardDone(request_id=1, gradient_BSD=None),
-    "BackwardDone, unknown": BackwardDone(request_id=9, gradient_BSD=ACTIVATIONS),
+    "BackwardDone": BackwardDone(request_id=1, gradient_BSD=ACTIVATIONS, norms_Q=None),
+    "BackwardDone, no gradient": BackwardDone(request_id=1, gradient_BSD=None, norms_Q=None),
+    "BackwardDone, unknown": BackwardDone(request_id=9, gradient_BSD=ACTIVATIONS, norms_Q=None),
     "Committed": committed(1),
     "Committed, another": committed(2),
     "StepRefused": refused(1, 2),
@@ -265,7 +265,7 @@ class TestTensors:
     def test_an_answer_unlike_the_question(self, tensor: TensorFrames) -> None:
         for session, message in (
             (awaiting_forward(), ForwardDone(request_id=1, hidden_BSD=tensor)),
-            (awaiting_backward(), BackwardDone(request_id=1, gradient_BSD=tensor)),
+            (awaiting_backward(), BackwardDone(request_id=1, gradient_BSD=tensor, norms_Q=None)),
         ):
             before = snapshot(session)
             with pytest.raises(RemoteProtocolError):
@@ -310,7 +310,7 @@ class TestStepRefused:
     def test_answers_for_it_are_ignored_when_they_come(self) -> None:
         for session, late in (
             (awaiting_forward(), ForwardDone(request_id=1, hidden_BSD=ACTIVATIONS)),
-            (awaiting_backward(), BackwardDone(request_id=1, gradient_BSD=None)),
+            (awaiting_backward(), BackwardDone(request_id=1, gradient_BSD=None, norms_Q=None)),
         ):
             session.receive(refused(1, 2))
             session.abandon_step(2)
@@ -330,5 +330,5 @@ class TestStepRefused:
     def test_the_round_may_close_meanwhile(self) -> None:
         session = awaiting_backward()
         assert session.receive(merged(accepted=False, reason="round_timeout")) is not None
-        assert session.receive(BackwardDone(request_id=1, gradient_BSD=None)) is None
+        assert session.receive(BackwardDone(request_id=1, gradient_BSD=None, norms_Q=None)) is None
         session.ready(5)

@@ -25,7 +25,7 @@ def ask(session: ServerSession, step: int) -> None:
     session.receive(forward(step, step))
     session.answered(ForwardDone(request_id=step, hidden_BSD=ACTIVATIONS))
     session.receive(Backward(request_id=step, gradient_BSD=ACTIVATIONS))
-    session.answered(BackwardDone(request_id=step, gradient_BSD=None))
+    session.answered(BackwardDone(request_id=step, gradient_BSD=None, norms_Q=None))
     session.receive(commit(step))
 
 

@@ -53,7 +53,7 @@ def through(session: ServerSession, request_id: int, step: int, micro_batch: int
     """Take a micro-batch both ways."""
     forwarded(session, request_id, step, micro_batch)
     assert session.receive(backward(request_id)) is not None
-    assert session.answered(BackwardDone(request_id=request_id, gradient_BSD=None))
+    assert session.answered(BackwardDone(request_id=request_id, gradient_BSD=None, norms_Q=None))
 
 
 def idle() -> ServerSession:
@@ -310,7 +310,7 @@ class TestMicroBatches:
         assert session.num_in_flight == 1
         session.receive(backward(1))
         assert session.num_in_flight == 1
-        session.answered(BackwardDone(request_id=1, gradient_BSD=None))
+        session.answered(BackwardDone(request_id=1, gradient_BSD=None, norms_Q=None))
         assert session.num_in_flight == 0
 
     def test_without_backward_a_forward_is_all(self) -> None:

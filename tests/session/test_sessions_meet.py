@@ -150,7 +150,7 @@ class TwoSessions(RuleBasedStateMachine):
             case Forward(request_id=number):
                 reply = ForwardDone(request_id=number, hidden_BSD=ACTIVATIONS)
             case Backward(request_id=number):
-                reply = BackwardDone(request_id=number, gradient_BSD=ACTIVATIONS)
+                reply = BackwardDone(request_id=number, gradient_BSD=ACTIVATIONS, norms_Q=None)
         if self.server.answered(reply):
             self.down.append(reply)
 
