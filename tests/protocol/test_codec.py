@@ -153,7 +153,7 @@ BAD: dict[str, tuple[list[Buffer], str]] = {
     "array of four billion": ([b"\xdd\xff\xff\xff\xff"], "not msgpack"),
     "extension type": ([bytes(msgpack.packb([22, {}, msgpack.ExtType(5, b"x")]))], "not msgpack"),
     "timestamp for a number": ([packed(6, {"number": msgpack.Timestamp(1)}, [])], "Ping.number is no int"),
-    "kind unknown": ([packed(27, {}, [])], "unknown kind 99"),
+    "kind unknown": ([packed(99, {}, [])], "unknown kind 99"),
     "kind is a bool": ([packed(True, {}, [])], "not \\[kind, fields, tensors\\]"),
     "not a list": ([bytes(msgpack.packb({"kind": 1}))], "not \\[kind, fields, tensors\\]"),
     "field missing": ([packed(6, {}, [])], "Ping without number"),
