@@ -185,7 +185,7 @@ class Store:
                     f"{path}: the last {len(tail)} bytes are no whole record, as after a crash; they are kept aside as"
                     f" {path.name}.damaged, and the run goes on before them"
                 )
-        self._open_log(generation)
+        self._go_on_in(self._disk.append(path))
         self._log_bytes = good
         self._appending().cut(good)
         self._appending().sync()
@@ -228,10 +228,16 @@ class Store:
         """Begin a new generation with this snapshot; if that fails, the one before it goes on."""
         generations = self.generations()
         number = generations[-1] + 1 if generations else 0
+        # its log first: a snapshot whose log could not be opened would hide what goes on being written behind the last
+        log = self._disk.append(self._path("log", number))
         crash_point("snapshot-before-rename")
-        self._disk.write_whole(self._path("snapshot", number), pack(record))
+        try:
+            self._disk.write_whole(self._path("snapshot", number), pack(record))
+        except StorageError:
+            log.close()
+            raise
         crash_point("snapshot-after-rename")
-        self._open_log(number)
+        self._go_on_in(log)
         self._log_bytes = 0
         crash_point("snapshot-before-clean")
         if self._keep:
@@ -255,11 +261,10 @@ class Store:
         for path in (log, log.with_name(f"{log.name}.damaged"), self._path("snapshot", generation)):
             self._disk.remove(path)
 
-    def _open_log(self, generation: int) -> None:
-        opened = self._disk.append(self._path("log", generation))
+    def _go_on_in(self, log: Appending) -> None:
         if self._log is not None:
             self._log.close()
-        self._log = opened
+        self._log = log
 
     def _appending(self) -> Appending:
         if self._log is None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from durability.forgetful import ForgetfulDisk
 
+from splitfl.durability.disk import Appending, RealDisk
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, StorageError
@@ -178,6 +179,29 @@ store.append(Record(kind="commit", fields={"number": 4}))
     assert not list(folder.glob("*.partial"))
     with open_store(folder) as store:
         assert numbers(store) == [0, 1, 2, 4]
+
+
+class _NoMoreFiles(RealDisk):
+    """A disk on which files grow and are replaced, and none can be added."""
+
+    def append(self, path: Path) -> Appending:
+        if not path.exists():
+            raise StorageError(f"{path}: no room for another file")
+        return super().append(path)
+
+
+def test_a_snapshot_without_room_for_its_log_hides_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    with open_store(folder) as store:
+        store.snapshot(entry(0))
+        store.append(entry(1))
+    with open_store(folder, disk=_NoMoreFiles()) as store:
+        assert numbers(store) == [0, 1]
+        with pytest.raises(StorageError, match="no room"):
+            store.snapshot(entry(2))
+        store.append(entry(3))
+    with open_store(folder) as store:
+        assert numbers(store) == [0, 1, 3]
 
 
 def test_a_read_only_folder(filled: Path) -> None:
