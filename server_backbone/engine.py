@@ -99,7 +99,8 @@ class Engine:
 
     def apply(self, contributions: Sequence[Contribution]) -> str:
         """Apply what was decided; return why no snapshot could be taken if one was due, else ""."""
-        self.worker.apply()
+        if not self.worker.apply():
+            return ""
         crash_point("commit-after-apply")
         state = self.ledger.state
         if self._history.is_on:

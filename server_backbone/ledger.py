@@ -82,6 +82,8 @@ class RunState:
                 self.members[entry["client_id"]].next_step = entry["next_step"]
             case "uploaded" if self.round is not None:
                 self.round.uploaded[entry["client_id"]] = entry["weight"]
+            case "upload_lost" if self.round is not None:
+                self.round.uploaded.pop(entry["client_id"], None)
             case "left" if self.round is not None:
                 self.round.out.append(entry["client_id"])
             case "returned" if self.round is not None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from splitfl.errors import ModelError
 from splitfl.federation.strategy import Strategy
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import TensorFile
@@ -56,11 +57,12 @@ class Merger:
         self._max_rms = max_rms
         self._weights: dict[str, float] = {}
 
-    def restore(self, layers: Mapping[str, Tensor] | None, weights: Mapping[str, float]) -> None:
-        """Go on with the layers of the last merge and the uploads that are on disk."""
+    def restore(self, layers: Mapping[str, Tensor] | None, weights: Mapping[str, float]) -> list[str]:
+        """Go on with the layers of the last merge and the uploads on disk; return whose uploads cannot be read."""
         if layers is not None:
             self._layers = {name: layers[name] for name in self._names}
-        self._weights = dict(weights)
+        self._weights = {client_id: weight for client_id, weight in weights.items() if self._is_readable(client_id)}
+        return sorted(weights.keys() - self._weights.keys())
 
     def spool(self, client_id: str, upload: Upload) -> float:
         """Write one client's layers to disk and return their weight; raise `RemoteProtocolError` for poison."""
@@ -95,6 +97,12 @@ class Merger:
     def save(self, backbone: Mapping[str, Tensor]) -> None:
         """Write all that is trained, both sides of one moment in one file, which replaces the last one whole."""
         checkpoint.save_tensors(self._run_dir / TRAINED_FILE, {**self._layers, **backbone})
+
+    def _is_readable(self, client_id: str) -> bool:
+        try:
+            return list(checkpoint.entries_of(self._spooled(client_id))) == self._names
+        except ModelError:
+            return False
 
     @property
     def _spool_dir(self) -> Path:

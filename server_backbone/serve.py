@@ -137,7 +137,11 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
     for note in notes:
         metrics.emit("note", text=note)
     state = ledger.state
-    engine.merger.restore(ledger.merged_layers, state.round.uploaded if state.round else {})
+    for client_id in engine.merger.restore(ledger.merged_layers, state.round.uploaded if state.round else {}):
+        ledger.note("upload_lost", client_id=client_id)
+        metrics.emit(
+            "note", text=f"the layers that {client_id} had uploaded cannot be read: it is asked for them again"
+        )
     if state.round is None and state.num_merged:
         engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
     server.recover()

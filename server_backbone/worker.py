@@ -117,13 +117,14 @@ class Worker:
         self._reduced = None
         self._optimizer.discard()
 
-    def apply(self) -> None:
-        """Take the optimizer step with what `reduce` has left, if it was not withdrawn."""
+    def apply(self) -> bool:
+        """Take the optimizer step with what `reduce` has left; return False if that was withdrawn."""
         if self._reduced is None:
-            return
+            return False
         (step, coefficient), self._reduced = self._reduced, None
         with self.compute.running():
             self._optimizer.step(step, coefficient)
+        return True
 
     def redo(self, step: int, clip_coefficient: float, gradients: Mapping[str, Tensor]) -> None:
         """Take the optimizer step that a record holds."""

@@ -210,7 +210,7 @@ class LinkSection(Section):
     heartbeat_interval: float = Field(2.0, gt=0)
     """Seconds between two heartbeats on the control connection."""
 
-    heartbeat_timeout: float = Field(10.0, gt=0)
+    heartbeat_timeout: float = Field(8.0, gt=0)
     """Seconds of silence on the control connection after which the peer counts as gone."""
 
     slowest_link_bytes_per_second: float = Field(250_000.0, gt=0)

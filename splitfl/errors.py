@@ -16,7 +16,12 @@ SplitflError               1
 Ctrl-C ends a command with 130, as shells expect; SIGTERM ends a server or client that has saved its state with 0.
 """
 
-from typing import ClassVar
+import errno
+import os
+from pathlib import Path
+from typing import ClassVar, Self
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class SplitflError(Exception):
@@ -91,3 +96,14 @@ class StorageError(SplitflError):
     """The disk is full, or does not take or give back what must be kept; the text names the file and the remedy."""
 
     exit_code = 10
+
+    @classmethod
+    def at(cls, path: Path, error: OSError) -> Self:
+        """Say what failed where, how much room there is, and what helps."""
+        where = path if path.exists() else path.parent
+        try:
+            free = f"{os.statvfs(where).f_bavail * os.statvfs(where).f_frsize / 2**20:,.0f} MiB free"
+        except OSError:
+            free = "free space unknown"
+        remedy = "make room" if error.errno in _FULL else "see that the disk is mounted, writable and sound"
+        return cls(f"{path}: {error.strerror} ({free}): {remedy}, then start the same command again")

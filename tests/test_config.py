@@ -165,7 +165,7 @@ class TestRanges:
                 ["federation.min_train_clients=2"],
                 r"min_train_clients \(2\) must not exceed min_available_clients \(1\)",
             ),
-            (["link.heartbeat_interval=6"], r"heartbeat_timeout \(10.0 s\) must be at least twice heartbeat_interval"),
+            (["link.heartbeat_interval=6"], r"heartbeat_timeout \(8.0 s\) must be at least twice heartbeat_interval"),
             (["link.slowest_link_bytes_per_second=25000"], r"takes 10.5 s on the slowest link, which must stay below"),
         ],
     )

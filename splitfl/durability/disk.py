@@ -3,7 +3,6 @@
 POSIX promises little: a file's content is safe after `fsync` of it, its name after `fsync` of its folder.
 """
 
-import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,6 @@ from splitfl.protocol.messages import Buffer
 
 _FILE_MODE = 0o600
 _DIR_MODE = 0o700
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Appending(Protocol):
@@ -74,18 +72,7 @@ def make_private_dir(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=_DIR_MODE)
     except OSError as error:
-        raise storage_error(folder, error) from None
-
-
-def storage_error(path: Path, error: OSError) -> StorageError:
-    """Say what failed where, and what helps."""
-    where = path if path.exists() else path.parent
-    try:
-        free = f"{os.statvfs(where).f_bavail * os.statvfs(where).f_frsize / 2**20:,.0f} MiB free"
-    except OSError:
-        free = "free space unknown"
-    remedy = "make room" if error.errno in _FULL else "see that the disk is mounted, writable and sound"
-    return StorageError(f"{path}: {error.strerror} ({free}): {remedy}, then start the same command again")
+        raise StorageError.at(folder, error) from None
 
 
 class RealDisk:
@@ -99,9 +86,9 @@ class RealDisk:
             is_new = not path.exists()
             file = _RealFile(path)
             if is_new:
-                _sync_dir(path.parent)
+                sync_dir(path.parent)
         except OSError as error:
-            raise storage_error(path, error) from None
+            raise StorageError.at(path, error) from None
         return file
 
     def write_whole(self, path: Path, buffers: Iterable[Buffer]) -> None:
@@ -116,35 +103,35 @@ class RealDisk:
             finally:
                 os.close(descriptor)
             half.rename(path)
-            _sync_dir(path.parent)
+            sync_dir(path.parent)
         except OSError as error:
             half.unlink(missing_ok=True)
-            raise storage_error(path, error) from None
+            raise StorageError.at(path, error) from None
 
     def open(self, path: Path) -> BinaryIO:
         try:
             return path.open("rb")
         except OSError as error:
-            raise storage_error(path, error) from None
+            raise StorageError.at(path, error) from None
 
     def names(self, folder: Path) -> list[str]:
         try:
             return sorted(entry.name for entry in folder.iterdir())
         except OSError as error:
-            raise storage_error(folder, error) from None
+            raise StorageError.at(folder, error) from None
 
     def rename(self, path: Path, name: str) -> None:
         try:
             path.replace(path.with_name(name))
-            _sync_dir(path.parent)
+            sync_dir(path.parent)
         except OSError as error:
-            raise storage_error(path, error) from None
+            raise StorageError.at(path, error) from None
 
     def remove(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            raise storage_error(path, error) from None
+            raise StorageError.at(path, error) from None
 
 
 class _RealFile:
@@ -157,19 +144,19 @@ class _RealFile:
             for buffer in buffers:
                 _write_all(self._descriptor, buffer)
         except OSError as error:
-            raise storage_error(self._path, error) from None
+            raise StorageError.at(self._path, error) from None
 
     def sync(self) -> None:
         try:
             os.fdatasync(self._descriptor)  # the size, which an append changes, is forced out with it
         except OSError as error:
-            raise storage_error(self._path, error) from None
+            raise StorageError.at(self._path, error) from None
 
     def cut(self, size: int) -> None:
         try:
             os.ftruncate(self._descriptor, size)
         except OSError as error:
-            raise storage_error(self._path, error) from None
+            raise StorageError.at(self._path, error) from None
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -183,7 +170,8 @@ def _write_all(descriptor: int, buffer: Buffer) -> None:
         left = left[os.write(descriptor, left) :]
 
 
-def _sync_dir(folder: Path) -> None:
+def sync_dir(folder: Path) -> None:
+    """Force out which files are in a folder: after a power failure a record may speak of them."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

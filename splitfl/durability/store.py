@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from splitfl.durability.crash import crash_point
-from splitfl.durability.disk import Appending, Disk, RealDisk, storage_error
+from splitfl.durability.disk import Appending, Disk, RealDisk
 from splitfl.durability.record import Damaged, Record, pack, unpack
 from splitfl.errors import ConfigError, StorageError
 
@@ -281,7 +281,7 @@ def _lock(folder: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise storage_error(path, error) from None
+        raise StorageError.at(path, error) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

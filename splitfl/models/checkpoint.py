@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from splitfl.errors import ModelError
+from splitfl.durability.disk import sync_dir
+from splitfl.errors import ModelError, StorageError
 
 _CHUNK_BYTES = 1 << 22
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -154,7 +155,7 @@ def piece_of_tensor(make: Callable[[], Tensor], dtype: torch.dtype, shape: Seque
 def write(path: Path, pieces: Mapping[str, Piece], *, mode: int = 0o644) -> str:
     """Write a safetensors file, one tensor in memory at a time; it appears under its name whole or not at all.
 
-    Returns the file's SHA-256 (hex).
+    Returns the file's SHA-256 (hex). Raises `StorageError` when the disk does not take it.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -173,6 +174,9 @@ def write(path: Path, pieces: Mapping[str, Piece], *, mode: int = 0o644) -> str:
             file.flush()
             os.fsync(file.fileno())
         half_done.replace(path)
+        sync_dir(path.parent)
+    except OSError as error:
+        raise StorageError.at(path, error) from None
     finally:
         half_done.unlink(missing_ok=True)
     return digest.hexdigest()

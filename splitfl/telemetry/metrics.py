@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeAlias
 
-from splitfl.errors import ConfigError, DataError
+from splitfl.errors import ConfigError, DataError, StorageError
 
 Event: TypeAlias = dict[str, Any]
 Listener: TypeAlias = Callable[[Event], None]
@@ -41,10 +41,16 @@ class MetricsLog:
         self._listeners.append(listener)
 
     def emit(self, event: str, **fields: Any) -> Event:
-        """Write one event and return it as written: paths as text, numbers that are not finite as None."""
+        """Write one event and return it as written: paths as text, numbers that are not finite as None.
+
+        Raises `StorageError` when the disk does not take it.
+        """
         record: Event = {"event": event, "time": self._wall_clock(), "elapsed_s": self._clock() - self._opened_at_s}
         record |= {name: jsonable(value) for name, value in fields.items()}
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        try:
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise StorageError.at(self.path, error) from None
         for listener in self._listeners:
             listener(record)
         return record

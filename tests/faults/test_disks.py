@@ -1,0 +1,71 @@
+"""Disks that are full, in the middle of a run: whoever cannot write stops in a sentence, and goes on when there is room."""
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from faults.town import Town
+
+pytestmark = pytest.mark.slow
+
+# records of some 60 KiB a step on both sides
+LONG = {
+    "federation__num_rounds": 1,
+    "federation__local_steps": 60,
+    "train__backbone": "full",
+    "train__bottom": "full",
+    "train__top": "full",
+}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a disk of 2 MiB, which takes a few dozen steps of the tiny model."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def make_room(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
+
+
+def test_a_server_whose_disk_is_full(town: Callable[..., Town], small_disk: Path) -> None:
+    run = town(1, server__runs_dir=small_disk, **LONG)
+    run.run_dir = small_disk / "run"
+    stops_for_want_of_room(run, "server", small_disk)
+    make_room(small_disk)
+    run.start("server")
+    run.keep_alive()
+    verdict = run.verdict()
+    assert verdict.problems == []
+    assert verdict.steps_acknowledged == 60
+    assert run.differs_from_replay() == []
+
+
+def test_a_client_whose_disk_is_full(town: Callable[..., Town], small_disk: Path) -> None:
+    """It leaves, so the round is merged without it; with room again it takes the merge and joins the next round."""
+    run = town(1, own={"client.output_dir": small_disk}, **{**LONG, "federation__num_rounds": 2})
+    run.client_dir = lambda name: small_disk / "run" / name  # type: ignore[method-assign]
+    stops_for_want_of_room(run, "clinic-0", small_disk)
+    make_room(small_disk)
+    run.start("clinic-0")
+    run.keep_alive()
+    verdict = run.verdict()
+    assert verdict.problems == []
+    assert 60 < verdict.steps_acknowledged < 120
+    assert run.differs_from_replay() == []
+
+
+def stops_for_want_of_room(run: Town, name: str, disk: Path) -> None:
+    code, said = run.end_of(name)
+    assert (code, "make room" in said, "No space left" in said) == (10, True, True), said
+    assert not list(disk.rglob("*.partial"))
