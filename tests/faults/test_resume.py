@@ -89,3 +89,18 @@ def test_purging(town: Callable[..., Town], capsys: pytest.CaptureFixture[str]) 
         assert not (folder / "state").exists()
         assert (folder / "metrics.jsonl").exists()
     assert "would be removed" in capsys.readouterr().out
+
+
+def test_an_upload_that_cannot_be_read_is_asked_for_again(town: Callable[..., Town]) -> None:
+    """As after a power failure on a disk that lost the file and kept the log."""
+    run = town(1, crash={"server": "upload-after-record:1"}, federation__num_rounds=1, federation__local_steps=4)
+    assert run.end_of("server")[0] == 137
+    (upload,) = (run.run_dir / "uploads").iterdir()
+    upload.write_bytes(upload.read_bytes()[:-1])
+    run.start("server")
+    assert [run.end_of(name)[0] for name in ("server", "clinic-0")] == [0, 0]
+    assert [event for event in run.events("note") if "is asked for them again" in event["text"]]
+    (merge,) = run.report()["merges"]
+    assert list(merge["clients"]) == ["clinic-0"]
+    assert run.verdict().problems == []
+    assert run.differs_from_replay() == []

@@ -1,6 +1,5 @@
 """One contract for every transport: order, whole messages, deadlines, and errors that say what to do."""
 
-import contextlib
 import os
 import socket
 import stat
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port
+from transport.relay import Relay
 
 from splitfl.errors import LocalProtocolError, PeerGone, TransportError
 from splitfl.transport.address import check_address
@@ -269,38 +269,6 @@ class TestAddresses:
             assert listener.recv(0.0) is None
 
 
-class Proxy:
-    """Forward one TCP connection and count what goes each way."""
-
-    def __init__(self, port: int) -> None:
-        self._target = port
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._server.getsockname()[1])
-        self.up = self.down = 0
-        self._threads = [threading.Thread(target=self._forward, daemon=True)]
-        self._threads[0].start()
-
-    def _forward(self) -> None:
-        client, _ = self._server.accept()
-        with client, socket.create_connection(("127.0.0.1", self._target)) as server:
-            back = threading.Thread(target=self._pump, args=(server, client, "down"), daemon=True)
-            back.start()
-            self._pump(client, server, "up")
-            back.join()
-
-    def _pump(self, source: socket.socket, target: socket.socket, way: str) -> None:
-        with contextlib.suppress(OSError):  # whoever closes first ends both ways
-            while chunk := source.recv(1 << 16):
-                setattr(self, way, getattr(self, way) + len(chunk))
-                target.sendall(chunk)
-            target.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        for thread in self._threads:
-            thread.join(SOON_S)
-        self._server.close()
-
-
 # ZMTP 3.1: a greeting of 64 bytes, then one READY command with the socket type and an identity, whose names and values
 # take less than 64 bytes more. No heartbeat falls into the test.
 GREETING_BYTES = 64
@@ -310,19 +278,19 @@ HANDSHAKE_BYTES = 64
 def test_traffic_is_what_a_wire_carries() -> None:
     messages: list[list[bytes]] = [[b"h", bytes(n)] for n in (0, 1, 255, 256, 65_535, 1 << 20)]
     with Listener("tcp://127.0.0.1:*", **OPTIONS) as listener:
-        proxy = Proxy(int(listener.address.rsplit(":", 1)[1]))
-        with Endpoint(f"tcp://127.0.0.1:{proxy.port}", **OPTIONS) as endpoint:
+        relay = Relay(int(listener.address.rsplit(":", 1)[1]))
+        with Endpoint(f"tcp://127.0.0.1:{relay.port}", **OPTIONS) as endpoint:
             for frames in messages:
                 endpoint.send(frames)
                 peer, _ = arrived(listener)
                 for _ in range(2):
                     listener.send(peer, frames)
                     answered(endpoint)
-        proxy.close()
+        relay.close()
     expected = sum(framed_bytes([*frames, bytes(4)]) for frames in messages)  # with the checksum
     assert (endpoint.traffic.sent, endpoint.traffic.received) == (expected, 2 * expected)
-    assert GREETING_BYTES < proxy.up - endpoint.traffic.sent <= GREETING_BYTES + HANDSHAKE_BYTES
-    assert GREETING_BYTES < proxy.down - endpoint.traffic.received <= GREETING_BYTES + HANDSHAKE_BYTES
+    assert GREETING_BYTES < len(relay.up) - endpoint.traffic.sent <= GREETING_BYTES + HANDSHAKE_BYTES
+    assert GREETING_BYTES < len(relay.down) - endpoint.traffic.received <= GREETING_BYTES + HANDSHAKE_BYTES
 
 
 def test_a_frame_beyond_the_limit_ends_the_connection() -> None:
