@@ -45,6 +45,7 @@ _BACKLOG = 1024
 # A server that does not complete this many handshakes in a row, for this long, will not.
 _MAX_HANDSHAKES = 3
 _HANDSHAKES_S = 4.0
+_GREETING_S = 1.0
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -342,6 +343,7 @@ class Endpoint(_Socket):
         )
         self.address = address
         self._has_keys = security is not None
+        self._is_direct = address.startswith("tcp") and not socks_proxy
         self._thread = threading.get_ident()
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -431,6 +433,10 @@ class Endpoint(_Socket):
         if not self._failed_handshakes:
             self._first_failure_s = now_s
         self._failed_handshakes += 1
+        if self._is_direct and self._failed_handshakes >= _MAX_HANDSHAKES and not _greets(self.address):
+            self._failed_handshakes = 0
+            self._finding = "something takes connections there, such as a proxy, but no server answers behind it"
+            return
         keys = (
             "the enrolment file's server key is not this server's, or it runs without keys"
             if self._has_keys
@@ -500,6 +506,16 @@ def _for_ipv6(sock: "zmq.Socket[bytes]", address: str) -> str:
     if address.startswith("tcp://["):
         sock.setsockopt(zmq.IPV6, 1)
     return address.replace("tcp://localhost:", "tcp://127.0.0.1:")
+
+
+def _greets(address: str) -> bool:
+    """Tell whether ZeroMQ answers at an address: a ZMTP greeting begins with FF and 8 bytes more, then 7F (RFC 37)."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_GREETING_S) as probe:
+            return probe.recv(10, socket.MSG_WAITALL)[9:] == b"\x7f"
+    except OSError:
+        return False
 
 
 def _someone_listens(path: str) -> bool:

@@ -90,3 +90,29 @@ def test_a_frozen_client_misses_steps_and_comes_back(town: Callable[..., Town]) 
     assert not refused & set(mine)
     assert max(mine) > max(refused)
     assert [merge["equal"] for merge in run.report()["merges"]] == [True, True]
+
+
+def test_ctrl_c_ends_every_wait_within_five_seconds(town: Callable[..., Town]) -> None:
+    """A client that connects to nobody, one that waits for others, one whose server is frozen, and the server itself."""
+    run = town(3, starts=False, federation__min_available_clients=3)
+    nowhere = run.config("clinic-2").read_text().replace(f":{run.port}", ":9")
+    run.config("clinic-2").write_text(nowhere)
+    for name in ("server", *run.names):
+        run.start(name)
+    run.wait_for("client_joined", 2)
+    run.wait_for("waiting", 2)
+    interrupted(run, "clinic-2", "clinic-0")
+    os.kill(run.processes["server"].pid, signal.SIGSTOP)
+    interrupted(run, "clinic-1")
+    os.kill(run.processes["server"].pid, signal.SIGCONT)
+    interrupted(run, "server")
+
+
+def interrupted(run: Town, *names: str) -> None:
+    begun = time.monotonic()
+    for name in names:
+        run.processes[name].send_signal(signal.SIGINT)
+    for name in names:
+        code, said = run.end_of(name, timeout_s=10)
+        assert (code, said.endswith("interrupted")) == (130, True), said
+    assert time.monotonic() - begun < 5 + 2  # and what a Python needs to end beside others

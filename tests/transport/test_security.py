@@ -110,6 +110,20 @@ def test_a_wrong_server_key_and_no_keys_at_all_are_told_what_to_do(office: Offic
     assert hears(office.listener, 0.2) is None
 
 
+def test_a_proxy_without_a_server_behind_it_is_no_wrong_key(office: Office) -> None:
+    """A server that reboots behind a proxy: the client tries on, and finds it when it is back."""
+    port = free_port()
+    proxy = ChaosProxy(port)
+    with office.endpoint(office.client("clinic-a"), address=f"tcp://127.0.0.1:{proxy.port}") as endpoint:
+        endpoint.send([b"x"])
+        assert ends(endpoint, 6.0) is None
+        assert "no server answers behind it" in endpoint.finding()
+        security = office.listener._security
+        with Listener(f"tcp://127.0.0.1:{port}", security=security, **OPTIONS) as listener:
+            assert hears(listener) is not None
+    proxy.close()
+
+
 def test_a_revoked_key_is_seen_on_an_open_connection(office: Office) -> None:
     security = office.client("clinic-a")
     assert office.listener._security is not None
