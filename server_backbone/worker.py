@@ -4,6 +4,7 @@ It does not know who asked: gradients are kept in slots, and what a slot stands 
 uses it. Shapes: B micro-batch, S sequence, D hidden width, P tensors that train.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,7 +107,8 @@ class Worker:
             slots = [self._slots.pop(c.slot, _Slot()) for c in contributions]
             scales = [share * self._tamed(slot, len(slots)) for slot, share in zip(slots, shares, strict=True)]
             self._sum_gradients(list(zip(slots, scales, strict=True)))
-            mine, theirs = iter(self._optimizer.norms().tolist()), iter(_mean_norms(contributions, shares))
+            client_norms = [self._tamed_norms(c.norms_P, len(slots)) for c in contributions]
+            mine, theirs = iter(self._optimizer.norms().tolist()), iter(_mean_norms(client_norms, shares))
             norms = [next(mine) if is_mine else next(theirs) for is_mine in self._is_mine]
             coefficient = clip_coefficient(norms, self._run.optimizer.max_grad_norm)
         self._reduced = (contributions[0].step, coefficient)
@@ -187,6 +189,14 @@ class Worker:
         norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
         return min(1.0, limit / norm) if norm > 0 else 1.0
 
+    def _tamed_norms(self, norms: Sequence[float], num_members: int) -> list[float]:
+        """Return one member's own norms, scaled likewise: whoever claims huge ones must not shrink the others' step."""
+        limit = self._run.federation.client_max_grad_norm
+        total = math.sqrt(sum(norm * norm for norm in norms if norm != NO_GRADIENT))
+        if num_members == 1 or not limit or total <= limit:
+            return list(norms)
+        return [norm if norm == NO_GRADIENT else norm * limit / total for norm in norms]
+
     def _sum_gradients(self, slots: Sequence[tuple[_Slot, float]]) -> None:
         """Set each parameter's gradient to the weighted sum over the slots, in the order given."""
         for number, parameter in enumerate(self._parameters):
@@ -199,12 +209,12 @@ class Worker:
             parameter.grad = total
 
 
-def _mean_norms(contributions: Sequence[Contribution], shares: Sequence[float]) -> list[float]:
+def _mean_norms(norms: Sequence[Sequence[float]], shares: Sequence[float]) -> list[float]:
     """Return the weighted mean of the clients' norms, tensor by tensor; one client's come through unchanged."""
-    if len(contributions) == 1:
-        return list(contributions[0].norms_P)
+    if len(norms) == 1:
+        return list(norms[0])
     means = []
-    for norms in zip(*(c.norms_P for c in contributions), strict=True):
-        known = [(norm, share) for norm, share in zip(norms, shares, strict=True) if norm != NO_GRADIENT]
+    for of_tensor in zip(*norms, strict=True):
+        known = [(norm, share) for norm, share in zip(of_tensor, shares, strict=True) if norm != NO_GRADIENT]
         means.append(sum(norm * share for norm, share in known) if known else NO_GRADIENT)
     return means

@@ -58,7 +58,7 @@ def forward(request_id: int, step: int, micro_batch: int = 0, **changed: Any) ->
 def commit(step: int, **changed: Any) -> Commit:
     """Return the request to apply a step."""
     usual: dict[str, Any] = {
-        "num_label_tokens": 7,
+        "num_label_tokens": 4,
         "loss": 1.5,
         "norms_P": frames_of(len(LAYER_SHAPES)),
         "learning_rate": 0.0,

@@ -34,6 +34,9 @@ from splitfl.protocol.messages import (
 )
 from splitfl.session.terms import Terms
 
+# An evaluation and the layers loaded, and the same again for every connection lost meanwhile.
+_MAX_REPORTS = 64
+
 
 class Phase(Enum):
     """Where a client is in a round."""
@@ -97,6 +100,9 @@ class ServerSession:
         self._last_request = 0
         self._micro_batches_begun = 0
         self._micro_batches_done = 0
+        self._num_tokens = 0
+        """Tokens of the open step's micro-batches: there cannot be more labels."""
+        self._num_reports = 0
         self._closed: set[int] = set()
         """Requests of steps that went on without this client; what still comes for them is ignored."""
 
@@ -131,7 +137,7 @@ class ServerSession:
             case Upload():
                 return self._admit_upload(message)
             case Report():
-                return message
+                return self._admit_report(message)
             case Goodbye():
                 self._require(message, Phase.IDLE)
                 self.phase = Phase.GONE
@@ -256,6 +262,7 @@ class ServerSession:
             self._forget_step(self.last_step + 1)  # the merge itself tells the client, so no refusal is recorded
         self.phase = Phase.IDLE
         self.round_number = merge.round_number
+        self._num_reports = 0
 
     def _require(self, message: Message, *phases: Phase) -> None:
         if self.phase not in phases:
@@ -273,6 +280,7 @@ class ServerSession:
     def _begin_step(self) -> None:
         self._micro_batches_begun = 0
         self._micro_batches_done = 0
+        self._num_tokens = 0
 
     def _check_forward(self, message: Forward) -> None:
         if message.request_id <= self._last_request:
@@ -304,6 +312,7 @@ class ServerSession:
         self._check_forward(message)
         self._admit(message)
         self._micro_batches_begun += 1
+        self._num_tokens += sum(message.lengths_B)
         return message
 
     def _admit_backward(self, message: Backward) -> Backward | None:
@@ -334,6 +343,10 @@ class ServerSession:
                 f"commit of step {message.step} after {self._micro_batches_done} of {self.terms.micro_batches}"
                 " micro-batches"
             )
+        if message.num_label_tokens > self._num_tokens:  # they weigh the step, so nobody may claim more than it sent
+            raise RemoteProtocolError(
+                f"{message.num_label_tokens} label tokens in a step of {self._num_tokens} tokens: at most each counts"
+            )
         self.terms.check_norms(message.norms_P)
         self.phase = Phase.COMMITTING
         return message
@@ -352,6 +365,13 @@ class ServerSession:
             raise RemoteProtocolError("layers from no examples")
         self.terms.check_layers(message.layers)
         self.phase = Phase.MERGING
+        return message
+
+    def _admit_report(self, message: Report) -> Report:
+        """Bound what a client can have written down: a few measurements a round."""
+        if self._num_reports >= _MAX_REPORTS:
+            raise RemoteProtocolError(f"more than {_MAX_REPORTS} reports in one round")
+        self._num_reports += 1
         return message
 
     def _was_closed(self, step: int) -> bool:

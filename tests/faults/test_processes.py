@@ -93,7 +93,7 @@ def test_a_frozen_client_misses_steps_and_comes_back(town: Callable[..., Town]) 
 
 
 def test_ctrl_c_ends_every_wait_within_five_seconds(town: Callable[..., Town]) -> None:
-    """A client that connects to nobody, one that waits for others, one whose server is frozen, and the server itself."""
+    """A client that reaches nobody, one that waits for others, one whose server is frozen, and the server itself."""
     run = town(3, starts=False, federation__min_available_clients=3)
     nowhere = run.config("clinic-2").read_text().replace(f":{run.port}", ":9")
     run.config("clinic-2").write_text(nowhere)

@@ -237,6 +237,21 @@ class TestPhases:
                 session.receive(report)
         else:
             assert session.receive(report) is report
+        assert snapshot(session) | {"_num_reports": "0"} == before
+
+    def test_reports_without_end_are_refused(self) -> None:
+        session = STATES["ready"]()
+        report = Report(topic="loaded", phase="round", round_number=1, metrics={}, digest="")
+        for _ in range(64):
+            session.receive(report)
+        with pytest.raises(RemoteProtocolError, match="more than 64 reports in one round"):
+            session.receive(report)
+
+    def test_nobody_claims_more_labels_than_it_sent_tokens(self) -> None:
+        session = STATES["through_all"]()
+        before = snapshot(session)
+        with pytest.raises(RemoteProtocolError, match="4611686018427387904 label tokens in a step of 10 tokens"):
+            session.receive(commit(1, num_label_tokens=2**62))
         assert snapshot(session) == before
 
     def test_the_error_names_message_and_phase(self) -> None:

@@ -79,7 +79,7 @@ class TwoSessions(RuleBasedStateMachine):
         elif self._in_step and self.begun < MICRO_BATCHES:
             self._send_micro_batch(self.client.next_step, self.begun)
         elif self._in_step:
-            self.up.append(self.client.commit(num_label_tokens=7, loss=1.0, norms_P=frames_of(2)))
+            self.up.append(self.client.commit(num_label_tokens=4, loss=1.0, norms_P=frames_of(2)))
             self.waits = True
         else:
             if self.client.open_round.num_steps:
