@@ -62,7 +62,7 @@ sys.exit(run_one("client", Client(), sys.argv[1:]))
 """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Process:
     """One role, over all its lives."""
 
@@ -71,8 +71,11 @@ class _Process:
     log: Path
     process: subprocess.Popen[bytes]
     started_s: float
+    history: Path
     rss_bytes: int = 0
+    """When it had been at work for a while; 0 before."""
     growth_bytes: int = 0
+    measured_s: float = 0.0
     restart_at_s: float = 0.0
     thaw_at_s: float = 0.0
 
@@ -196,7 +199,16 @@ class Chaos:
 
     def _begin(self, name: str, command: list[str]) -> _Process:
         log = self.folder / f"{name}.log"
-        return _Process(name, command, log, _start(command, log), time.monotonic())
+        folder = self.run_dir if name == "server" else self.folder / "clients" / "chaos" / name
+        process = _start(command, log)
+        return _Process(
+            name=name,
+            command=command,
+            log=log,
+            process=process,
+            started_s=time.monotonic(),
+            history=folder / HISTORY_FILE,
+        )
 
     # the faults
 
@@ -408,7 +420,12 @@ def _start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
 
 
 def _measure(each: _Process, now_s: float) -> None:
-    if now_s - each.started_s < _WARM_S:
+    """Follow a process's memory, once a second, from ten seconds after it had loaded everything."""
+    if now_s - max(each.started_s + _WARM_S, each.measured_s + 1.0) < 0:
+        return
+    each.measured_s = now_s
+    if not each.rss_bytes and not _has_loaded(each):
+        each.started_s = now_s
         return
     try:
         rss = psutil.Process(each.process.pid).memory_info().rss
@@ -416,6 +433,12 @@ def _measure(each: _Process, now_s: float) -> None:
         return
     each.rss_bytes = each.rss_bytes or rss
     each.growth_bytes = max(each.growth_bytes, rss - each.rss_bytes)
+
+
+def _has_loaded(each: _Process) -> bool:
+    """Tell whether a process has written that it began: everything is loaded then."""
+    lines = each.history.read_bytes().splitlines() if each.history.exists() else []
+    return any(b'"started"' in line and b'"process": %d,' % each.process.pid in line for line in lines)
 
 
 def _last_commit(run_dir: Path) -> int:

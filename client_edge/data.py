@@ -6,25 +6,30 @@ out of every `repr` and error.
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from client_edge.chat import Conversation, messages_in, render
 from splitfl.config import DataSection
-from splitfl.errors import ConfigError, DataError
+from splitfl.errors import ConfigError, DataError, ModelError
 from splitfl.federation.records import PLAIN_TEXT_FIELD, Record, is_plain_text, name_fields, read_file
 
 IGNORED_LABEL = -100
 """The label on which no loss is taken, as in transformers."""
 
+# What makes a record a pair of answers, of which one is preferred.
+_PREFERENCE = ("chosen", "rejected")
+
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer; `add_bos_token` is read where there is one."""
+    """What is used of a transformers tokenizer; `add_bos_token` and `chat_template` are read where there are any."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -32,7 +37,7 @@ class Tokenizer(Protocol):
     @property
     def eos_token_id(self) -> int | None: ...
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Sequence[int]]: ...
+    def __call__(self, text: str, **options: bool) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,26 +76,66 @@ class Batch:
 
 
 def read_examples(
-    path: Path, *, section: DataSection, tokenizer: Tokenizer, max_seq_length: int, append_eos: bool
+    path: Path,
+    *,
+    section: DataSection,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    append_eos: bool,
+    vocab_size: int = 0,
 ) -> Dataset:
     """Read a file of examples; raise `DataError` with the file and the line, which never quotes an example.
 
-    A line of .txt, or an object's `section.text_field`, is learned whole; of a prompt and a completion, the completion.
+    A line of .txt, or an object's `section.text_field`, is learned whole; of a prompt and a completion, the completion;
+    of a conversation, the assistant's turns. Raises `ModelError` if a token's id is not below `vocab_size` (0: not
+    checked): tokenizer and model do not belong together then.
     """
     encoder = _Encoder(tokenizer=tokenizer, max_seq_length=max_seq_length, append_eos=append_eos)
-    parts = _plain_parts if is_plain_text(path) else functools.partial(_object_parts, section=section)
-    encoded = [encoder.encode(*parts(record)) for record in read_file(path)]
-    kept = [(example, truncated) for example, truncated in encoded if _num_label_tokens(example.labels) > 0]
+    kept: list[Example] = []
+    num_read = num_truncated = 0
+    for record in read_file(path):
+        example, is_truncated = _encoded(record, encoder, section, is_text=is_plain_text(path))
+        num_read += 1
+        if _num_label_tokens(example.labels) > 0:
+            kept.append(example)
+            num_truncated += is_truncated
     if not kept:
         raise DataError(
-            f"{path}: none of {len(encoded)} examples has a token to learn within {max_seq_length} tokens; shorten the"
+            f"{path}: none of {num_read} examples has a token to learn within {max_seq_length} tokens; shorten the"
             " prompts, or raise text.max_seq_length on the server"
         )
-    return Dataset(
-        examples=tuple(example for example, _ in kept),
-        num_truncated=sum(truncated for _, truncated in kept),
-        num_dropped=len(encoded) - len(kept),
-    )
+    _check_ids(kept, vocab_size)
+    return Dataset(examples=tuple(kept), num_truncated=num_truncated, num_dropped=num_read - len(kept))
+
+
+def read_preferences(path: Path, section: DataSection) -> list[dict[str, Any]]:
+    """Read pairs of answers for TRL's `DPOTrainer`: `datasets.Dataset.from_list` takes what this returns.
+
+    Each record has `chosen` and `rejected`, and a `section.prompt_field` unless both begin with it: all strings, or
+    all conversations, as TRL has them. Raises `DataError` with the file and the line.
+    """
+    rows = []
+    for record in read_file(path):
+        names = [section.prompt_field] if section.prompt_field in record.fields else []
+        row = {name: _parsed(record.fields.get(name)) for name in (*names, *_PREFERENCE)}
+        if not all(isinstance(value, str) for value in row.values()):
+            if not all(isinstance(value, list) for value in row.values()):
+                raise DataError(
+                    f"{record.where}: {' and '.join(row)} must be there, and all be strings or all be lists of messages"
+                )
+            for value in row.values():
+                messages_in(value, record.where)
+        rows.append({{section.prompt_field: "prompt"}.get(name, name): value for name, value in row.items()})
+    return rows
+
+
+def _check_ids(examples: Sequence[Example], vocab_size: int) -> None:
+    largest = max(int(example.input_ids.max()) for example in examples)
+    if vocab_size and largest >= vocab_size:
+        raise ModelError(
+            f"the tokenizer gives the token id {largest}, and the model has {vocab_size} embeddings: the server's"
+            " tokenizer and model do not belong together"
+        )
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -174,10 +219,23 @@ class _Encoder:
         """Tokenize both apart, so that the border between them is exact; say whether the end was cut off."""
         given = self._beginning() + self._ids(prompt)
         learned = self._ids(completion) + self._end()
-        ids = torch.tensor(given + learned, dtype=torch.int64)[: self.max_seq_length]
-        labels = ids.clone()
-        labels[: len(given)] = IGNORED_LABEL
-        return Example(input_ids=ids, labels=labels), len(given) + len(learned) > self.max_seq_length
+        return self._cut(given + learned, [False] * len(given) + [True] * len(learned))
+
+    def encode_conversation(self, conversation: Conversation) -> tuple[Example, bool]:
+        """Tokenize the whole at once, as it is read later; a token is learned if it lies within a learned stretch."""
+        encoded = self.tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
+        is_learned = [
+            any(first <= start and end <= last for first, last in conversation.learned)
+            for start, end in encoded["offset_mapping"]
+        ]
+        return self._cut(list(encoded["input_ids"]), is_learned)
+
+    def _cut(self, ids: list[int], is_learned: list[bool]) -> tuple[Example, bool]:
+        input_ids = torch.tensor(ids, dtype=torch.int64)[: self.max_seq_length]
+        labels = input_ids.masked_fill(
+            ~torch.tensor(is_learned, dtype=torch.bool)[: self.max_seq_length], IGNORED_LABEL
+        )
+        return Example(input_ids=input_ids, labels=labels), len(ids) > self.max_seq_length
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -191,21 +249,45 @@ class _Encoder:
         return [token_id] if token_id is not None and self.append_eos else []
 
 
-def _plain_parts(record: Record) -> tuple[str, str]:
-    return "", _string(record, PLAIN_TEXT_FIELD)
-
-
-def _object_parts(record: Record, section: DataSection) -> tuple[str, str]:
-    """Return what is given and what is learned; a whole text wins where an object has both forms."""
-    if section.text_field in record.fields:
-        return "", _string(record, section.text_field)
-    if section.prompt_field in record.fields and section.completion_field in record.fields:
-        return _string(record, section.prompt_field), _string(record, section.completion_field)
+def _encoded(record: Record, encoder: _Encoder, section: DataSection, *, is_text: bool) -> tuple[Example, bool]:
+    """Encode one record by the fields it has; a whole text wins, then a conversation."""
+    fields = record.fields
+    if is_text or section.text_field in fields:
+        return encoder.encode("", _string(record, PLAIN_TEXT_FIELD if is_text else section.text_field))
+    if section.messages_field in fields:
+        messages = messages_in(_parsed(fields[section.messages_field]), record.where)
+        return encoder.encode_conversation(render(encoder.tokenizer, messages, record.where))
+    if section.prompt_field in fields and section.completion_field in fields:
+        return _encoded_pair(record, encoder, section)
+    if set(_PREFERENCE) <= set(fields):
+        raise DataError(
+            f"{record.where}: pairs of chosen and rejected answers are for TRL's DPOTrainer on a model from"
+            " client_edge.connect (docs/data.md); splitfl client learns from text, messages, or prompt and completion"
+        )
     raise DataError(
-        f"{record.where}: no field {section.text_field!r}, nor both {section.prompt_field!r} and"
-        f" {section.completion_field!r}; the fields there are: {name_fields(record.fields)}; set data.text_field, or"
-        " data.prompt_field and data.completion_field"
+        f"{record.where}: no field {section.text_field!r} or {section.messages_field!r}, nor both"
+        f" {section.prompt_field!r} and {section.completion_field!r}; the fields there are: {name_fields(fields)}; set"
+        " data.text_field, data.messages_field, or data.prompt_field and data.completion_field"
     )
+
+
+def _encoded_pair(record: Record, encoder: _Encoder, section: DataSection) -> tuple[Example, bool]:
+    """Encode a prompt and a completion, both text or both conversations (TRL's conversational form)."""
+    prompt, completion = (record.fields[name] for name in (section.prompt_field, section.completion_field))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        messages = [*messages_in(prompt, record.where), *messages_in(completion, record.where)]
+        return encoder.encode_conversation(render(encoder.tokenizer, messages, record.where, num_given=len(prompt)))
+    return encoder.encode(_string(record, section.prompt_field), _string(record, section.completion_field))
+
+
+def _parsed(value: object) -> object:
+    """Return a conversation that a table's cell holds as JSON; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _string(record: Record, name: str) -> str:

@@ -1,5 +1,6 @@
 """One client's whole part in a run: what `splitfl client` does."""
 
+import collections
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from splitfl.errors import DataError, ModelError, PeerGone, RemoteProtocolError,
 from splitfl.federation.records import read_file
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.source import ADAPTERS_FILE, DESCRIPTION_FILES, WEIGHTS_FILE, empty_cut, weights_of
+from splitfl.models.source import ADAPTERS_FILE, DESCRIPTION_FILES, WEIGHTS_FILE, empty_cut, read_config, weights_of
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
@@ -308,6 +309,7 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
         reason = str(error).splitlines()[0]
         raise ModelError(f"the server's model has no usable tokenizer: {reason}") from None
     section = config.data
+    vocab_size = read_config(directory).get_text_config().vocab_size
 
     def read(path: Path) -> Dataset:
         return read_examples(
@@ -316,6 +318,7 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
             tokenizer=tokenizer,
             max_seq_length=run.text.max_seq_length,
             append_eos=run.text.append_eos,
+            vocab_size=vocab_size,
         )
 
     dataset = read(section.path)
@@ -385,7 +388,7 @@ def _check_files(config: ClientConfig) -> None:
     """Find files that are missing or malformed before anybody waits for us."""
     for path in (config.data.path, config.data.eval_path, *config.data.also_evaluate.values()):
         if path is not None:
-            read_file(path)
+            collections.deque(read_file(path), maxlen=0)  # all of it, keeping nothing
 
 
 def _cache_dir(config: ClientConfig) -> Path:

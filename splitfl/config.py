@@ -348,7 +348,8 @@ class DataSection(Section):
     """The client's text, which never leaves this machine."""
 
     path: Path = Path("train.jsonl")
-    """Training text: .jsonl (objects with a `text`, or a `prompt` and a `completion`) or .txt (an example a line)."""
+    """Training text: .jsonl, .csv, .tsv or .parquet (with `text`, `messages`, or `prompt` and `completion`), or .txt
+    (an example a line); see docs/data.md."""
 
     eval_path: OptionalPath = None
     """Held-out text of the same form; empty means a share of `path` is held out."""
@@ -360,13 +361,17 @@ class DataSection(Section):
     """Further held-out files by name, evaluated at the end and reported under that name."""
 
     text_field: str = "text"
-    """Field of a JSONL object that holds a whole example."""
+    """Field or column that holds a whole example."""
+
+    messages_field: str = "messages"
+    """Field or column that holds a conversation: a list of objects with `role` and `content`; the assistant's turns are
+    learned."""
 
     prompt_field: str = "prompt"
-    """Field of a JSONL object that holds what is given; no loss is taken on it."""
+    """Field or column that holds what is given; no loss is taken on it."""
 
     completion_field: str = "completion"
-    """Field of a JSONL object that holds what is to be learned."""
+    """Field or column that holds what is to be learned."""
 
     @model_validator(mode="after")
     def _evaluates_if_it_evaluates_also(self) -> Self:

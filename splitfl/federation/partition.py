@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from splitfl.errors import ConfigError, DataError
-from splitfl.federation.records import name_fields, read_file, read_lines
+from splitfl.federation.records import is_table, name_fields, read_file, read_lines
 
 FORMS = ("iid", "field:NAME", "dirichlet:NAME:ALPHA")
 
@@ -143,22 +143,24 @@ def partitioner_from(spec: str, num_partitions: int | None, seed: int) -> Partit
 
 
 def read_records(path: Path) -> list[Mapping[str, object]]:
-    """Read a .jsonl, .json or .txt file, a record for each line that is not blank; raise `DataError` with the line."""
+    """Read a file of records, one for each line that is not blank, or row; raise `DataError` with the line."""
     return [record.fields for record in read_file(path)]
 
 
 def write_partitions(path: Path, out_dir: Path, parts: Sequence[Sequence[int]]) -> list[Path]:
     """Write each partition's lines of `path` byte for byte to a file of its own that only this user may read.
 
-    Indices count the lines that are not blank, as `read_records` does. A last line without a line feed gets one. Raises
-    `DataError` if `path` has no line of an index, or `out_dir` cannot be written or would have `path` overwritten.
+    The rows of a table become lines of JSON. Indices count the lines that are not blank, as `read_records` does. A last
+    line without a line feed gets one. Raises `DataError` if `path` has no line of an index, or `out_dir` cannot be
+    written or would have `path` overwritten.
     """
-    lines = [line.content for line in read_lines(path)]
+    suffix = ".jsonl" if is_table(path) else path.suffix
+    lines = list(map(_json_line, read_records(path))) if is_table(path) else [line.content for line in read_lines(path)]
     for index in itertools.chain.from_iterable(parts):
         if not 0 <= index < len(lines):
             raise DataError(f"{path}: {len(lines)} records, but a partition holds index {index}; partition it again")
     width = len(str(len(parts) - 1))
-    written = [out_dir / f"partition-{number:0{width}}{path.suffix}" for number in range(len(parts))]
+    written = [out_dir / f"partition-{number:0{width}}{suffix}" for number in range(len(parts))]
     if path.resolve() in [target.resolve() for target in written]:
         raise DataError(f"{path}: a partition would overwrite it; choose another folder than {out_dir}")
     try:
@@ -176,6 +178,10 @@ def _write_privately(target: Path, content: bytes) -> None:
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
+
+
+def _json_line(fields: Mapping[str, object]) -> bytes:
+    return json.dumps(fields, ensure_ascii=False, default=str).encode()  # a table may hold dates
 
 
 def _ended(line: bytes) -> bytes:

@@ -1,13 +1,18 @@
-"""Reads .jsonl, .json and .txt files as records that know their line; no error quotes a line, which is private text."""
+"""Reads text files and tables as records that know their line; no error quotes a line, which is private text.
+
+.txt holds a text a line, .jsonl and .json an object a line; .csv, .tsv and .parquet are tables (`federation.tables`).
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from splitfl.errors import DataError
+from splitfl.federation.tables import TABLES, read_rows
 
-SUFFIXES = (".jsonl", ".json", ".txt")
+SUFFIXES = (".jsonl", ".json", ".txt", *TABLES)
 
 PLAIN_TEXT_FIELD = "text"
 """The one field of a record that was a line of a .txt file."""
@@ -37,31 +42,60 @@ def is_plain_text(path: Path) -> bool:
     return path.suffix.lower() == ".txt"
 
 
-def read_lines(path: Path) -> list[Line]:
-    """Read the lines that are not blank; raise `DataError` if there are none or the file cannot be read.
+def is_table(path: Path) -> bool:
+    """Tell whether the file is a table, whose rows are not lines."""
+    return path.suffix.lower() in TABLES
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Yield the lines that are not blank; raise `DataError` if there are none or the file cannot be read.
 
     Lines end at a line feed only: JSON text may hold other characters that Unicode counts as line ends.
     """
+    with _readable(path), path.open("rb") as file:
+        is_empty = True
+        for number, content in enumerate(file, start=1):
+            if content.strip():
+                is_empty = False
+                yield Line(where=f"{path}, line {number}", content=_without_mark(number, content))
+    if is_empty:
+        raise DataError(f"{path}: an empty file; it needs at least one line with an example")
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """Yield one record a line that is not blank, or a row; raise `DataError` with the file and the line."""
+    with _readable(path):
+        _check_suffix(path)
+    if is_table(path):
+        yield from _read_table(path)
+        return
+    parse = _plain_text if is_plain_text(path) else _json_object
+    for line in read_lines(path):
+        yield Record(where=line.where, fields=parse(line))
+
+
+def _read_table(path: Path) -> Iterator[Record]:
+    is_empty = True
+    with _readable(path):
+        path.open("rb").close()
+        for where, fields in read_rows(path):
+            is_empty = False
+            yield Record(where=where, fields=fields)
+    if is_empty:
+        raise DataError(f"{path}: a table without rows; it needs at least one with an example")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file that cannot be read into a sentence."""
     try:
-        with path.open("rb") as file:
-            _check_suffix(path)
-            numbered = [(number, _without_mark(number, content)) for number, content in enumerate(file, start=1)]
+        yield
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a relative path starts at the folder the command runs in") from None
     except IsADirectoryError:
         raise DataError(f"{path}: a directory; name one file in it ({_known_suffixes()})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
-    lines = [Line(where=f"{path}, line {number}", content=content) for number, content in numbered if content.strip()]
-    if not lines:
-        raise DataError(f"{path}: an empty file; it needs at least one line with an example")
-    return lines
-
-
-def read_file(path: Path) -> list[Record]:
-    """Read one record a line that is not blank; raise `DataError` with the file and the line."""
-    parse = _plain_text if is_plain_text(path) else _json_object
-    return [Record(where=line.where, fields=parse(line)) for line in read_lines(path)]
 
 
 def name_fields(fields: Mapping[str, object]) -> str:
@@ -72,6 +106,7 @@ def name_fields(fields: Mapping[str, object]) -> str:
 
 
 def _check_suffix(path: Path) -> None:
+    path.open("rb").close()  # a file that is not there is missing first, whatever its suffix
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; known: {_known_suffixes()}")
 

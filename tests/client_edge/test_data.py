@@ -151,7 +151,7 @@ def test_a_byte_order_mark_before_json_is_no_error(tmp_path: Path, tokenizer: Pr
         ("null", r"line 3: not an object but null"),
         ("[" * 100_000, r"line 3: not JSON: .* nested too deeply"),
         ("1" * 5_000, r"line 3: not JSON: too long a number"),
-        (f'{{"body": "{SECRET}"}}', r"line 3: no field 'text', nor .*: 'body'; set data\.text_field"),
+        (f'{{"body": "{SECRET}"}}', r"line 3: no field 'text' or .*: 'body'; set data\.text_field"),
         (f'{{"prompt": "{SECRET}"}}', r"line 3: .* both 'prompt' and 'completion'; the fields there are: 'prompt';"),
         (f'{{"text": ["{SECRET}"]}}', r"line 3: field 'text' is not a string"),
         (f'{{"prompt": "{SECRET}", "completion": null}}', r"line 3: field 'completion' is not a string"),
@@ -175,7 +175,7 @@ def test_a_bad_line_is_named_and_never_quoted(
         ("a.jsonl", b"", "an empty file"),
         ("a.jsonl", b"\n  \n", "an empty file"),
         ("a.txt", b"fine\ncaf\xe9\n", r"line 2: not UTF-8; save the file as UTF-8"),
-        ("a.csv", b"text\n", r"unknown suffix '\.csv'; known: \.jsonl, \.json, \.txt"),
+        ("a.xlsx", b"text\n", r"unknown suffix '\.xlsx'; known: \.jsonl, \.json, \.txt"),
     ],
 )
 def test_a_bad_file_is_named(

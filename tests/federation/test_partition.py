@@ -306,7 +306,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "private words"}\n{"text": "private words}\n', r"line 2: not JSON: Unterminated string"),
         ("a.jsonl", '["private words"]\n', r"line 1: not an object but an array"),
-        ("a.csv", "private words\n", r"unknown suffix '\.csv'"),
+        ("a.xlsx", "private words\n", r"unknown suffix '\.xlsx'"),
         ("a.txt", "", r"an empty file"),
     ],
 )
