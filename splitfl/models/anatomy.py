@@ -27,13 +27,15 @@ _INPUT_POSITIONS = ("embed_positions",)
 _INPUT_NAMES = (*_INPUT_PROJECTIONS, *_INPUT_NORMS, *_INPUT_POSITIONS)
 # Numbers of block owners that scale embeddings wherever they come from (granite): 1 for whoever does not embed.
 _INPUT_SCALES = ("embedding_multiplier",)
+# What a block that attends to an encoder calls it (bart and its kin, mllama).
+_CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
 # Fields of a config that say, if they are set, why its blocks cannot be parted: what one block does is then another's
 # input, or the token ids', neither of which crosses the cut.
 _TIES_BETWEEN_BLOCKS = {
     "num_kv_shared_layers": "its last blocks use the keys and values of earlier ones",
     "hidden_size_per_layer_input": "each of its blocks is fed from the token ids, which only the client has",
-    "conv_L_cache": "some of its blocks keep a recurrent state instead of keys and values",
+    "conv_L_cache": "some of its blocks keep a convolutional state instead of keys and values",
     "output_router_logits": "the router's auxiliary loss (output_router_logits) would need the routers of both sides:"
     " set output_router_logits to false",
 }
@@ -86,6 +88,8 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     if not owner_path:
         raise ModelError(f"{kind} cannot be cut: its blocks belong to the causal LM itself, not to a base model")
     owner = model.get_submodule(".".join(owner_path))
+    if any(name in _CROSS_ATTENTION for block in owner.get_submodule(blocks_name) for name, _ in block.named_children()):
+        raise ModelError(f"{kind} cannot be cut: its blocks attend to an encoder: only decoder-only causal LMs can be cut")
     if not any(child is model.get_input_embeddings() for child in owner.children()):
         raise ModelError(
             f"{kind} cannot be cut: its embedding is not beside its blocks, so what happens in between is unknown"
@@ -115,8 +119,8 @@ def _refuse_by_config(model: PreTrainedModel) -> None:
         )
     if _keeps_recurrent_state(model):
         raise ModelError(
-            f"{kind} cannot be cut: blocks of it keep a recurrent state instead of keys and values, which no padding mask"
-            " and no key-value cache reaches"
+            f"{kind} cannot be cut: its blocks keep a state other than keys and values (recurrent, convolutional or"
+            " compressed), which padding and the key-value cache do not reach"
         )
     for name, reason in _TIES_BETWEEN_BLOCKS.items():
         if getattr(config, name, None):

@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from conftest import VOCABULARY
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 NUM_BLOCKS = 4
 WIDTH = 32
@@ -97,7 +96,7 @@ _AS_MANY_KEYS_AS_QUERIES = (
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_AS_MANY_KEYS_AS_QUERIES, {"num_key_value_heads": 4}),
     "dots1": {"n_shared_experts": 1, "num_key_value_heads": 4},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 16}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "tie_word_embeddings": False, "ffn_config": {"ffn_hidden_size": 16}},
     "cohere_compass_text": {"layer_types": ["full_attention"] * NUM_BLOCKS},
     "emu3": {"pad_token_id": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], NUM_BLOCKS // 2]]},
@@ -118,24 +117,6 @@ _OWN: dict[str, dict[str, Any]] = {
         {"pad_token_id": 1, "is_decoder": True, "default_language": "en_XX"},
     ),
 }
-# Too large for a test however they are shrunk, or models of several parts, or made of packages that are not installed.
-NOT_BUILT = {
-    "blt": "byte patches from a second model",
-    "fuyu": "a model of several parts",
-    "gemma3": "a model of several parts",
-    "gemma3n": "a model of several parts, with timm for images",
-    "gemma4": "a model of several parts",
-    "gemma4_assistant": "an assistant of another model, whose keys and values it uses",
-    "gemma4_unified": "a model of several parts",
-    "gemma4_unified_assistant": "an assistant of another model, whose keys and values it uses",
-    "git": "a model of several parts",
-    "got_ocr2": "a model of several parts",
-    "kimi_linear": "a recurrent state in some blocks",
-    "moss_transcribe_diarize": "a model of several parts",
-    "musicgen": "a model of several parts",
-    "musicgen_melody": "a model of several parts",
-    "phi4_multimodal": "a model of several parts",
-}
 
 
 def small_config(family: str, overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -144,7 +125,7 @@ def small_config(family: str, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     text = known.get_text_config()
     names = vars(text).keys() | (text.attribute_map or {}).keys()
     small = {name: value for name, value in _SMALL.items() if name in names}
-    small |= {name: 0.0 for name in names if _is_dropout(name, vars(text).get(name))} | _OWN.get(family, {}) | dict(overrides)
+    small |= {name: 0.0 for name in names if _is_dropout(name, vars(text).get(name))} | dict(overrides) | _OWN.get(family, {})
     if text is known:
         return AutoConfig.for_model(family, **small)
     field = next(name for name, value in vars(known).items() if value is text)
@@ -158,10 +139,25 @@ def _is_dropout(name: str, value: object) -> bool:
 def small_model(family: str, *, attn_implementation: str | None = None, **overrides: Any) -> PreTrainedModel:
     """Return a random model whose every weight matters: norms are 1 and biases 0 in a fresh one."""
     torch.manual_seed(0)
-    choice = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    model = AutoModelForCausalLM.from_config(small_config(family, overrides), **choice)
+    model = _built(family, attn_implementation, overrides)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+def empty_model(family: str) -> PreTrainedModel:
+    """Return a model with shapes but no memory: all it takes to know whether a family is refused."""
+    with torch.device("meta"):
+        return _built(family, None, {}).eval()
+
+
+def _built(family: str, attn_implementation: str | None, overrides: Mapping[str, Any]) -> PreTrainedModel:
+    config = small_config(family, overrides)
+    family_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if attn_implementation == "sdpa" and not family_class._supports_sdpa:
+        attn_implementation = "eager"
+    choice = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **choice)
+    return model
