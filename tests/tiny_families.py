@@ -63,6 +63,10 @@ _SMALL: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
+    "index_n_heads": 4,
+    "index_head_dim": 16,
+    "index_topk": 4,
+    "shared_intermediate_size": 16,
     "sliding_window": 4,
     "window_size": 4,
     "state_size": 4,
@@ -95,6 +99,16 @@ _AS_MANY_KEYS_AS_QUERIES = (
 )
 _OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(_AS_MANY_KEYS_AS_QUERIES, {"num_key_value_heads": 4}),
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_head_dim": 16,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
     "dots1": {"n_shared_experts": 1, "num_key_value_heads": 4},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "tie_word_embeddings": False, "ffn_config": {"ffn_hidden_size": 16}},
     "cohere_compass_text": {"layer_types": ["full_attention"] * NUM_BLOCKS},
