@@ -46,7 +46,9 @@ _TINY = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a run of the tests write docs/models.md instead of comparing it."""
-    parser.addoption("--write-models", action="store_true", help="write docs/models.md from what the families' tests find")
+    parser.addoption(
+        "--write-models", action="store_true", help="write docs/models.md from what the families' tests find"
+    )
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

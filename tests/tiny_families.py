@@ -1,4 +1,4 @@
-"""Every causal LM of the installed transformers as a tiny random model: configs are shrunk by the names of their fields."""
+"""Every causal LM of the installed transformers as a tiny random model: configs shrink by their fields' names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -97,8 +97,17 @@ _AS_MANY_KEYS_AS_QUERIES = (
     "minicpm3",
     "youtu",
 )
+_PADDED_BY_ID = (
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 _OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(_AS_MANY_KEYS_AS_QUERIES, {"num_key_value_heads": 4}),
+    **{family: {"num_key_value_heads": 4} for family in _AS_MANY_KEYS_AS_QUERIES},
     "dots3_note_text": {
         "num_key_value_heads": 4,
         "swa_num_attention_heads": 4,
@@ -110,7 +119,11 @@ _OWN: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 8,
     },
     "dots1": {"n_shared_experts": 1, "num_key_value_heads": 4},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "tie_word_embeddings": False, "ffn_config": {"ffn_hidden_size": 16}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "tie_word_embeddings": False,
+        "ffn_config": {"ffn_hidden_size": 16},
+    },
     "cohere_compass_text": {"layer_types": ["full_attention"] * NUM_BLOCKS},
     "emu3": {"pad_token_id": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], NUM_BLOCKS // 2]]},
@@ -119,17 +132,18 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (NUM_BLOCKS // 2)},
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "modernbert-decoder": {"pad_token_id": 0},
-    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
-                     "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+    },
     "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
     "hrm_text": {"num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
     "reformer": {"is_decoder": True},
-    **dict.fromkeys(
-        ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-        {"pad_token_id": 1, "is_decoder": True, "default_language": "en_XX"},
-    ),
+    **{family: {"pad_token_id": 1, "is_decoder": True} for family in _PADDED_BY_ID},
 }
 
 
@@ -139,7 +153,11 @@ def small_config(family: str, overrides: Mapping[str, Any]) -> PreTrainedConfig:
     text = known.get_text_config()
     names = vars(text).keys() | (text.attribute_map or {}).keys()
     small = {name: value for name, value in _SMALL.items() if name in names}
-    small |= {name: 0.0 for name in names if _is_dropout(name, vars(text).get(name))} | dict(overrides) | _OWN.get(family, {})
+    small |= (
+        {name: 0.0 for name in names if _is_dropout(name, vars(text).get(name))}
+        | dict(overrides)
+        | _OWN.get(family, {})
+    )
     if text is known:
         return AutoConfig.for_model(family, **small)
     field = next(name for name, value in vars(known).items() if value is text)

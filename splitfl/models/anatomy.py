@@ -88,8 +88,12 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     if not owner_path:
         raise ModelError(f"{kind} cannot be cut: its blocks belong to the causal LM itself, not to a base model")
     owner = model.get_submodule(".".join(owner_path))
-    if any(name in _CROSS_ATTENTION for block in owner.get_submodule(blocks_name) for name, _ in block.named_children()):
-        raise ModelError(f"{kind} cannot be cut: its blocks attend to an encoder: only decoder-only causal LMs can be cut")
+    if any(
+        name in _CROSS_ATTENTION for block in owner.get_submodule(blocks_name) for name, _ in block.named_children()
+    ):
+        raise ModelError(
+            f"{kind} cannot be cut: its blocks attend to an encoder: only decoder-only causal LMs can be cut"
+        )
     if not any(child is model.get_input_embeddings() for child in owner.children()):
         raise ModelError(
             f"{kind} cannot be cut: its embedding is not beside its blocks, so what happens in between is unknown"

@@ -221,8 +221,14 @@ class Cut:
         if not empty:
             return
         for key in empty:
-            module._buffers[key] = torch.empty_like(module._buffers[key], device=device)  # type: ignore[arg-type]
+            module._buffers[key] = _unset_like(module._buffers[key], device)  # type: ignore[arg-type]
         self.whole._init_weights(module)
+        for key in empty:
+            if _is_unset(module._buffers[key]):  # type: ignore[arg-type]
+                raise ModelError(
+                    f"{self.whole.config.model_type} cannot be loaded in parts: transformers does not compute"
+                    f" {type(module).__name__}.{key} after loading through an empty model"
+                )
 
     def _view(self, layers: Sequence[int], *, owns_input: bool, owns_output: bool) -> PreTrainedModel:
         blocks = self.blocks
@@ -256,10 +262,14 @@ class Cut:
         given_BSD = torch.linspace(-3, 3, 3 * width, device=device, dtype=self.whole.dtype).reshape(1, 3, width)
         try:
             with torch.no_grad():
-                got_BSD = base_of(view, self.anatomy)(inputs_embeds=given_BSD.clone(), use_cache=False).last_hidden_state
+                got_BSD = base_of(view, self.anatomy)(
+                    inputs_embeds=given_BSD.clone(), use_cache=False
+                ).last_hidden_state
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
             # the library's own code, given blocks that return a tensor as most families' do
-            raise ModelError(f"{kind} cannot be cut: its code does not take plain blocks ({error})") from error
+            raise ModelError(
+                f"{kind} cannot be cut: its blocks take or give more than activations ({error})"
+            ) from error
         if [block.calls for block in through] != [1, 1]:
             raise ModelError(f"{kind} cannot be cut: it does not run each of its blocks once, in order")
         if any(end.calls != 1 for end in ends.values()):
@@ -300,6 +310,22 @@ def _with_memory(empty: nn.Parameter, device: torch.device) -> nn.Parameter:
     full = nn.Parameter(torch.empty_like(empty, device=device), requires_grad=empty.requires_grad)
     full._is_hf_initialized = True  # type: ignore[attr-defined]  # tells transformers to leave it alone
     return full
+
+
+def _unset_like(empty: Tensor, device: torch.device) -> Tensor:
+    """Return memory for a buffer with a mark in it that no computed buffer holds: NaN, or the least integer."""
+    full = torch.empty_like(empty, device=device)
+    if full.dtype == torch.bool:
+        return full
+    return full.fill_(float("nan") if full.is_floating_point() else torch.iinfo(full.dtype).min)
+
+
+def _is_unset(buffer: Tensor) -> bool:
+    """Tell whether a buffer still holds the mark of `_unset_like`; bools have none."""
+    if buffer.dtype == torch.bool or buffer.numel() == 0:
+        return False
+    mark = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
+    return bool(mark.any())
 
 
 def _modules(roots: Iterable[nn.Module]) -> Iterable[nn.Module]:

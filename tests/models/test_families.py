@@ -1,7 +1,9 @@
-"""Every causal LM of the installed transformers: cut bit for bit, or refused with the reason; docs/models.md says which.
+"""Every causal LM of the installed transformers: cut bit for bit, or refused with the reason.
 
-The axes are covered pairwise, not in full: each family meets each value of each axis, and over all families each value of
-an axis meets each of every other.
+Which is which is written in docs/models.md.
+
+The axes are covered pairwise, not in full: each family meets each value of each axis, and over all families each value
+of an axis meets each of every other.
 """
 
 from collections.abc import Iterable
@@ -74,9 +76,9 @@ def inputs_of(padding: str) -> tuple[Tensor, Tensor | None, Tensor]:
     return ids_BS, mask_BS, ids_BS if mask_BS is None else ids_BS.masked_fill(mask_BS == 0, -100)
 
 
-def largest_difference(family: str, case: Case) -> float:
-    """Return by how much losses and gradients of the split model, run whole and in segments, are off the unsplit one's."""
-    model = small_model(family, attn_implementation=case.attention, tie_word_embeddings=case.is_tied)
+def largest_difference(family: str, case: Case, **overrides: Any) -> float:
+    """Return how far loss and gradients of the split model, whole and in segments, are from the unsplit one's."""
+    model = small_model(family, attn_implementation=case.attention, tie_word_embeddings=case.is_tied, **overrides)
     ids_BS, mask_BS, labels_BS = inputs_of(case.padding)
     inputs = {"input_ids": ids_BS, "attention_mask": mask_BS, "labels": labels_BS, "use_cache": False}
     wanted = learned(model, model(**inputs).loss)
@@ -137,7 +139,9 @@ def features(family: str) -> Iterable[str]:
 def page() -> str:
     """Return docs/models.md."""
     outcomes = {family: outcome_of(family) for family in sorted(families())}
-    counts = {kind: sum(o.kind == kind for o in outcomes.values()) for kind in ("bitwise", "close", "refused", "not built")}
+    counts = {
+        kind: sum(o.kind == kind for o in outcomes.values()) for kind in ("bitwise", "close", "refused", "not built")
+    }
     counted = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     return HEAD.format(tried=len(outcomes), counted=counted) + "".join(
         f"| {family} | {outcome.kind} | {outcome.text} |\n" for family, outcome in outcomes.items()
@@ -148,14 +152,16 @@ HEAD = """# Models
 
 <!-- written by `make docs` (tests/models/test_families.py): do not edit -->
 
-Every causal LM that the installed transformers has is built tiny and random, cut, and compared with itself unsplit, in
-float32 on CPU: loss and the gradients of all parameters, through `splitfl.split` and through the segments that the
-training loop runs. Each family meets 0/0, 1/1 and 2/1 client blocks, no, left and right padding, eager and sdpa attention,
-tied and untied embeddings; rows are longer than the window of sliding layers.
+Every causal LM that the installed transformers has is built tiny and random, cut, and compared with itself unsplit,
+in float32 on CPU: loss and the gradients of all parameters, through `splitfl.split` and through the segments that the
+training loop runs. Each family meets 0/0, 1/1 and 2/1 client blocks, no, left and right padding, eager and sdpa
+attention, tied and untied embeddings; rows are longer than the window of sliding layers.
 
-**{tried} families: {counted}.** "bitwise": no bit differs. "close": the largest absolute difference. "refused": the
-sentence that a user sees. "not built": what transformers says when it should build a tiny one; such a family has not been
-tried, and the checks that refuse others apply to it too.
+**{tried} families: {counted}.**
+
+"bitwise": no bit differs. "close": the largest absolute difference. "refused": the sentence that a user sees. "not
+built": what transformers says when it should build a tiny one; such a family has not been tried, and the checks that
+refuse others apply to it too.
 
 | family | outcome | |
 |---|---|---|
@@ -166,6 +172,39 @@ tried, and the checks that refuse others apply to it too.
 def test_a_family_is_cut_bit_for_bit_or_refused(family: str) -> None:
     outcome = outcome_of(family)
     assert outcome.kind != "close", outcome.text
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("falcon", {"alibi": True}),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("falcon", {"multi_query": False, "parallel_attn": False, "bias": True}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+        ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+    ],
+)
+def test_what_a_config_may_change(family: str, overrides: dict[str, Any]) -> None:
+    assert [largest_difference(family, case, **overrides) for case in cases_of(1)] == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "reason"),
+    [
+        ("mixtral", {"output_router_logits": True}, "the router's auxiliary loss"),
+        ("gemma3n_text", {}, "use the keys and values of earlier ones"),
+        ("gemma4_text", {"num_kv_shared_layers": 0}, "fed from the token ids"),
+        ("mamba", {}, "keep a state other than keys and values"),
+        ("bart", {}, "attend to an encoder"),
+        ("nanochat", {}, "what follows its blocks is also used before them"),
+    ],
+)
+def test_what_is_refused_is_named(family: str, overrides: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelError, match=f"^{family} cannot be cut: .*{reason}"):
+        splitfl.split(small_model(family, **overrides))
 
 
 def test_every_two_values_of_different_axes_meet() -> None:
