@@ -186,7 +186,7 @@ class Cut:
         segments = [self.bottom(), self.top()] if side == "client" else [self.backbone()]
         names = self._all_names()
         filled: dict[nn.Parameter, nn.Parameter] = {}
-        for module in _modules(segments):
+        for module in (*_modules(segments), *self._way_to_blocks()):
             for key, parameter in module._parameters.items():
                 if parameter is None or not parameter.is_meta:
                     continue
@@ -198,6 +198,11 @@ class Cut:
             self._compute_buffers(module, device)
             for key, known_as in held.items():
                 read(known_as, module._buffers[key])  # type: ignore[arg-type]
+
+    def _way_to_blocks(self) -> list[nn.Module]:
+        """Return the whole model's modules that views copy: what they hold themselves is to be in later views too."""
+        path = self.anatomy.owner_path
+        return [self.whole.get_submodule(".".join(path[:length])) for length in range(len(path) + 1)]
 
     def _all_names(self) -> dict[Tensor, list[str]]:
         """Return the names of each tensor a checkpoint holds: tied parameters have several."""
