@@ -32,6 +32,7 @@ bench: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m splitfl.config_page > docs/configuration.md
+	$(BIN)/python -m pytest --quiet --write-models tests/models/test_families.py
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "splitfl needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -29,6 +29,14 @@ _TINY = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 32,
+    "rotary_dim": 4,
+    "num_layers": 4,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 2]],
+    "n_positions": 64,
     "ffn_dim": 64,
     "word_embed_proj_dim": 32,
     "num_local_experts": 4,
@@ -42,6 +50,13 @@ _TINY = {
     "dropout": 0.0,
     "attention_dropout": 0.0,
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run of the tests write docs/models.md instead of comparing it."""
+    parser.addoption(
+        "--write-models", action="store_true", help="write docs/models.md from what the families' tests find"
+    )
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

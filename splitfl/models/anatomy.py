@@ -20,8 +20,25 @@ from splitfl.errors import ModelError
 # Attributes of block owners that hold a projection before or after the blocks (opt).
 _INPUT_PROJECTIONS = ("project_in",)
 _OUTPUT_PROJECTIONS = ("project_out",)
+# Norms of block owners that act on the embedding, before the blocks (bloom; mbart and its kin).
+_INPUT_NORMS = ("word_embeddings_layernorm", "layernorm_embedding")
+# Positions that are computed, not learned, and added to the embedding (xglm, trocr).
+_INPUT_POSITIONS = ("embed_positions",)
+_INPUT_NAMES = (*_INPUT_PROJECTIONS, *_INPUT_NORMS, *_INPUT_POSITIONS)
 # Numbers of block owners that scale embeddings wherever they come from (granite): 1 for whoever does not embed.
 _INPUT_SCALES = ("embedding_multiplier",)
+# What a block that attends to an encoder calls it (bart and its kin, mllama).
+_CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
+
+# Fields of a config that say, if they are set, why its blocks cannot be parted: what one block does is then another's
+# input, or the token ids', neither of which crosses the cut.
+_TIES_BETWEEN_BLOCKS = {
+    "num_kv_shared_layers": "its last blocks use the keys and values of earlier ones",
+    "hidden_size_per_layer_input": "each of its blocks is fed from the token ids, which only the client has",
+    "conv_L_cache": "some of its blocks keep a convolutional state instead of keys and values",
+    "output_router_logits": "the router's auxiliary loss (output_router_logits) would need the routers of both sides:"
+    " set output_router_logits to false",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +72,7 @@ class Anatomy:
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
     """Find the blocks and the ends of a causal LM, or raise `ModelError` saying why it cannot be cut."""
     kind = model.config.model_type
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{kind} is an encoder-decoder model: only decoder-only causal LMs can be cut")
-    if not model.can_generate():
-        raise ModelError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM")
+    _refuse_by_config(model)
     num_blocks = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = [
         name
@@ -74,6 +88,16 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     if not owner_path:
         raise ModelError(f"{kind} cannot be cut: its blocks belong to the causal LM itself, not to a base model")
     owner = model.get_submodule(".".join(owner_path))
+    if any(
+        name in _CROSS_ATTENTION for block in owner.get_submodule(blocks_name) for name, _ in block.named_children()
+    ):
+        raise ModelError(
+            f"{kind} cannot be cut: its blocks attend to an encoder: only decoder-only causal LMs can be cut"
+        )
+    if not any(child is model.get_input_embeddings() for child in owner.children()):
+        raise ModelError(
+            f"{kind} cannot be cut: its embedding is not beside its blocks, so what happens in between is unknown"
+        )
     inputs, outputs = _ends(kind, owner, blocks_name)
     return Anatomy(
         owner_path=tuple(owner_path),
@@ -81,6 +105,37 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         num_blocks=len(owner.get_submodule(blocks_name)),
         input_names=inputs,
         output_names=outputs,
+    )
+
+
+def _refuse_by_config(model: PreTrainedModel) -> None:
+    """Raise `ModelError` for what a config says of a model that no module list shows."""
+    kind, config = model.config.model_type, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{kind} is an encoder-decoder model: only decoder-only causal LMs can be cut")
+    if not model.can_generate():
+        raise ModelError(f"{type(model).__name__} has no LM head: load it with AutoModelForCausalLM")
+    text = config.get_text_config()
+    if text is not config:
+        raise ModelError(
+            f"{kind} cannot be cut: it is a model of several parts, of which only the language model"
+            f" ({text.model_type}) is a causal LM: save that one by itself"
+        )
+    if _keeps_recurrent_state(model):
+        raise ModelError(
+            f"{kind} cannot be cut: its blocks keep a state other than keys and values (recurrent, convolutional or"
+            " compressed), which padding and the key-value cache do not reach"
+        )
+    for name, reason in _TIES_BETWEEN_BLOCKS.items():
+        if getattr(config, name, None):
+            raise ModelError(f"{kind} cannot be cut: {reason}")
+
+
+def _keeps_recurrent_state(model: PreTrainedModel) -> bool:
+    """Tell state-space, convolutional and hybrid families, by transformers' own mark or by the names of layer types."""
+    layer_types = getattr(model.config, "layer_types", None) or ()
+    return model._is_stateful or any(
+        kind == "linear_attention" or not kind.endswith("attention") for kind in layer_types
     )
 
 
@@ -93,12 +148,14 @@ def _ends(kind: str, owner: nn.Module, blocks_name: str) -> tuple[tuple[str, ...
     inputs, outputs = [], []
     norms = []
     for name, child in owner.named_children():
-        if name == blocks_name or _is_stateless(child):
+        if name == blocks_name:
             continue
-        if isinstance(child, nn.Embedding | nn.Dropout) or name in _INPUT_PROJECTIONS:
+        if isinstance(child, nn.Embedding | nn.Dropout) or name in _INPUT_NAMES:
             inputs.append(name)
-        elif "Norm" in type(child).__name__:
+        elif "Norm" in type(child).__name__:  # before the next line: some norms have no weights (olmo)
             norms.append(name)
+        elif _is_stateless(child):
+            continue
         elif name in _OUTPUT_PROJECTIONS:
             outputs.append(name)
         else:
@@ -145,14 +202,14 @@ def view_of(
     owner._modules[anatomy.blocks_name] = nn.ModuleList(blocks)
     if not owns_input:
         for name in anatomy.input_names:
-            owner._modules[name] = _neutral_input(owner.get_submodule(name))
+            owner._modules[name] = _neutral_input(name, owner.get_submodule(name))
         for name in _INPUT_SCALES:
             if name in vars(owner):
                 setattr(owner, name, 1.0)
     if not owns_output:
         for name in anatomy.output_names:
             owner._modules[name] = None if name in _OUTPUT_PROJECTIONS else nn.Identity()
-        _drop_head(view)
+        _drop_head(view, anatomy)
     return view
 
 
@@ -186,16 +243,16 @@ def config_for(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedCon
     return twin
 
 
-def _neutral_input(child: nn.Module) -> nn.Module | None:
-    if isinstance(child, nn.Embedding):
+def _neutral_input(name: str, child: nn.Module) -> nn.Module | None:
+    if isinstance(child, nn.Embedding) or name in _INPUT_POSITIONS:
         return NoPosition()
-    if isinstance(child, nn.Dropout):
+    if isinstance(child, nn.Dropout) or name in _INPUT_NORMS:
         return nn.Identity()
     return None
 
 
-def _drop_head(view: PreTrainedModel) -> None:
+def _drop_head(view: PreTrainedModel, anatomy: Anatomy) -> None:
     """Forget everything of the causal LM but its base model."""
     for name in list(view._modules):
-        if name != view.base_model_prefix:
+        if name != anatomy.base_prefix():
             view._modules[name] = None

@@ -7,7 +7,7 @@ Shapes: B micro-batch, S sequence, D hidden width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -77,6 +77,8 @@ class Cut:
     anatomy: Anatomy
     bottom_layers: int
     top_layers: int
+    blocks_give_tuples: bool = False
+    """Whether the library's code takes the first of what a block returns (bloom, falcon, gptj, mpt, gpt_neo, ...)."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, bottom_layers: int, top_layers: int) -> "Cut":
@@ -88,7 +90,19 @@ class Cut:
                 f" {bottom_layers} + {top_layers} must leave at least one to the backbone"
             )
         cut = cls(whole=model, anatomy=anatomy, bottom_layers=bottom_layers, top_layers=top_layers)
-        cut._refuse_unknown_ends()
+        try:
+            cut._refuse_unknown_ends()
+        except ModelError as error:
+            return cut._with_tuples(error)
+        return cut
+
+    def _with_tuples(self, refusal: ModelError) -> "Cut":
+        """Return the cut for blocks that give tuples, or raise why it was refused with blocks that give tensors."""
+        cut = replace(self, blocks_give_tuples=True)
+        try:
+            cut._refuse_unknown_ends()
+        except ModelError:
+            raise refusal from None
         return cut
 
     @property
@@ -125,7 +139,7 @@ class Cut:
     def client_model(self, far: FarBlocks) -> PreTrainedModel:
         """Return a model of the original class whose middle is a stand-in that calls `far`."""
         blocks, bottom, top = self.blocks, self.layers_of("bottom"), self.layers_of("top")
-        stand_in = StandIn(far).train(self.whole.training)
+        stand_in = StandIn(far, gives_tuple=self.blocks_give_tuples).train(self.whole.training)
         model = view_of(
             self.whole,
             self.anatomy,
@@ -172,7 +186,7 @@ class Cut:
         segments = [self.bottom(), self.top()] if side == "client" else [self.backbone()]
         names = self._all_names()
         filled: dict[nn.Parameter, nn.Parameter] = {}
-        for module in _modules(segments):
+        for module in (*_modules(segments), *self._way_to_blocks()):
             for key, parameter in module._parameters.items():
                 if parameter is None or not parameter.is_meta:
                     continue
@@ -184,6 +198,11 @@ class Cut:
             self._compute_buffers(module, device)
             for key, known_as in held.items():
                 read(known_as, module._buffers[key])  # type: ignore[arg-type]
+
+    def _way_to_blocks(self) -> list[nn.Module]:
+        """Return the whole model's modules that views copy: what they hold themselves is to be in later views too."""
+        path = self.anatomy.owner_path
+        return [self.whole.get_submodule(".".join(path[:length])) for length in range(len(path) + 1)]
 
     def _all_names(self) -> dict[Tensor, list[str]]:
         """Return the names of each tensor a checkpoint holds: tied parameters have several."""
@@ -207,8 +226,14 @@ class Cut:
         if not empty:
             return
         for key in empty:
-            module._buffers[key] = torch.empty_like(module._buffers[key], device=device)  # type: ignore[arg-type]
+            module._buffers[key] = _unset_like(module._buffers[key], device)  # type: ignore[arg-type]
         self.whole._init_weights(module)
+        for key in empty:
+            if _is_unset(module._buffers[key]):  # type: ignore[arg-type]
+                raise ModelError(
+                    f"{self.whole.config.model_type} cannot be loaded in parts: transformers does not compute"
+                    f" {type(module).__name__}.{key} after loading through an empty model"
+                )
 
     def _view(self, layers: Sequence[int], *, owns_input: bool, owns_output: bool) -> PreTrainedModel:
         blocks = self.blocks
@@ -229,9 +254,12 @@ class Cut:
         """
         kind = self.whole.config.model_type
         middle = self.layers_of("backbone")
-        through = [_PassThrough(), _PassThrough()]
+        through = [_PassThrough(gives_tuple=self.blocks_give_tuples) for _ in range(2)]
         config = config_for(self.whole.config, [middle[0], middle[-1]])
         view = view_of(self.whole, self.anatomy, through, config, owns_input=False, owns_output=False)
+        owner = view.get_submodule(".".join(self.anatomy.owner_path))
+        ends = {name: _PassThrough() for name in self.anatomy.output_names if owner._modules[name] is not None}
+        owner._modules.update(ends)
         device = torch.device("cpu") if self.is_empty else self.whole.device
         for module in _modules([view]):
             self._compute_buffers(module, device)
@@ -239,26 +267,35 @@ class Cut:
         given_BSD = torch.linspace(-3, 3, 3 * width, device=device, dtype=self.whole.dtype).reshape(1, 3, width)
         try:
             with torch.no_grad():
-                got_BSD = base_of(view, self.anatomy)(inputs_embeds=given_BSD, use_cache=False).last_hidden_state
+                got_BSD = base_of(view, self.anatomy)(
+                    inputs_embeds=given_BSD.clone(), use_cache=False
+                ).last_hidden_state
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
             # the library's own code, given blocks that return a tensor as most families' do
-            raise ModelError(f"{kind} cannot be cut: its code does not take plain blocks ({error})") from error
+            raise ModelError(
+                f"{kind} cannot be cut: its blocks take or give more than activations ({error})"
+            ) from error
         if [block.calls for block in through] != [1, 1]:
             raise ModelError(f"{kind} cannot be cut: it does not run each of its blocks once, in order")
-        if got_BSD.shape != given_BSD.shape or not torch.equal(got_BSD, given_BSD):
+        if any(end.calls != 1 for end in ends.values()):
+            raise ModelError(f"{kind} cannot be cut: what follows its blocks is also used before them or between them")
+        if not isinstance(got_BSD, Tensor) or not torch.equal(got_BSD, given_BSD):
             raise ModelError(
                 f"{kind} cannot be cut: it changes activations outside its blocks in a way splitfl does not know"
             )
 
 
 class _PassThrough(nn.Module):
-    def __init__(self) -> None:
+    """A block that hands on what it gets and counts how often."""
+
+    def __init__(self, *, gives_tuple: bool = False) -> None:
         super().__init__()
+        self._gives_tuple = gives_tuple
         self.calls = 0
 
-    def forward(self, hidden_BSD: Tensor, *_: object, **__: object) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
         self.calls += 1
-        return hidden_BSD
+        return (hidden_BSD,) if self._gives_tuple else hidden_BSD
 
 
 def mask_of(
@@ -278,6 +315,22 @@ def _with_memory(empty: nn.Parameter, device: torch.device) -> nn.Parameter:
     full = nn.Parameter(torch.empty_like(empty, device=device), requires_grad=empty.requires_grad)
     full._is_hf_initialized = True  # type: ignore[attr-defined]  # tells transformers to leave it alone
     return full
+
+
+def _unset_like(empty: Tensor, device: torch.device) -> Tensor:
+    """Return memory for a buffer with a mark in it that no computed buffer holds: NaN, or the least integer."""
+    full = torch.empty_like(empty, device=device)
+    if full.dtype == torch.bool:
+        return full
+    return full.fill_(float("nan") if full.is_floating_point() else torch.iinfo(full.dtype).min)
+
+
+def _is_unset(buffer: Tensor) -> bool:
+    """Tell whether a buffer still holds the mark of `_unset_like`; bools have none."""
+    if buffer.dtype == torch.bool or buffer.numel() == 0:
+        return False
+    mark = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
+    return bool(mark.any())
 
 
 def _modules(roots: Iterable[nn.Module]) -> Iterable[nn.Module]:

@@ -81,6 +81,10 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise ModelError(
             f"{path}: model family {raw['model_type']!r} is not usable with this transformers: {first}"
         ) from None
+    if getattr(config, "is_encoder_decoder", False):  # its decoder alone would load, and answer to no encoder
+        raise ModelError(
+            f"{path}: {config.model_type} is an encoder-decoder model: only decoder-only causal LMs can be cut"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{path}: transformers has no causal LM for model family {config.model_type!r}")
     return config

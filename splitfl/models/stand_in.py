@@ -27,9 +27,10 @@ class StandIn(nn.Module):
     positions that the caller gave are therefore taken from the module that owns the blocks, just before it runs.
     """
 
-    def __init__(self, far: FarBlocks) -> None:
+    def __init__(self, far: FarBlocks, *, gives_tuple: bool = False) -> None:
         super().__init__()
         self._far = far
+        self._gives_tuple = gives_tuple
         self._mask_BS: Tensor | None = None
         self._position_ids_BS: Tensor | None = None
 
@@ -48,6 +49,7 @@ class StandIn(nn.Module):
         self._mask_BS = mask
         self._position_ids_BS = kwargs.get("position_ids")
 
-    def forward(self, hidden_BSD: Tensor, *_: object, **__: object) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
         """Return the far blocks' activations; whatever else a block is given is the far side's own to compute."""
-        return self._far(hidden_BSD, self._mask_BS, self._position_ids_BS, training=self.training)
+        far_BSD = self._far(hidden_BSD, self._mask_BS, self._position_ids_BS, training=self.training)
+        return (far_BSD,) if self._gives_tuple else far_BSD

@@ -69,15 +69,6 @@ class TestSplit:
             assert split_loss == loss, ends
             assert differences(gradients, split_gradients) == [], ends
 
-    def test_a_state_space_model_has_blocks_like_any_other(self) -> None:
-        model = whole_model("mamba", state_size=4)
-        parameters, inputs = dict(model.named_parameters()), batch("left")
-        loss, gradients = gradients_of(model, parameters, inputs)
-        client, _ = splitfl.split(model)
-        split_loss, split_gradients = gradients_of(client, parameters, inputs)
-        assert split_loss == loss
-        assert differences(gradients, split_gradients) == []
-
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_original_is_unharmed(self, family: str) -> None:
         model, inputs = whole_model(family), batch("right")
@@ -196,19 +187,6 @@ class TestRefusals:
         with pytest.raises(ModelError, match=r"llama has 4 blocks: .* must leave at least one to the backbone"):
             splitfl.split(whole_model("llama"), bottom_layers=ends[0], top_layers=ends[1])
 
-    @pytest.mark.parametrize(
-        ("family", "overrides"),
-        [
-            ("gptj", {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4}),
-            ("bloom", {"hidden_size": 32, "n_layer": 4, "n_head": 4}),
-            ("xglm", {"d_model": 32, "num_layers": 4, "attention_heads": 4, "ffn_dim": 64}),
-        ],
-    )
-    def test_families_that_cannot_be_cut(self, family: str, overrides: dict[str, Any]) -> None:
-        model = whole_model(family, **overrides)
-        with pytest.raises(ModelError, match=f"^{family} cannot be cut: "):
-            splitfl.split(model)
-
     def test_an_encoder_decoder(self) -> None:
         config = tiny_config("t5", d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
         model = AutoModelForSeq2SeqLM.from_config(config)
@@ -234,6 +212,8 @@ def filled(directory: Path, tmp_path: Path, side: str, *, ends: tuple[int, int] 
 REWRITTEN = pytest.mark.slow
 FILLED = [
     *((family, is_tied) for family in FAMILIES for is_tied in (True, False) if family not in ("gpt_neox", "mixtral")),
+    # buffers that no checkpoint holds: rotary tables, masks, positions of the module that owns the blocks
+    *((family, True) for family in ("bloom", "gptj", "gpt_neo", "openai-gpt")),
     ("gpt_neox", True),
     pytest.param("gpt_neox", False, marks=REWRITTEN),
     pytest.param("mixtral", False, marks=REWRITTEN),
