@@ -16,6 +16,7 @@ from client_edge.data import Dataset, TrainBatches, eval_batches, hold_out, read
 from client_edge.edge import Edge
 from client_edge.journal import Journal
 from client_edge.link import Link
+from client_edge.local_copy import take_from_local_copy
 from client_edge.loop import Step, evaluate, report_layers, train
 from splitfl.config import ClientConfig, RunConfig, default_cache_dir
 from splitfl.durability.disk import make_private_dir
@@ -24,7 +25,8 @@ from splitfl.errors import DataError, ModelError, PeerGone, RemoteProtocolError,
 from splitfl.federation.records import read_file
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.source import ADAPTERS_FILE, DESCRIPTION_FILES, WEIGHTS_FILE, empty_cut, weights_of
+from splitfl.models.origin import DESCRIPTION_FILES
+from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, empty_cut, weights_of
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
@@ -76,7 +78,7 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
             )
         )
         directory = _fetch_description(link, config, folder)
-        cut = _fetch_layers(link, config, directory, device)
+        cut = _fetch_layers(link, config, directory, device, console)
         link.agree(terms_of(run, cut))
         text = read_text(config, run, directory)
         _say(console, config, _describe(text, run))
@@ -368,14 +370,17 @@ def _fetch_description(link: Link, config: ClientConfig, folder: Path) -> Path:
     return directory
 
 
-def _fetch_layers(link: Link, config: ClientConfig, directory: Path, device: torch.device) -> Cut:
+def _fetch_layers(link: Link, config: ClientConfig, directory: Path, device: torch.device, console: Console) -> Cut:
     """Bring the weights here, and only what this side computes with into memory."""
     run = link.run
+    cut, _ = empty_cut(directory, run)
+    if config.client.model_name_or_path:
+        path, own = link.place_of(WEIGHTS_FILE, _cache_dir(config)), config.client.cache_dir or default_cache_dir()
+        _say(console, config, take_from_local_copy(config.client.model_name_or_path, cut, path, cache_dir=own))
     weights_file = link.fetch(WEIGHTS_FILE, _cache_dir(config))
     later: Mapping[str, Tensor] = {}
     if ADAPTERS_FILE in link.welcome.file_names:
         later = TensorFile(link.fetch(ADAPTERS_FILE, _cache_dir(config)))
-    cut, _ = empty_cut(directory, run)
     weights = weights_of([weights_file], cut, seed=run.seed, later=later)
     cut.fill("client", weights.read, device)
     return cut

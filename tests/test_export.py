@@ -17,7 +17,7 @@ from splitfl.commands.export import Export
 from splitfl.config import RunConfig, ServerConfig
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.source import empty_model, read_config, shards_in, weights_of
+from splitfl.models.source import empty_model, read_config, weights_of
 from splitfl.models.trainable import choose_trainable
 
 # Loads and runs the model where splitfl cannot be imported.
@@ -43,7 +43,9 @@ def split_logits(model: Path, run_dir: Path, ids_BS: torch.Tensor) -> torch.Tens
         top_layers=run.model.top_layers,
     )
     choose_trainable(cut, run)
-    weights = weights_of(shards_in(model), cut, seed=run.seed, later=TensorFile(run_dir / "trained.safetensors"))
+    weights = weights_of(
+        model.glob("*.safetensors"), cut, seed=run.seed, later=TensorFile(run_dir / "trained.safetensors")
+    )
     for side in ("client", "server"):
         cut.fill(side, weights.read, torch.device("cpu"))
     with torch.no_grad():

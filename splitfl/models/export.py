@@ -17,13 +17,8 @@ from splitfl.errors import ConfigError, ModelError
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import Piece, TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.source import (
-    DESCRIPTION_FILES,
-    Weights,
-    empty_cut,
-    locate,
-    server_weights,
-)
+from splitfl.models.origin import DESCRIPTION_FILES, locate
+from splitfl.models.source import Weights, empty_cut, server_weights
 from splitfl.models.trainable import checkpoint_name, is_adapter
 
 CONFIG_FILE = "config.toml"
@@ -40,11 +35,11 @@ def export_run(run_dir: Path, output_dir: Path) -> Path:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ConfigError(f"{output_dir} exists and is not empty: name another folder, or remove it first")
     config = ServerConfig.load(run_dir / CONFIG_FILE)
-    directory = locate(config.model.model_name_or_path)
-    cut, _ = empty_cut(directory, config)
     cache_dir = config.server.cache_dir or default_cache_dir()
-    weights = server_weights(directory, cut, seed=config.seed, cache_dir=cache_dir)
-    return write_model(cut, weights, TensorFile(run_dir / TRAINED_FILE), directory, output_dir)
+    origin = locate(config.model.model_name_or_path, cache_dir)
+    cut, _ = empty_cut(origin.directory, config)
+    weights = server_weights(origin, cut, seed=config.seed, cache_dir=cache_dir)
+    return write_model(cut, weights, TensorFile(run_dir / TRAINED_FILE), origin.directory, output_dir)
 
 
 def write_model(cut: Cut, weights: Weights, trained: Mapping[str, Tensor], directory: Path, output_dir: Path) -> Path:
