@@ -29,9 +29,8 @@ from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, Incomplete, StorageError
 from splitfl.federation.strategy import strategy_for
-from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.export import CONFIG_FILE, TRAINED_FILE, write_model
+from splitfl.models.export import CONFIG_FILE, export_model
 from splitfl.models.origin import locate
 from splitfl.models.source import Weights, empty_cut, server_weights
 from splitfl.session.limits import limits_of
@@ -355,8 +354,7 @@ def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any
 def _export(config: ServerConfig, model: _Model, run_dir: Path) -> Path | None:
     if not config.server.export_model:
         return None
-    trained = TensorFile(run_dir / TRAINED_FILE)
-    return write_model(model.cut, model.weights, trained, model.directory, run_dir / "model")
+    return export_model(model.cut, model.weights, model.directory, config, run_dir, run_dir / "model")
 
 
 def _report(run_dir: Path, console: Console, *, as_json: bool) -> None:
