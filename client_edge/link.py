@@ -209,6 +209,11 @@ class Link:
         )
 
     @property
+    def is_encrypted(self) -> bool:
+        """Whether keys are in use."""
+        return self._security is not None
+
+    @property
     def session(self) -> ClientSession:
         """The session's state, once `agree` has set its terms."""
         if self._session is None:

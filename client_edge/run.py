@@ -40,12 +40,23 @@ STATE_DIR = "state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Text:
+class Text:
     """The client's examples."""
 
     train: Dataset
     held_out: Dataset | None
     also: dict[str, Dataset]
+
+    def describe(self, run: RunConfig) -> str:
+        """Say how many examples there are, and what became of long ones."""
+        held_out = f"{len(self.held_out)} held out" if self.held_out is not None else "none held out"
+        limit = f"longer than max_seq_length = {run.text.max_seq_length}"
+        cut_off = (
+            f"{self.train.num_truncated} {limit} and cut off there" if self.train.num_truncated else f"none {limit}"
+        )
+        left_out = f", {self.train.num_dropped} left out because nothing to learn was left"
+        dropped = left_out if self.train.num_dropped else ""
+        return f"{len(self.train)} examples to train on ({cut_off}{dropped}), {held_out}"
 
 
 def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
@@ -54,7 +65,7 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
     SIGTERM and Ctrl-C save everything and are raised.
     """
     begun_s = time.monotonic()
-    _check_files(config)
+    check_files(config)
     if config.client.num_threads:
         torch.set_num_threads(config.client.num_threads)
     device = open_device(config.client.device, "client.device")
@@ -77,11 +88,11 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
                 keep=storage.keep_snapshots,
             )
         )
-        directory = _fetch_description(link, config, folder)
+        directory = fetch_description(link, config, folder)
         cut = _fetch_layers(link, config, directory, device, console)
         link.agree(terms_of(run, cut))
         text = read_text(config, run, directory)
-        _say(console, config, _describe(text, run))
+        _say(console, config, text.describe(run))
         edge = Edge(cut, run, config.client.client_id, device)
         history = stack.enter_context(
             History(folder, is_on=config.client.history, role="client", client_id=config.client.client_id)
@@ -121,7 +132,7 @@ class Participation:
         link: Link,
         edge: Edge,
         journal: Journal,
-        text: _Text,
+        text: Text,
         metrics: MetricsLog,
         begun_s: float,
     ) -> None:
@@ -300,7 +311,7 @@ class Participation:
         self._metrics.emit(event, client_id=self._client_id, **fields)
 
 
-def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
+def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
     """Read this client's examples with the tokenizer that came with the welcome."""
     from transformers import AutoTokenizer
 
@@ -322,16 +333,16 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
 
     dataset = read(section.path)
     if section.eval_path is not None:
-        return _Text(
+        return Text(
             train=dataset,
             held_out=read(section.eval_path),
             also={name: read(path) for name, path in section.also_evaluate.items()},
         )
     if not section.eval_fraction:
-        return _Text(train=dataset, held_out=None, also={})
+        return Text(train=dataset, held_out=None, also={})
     train_set, held_out = hold_out(dataset, section.eval_fraction, run.seed)
     also = {name: read(path) for name, path in section.also_evaluate.items()}
-    return _Text(train=train_set, held_out=held_out, also=also)
+    return Text(train=train_set, held_out=held_out, also=also)
 
 
 @contextmanager
@@ -360,7 +371,7 @@ def _forget(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch_description(link: Link, config: ClientConfig, folder: Path) -> Path:
+def fetch_description(link: Link, config: ClientConfig, folder: Path) -> Path:
     """Bring the model's config and the tokenizer into a folder of this run."""
     directory = folder / "model"
     directory.mkdir(parents=True, exist_ok=True)
@@ -386,7 +397,7 @@ def _fetch_layers(link: Link, config: ClientConfig, directory: Path, device: tor
     return cut
 
 
-def _check_files(config: ClientConfig) -> None:
+def check_files(config: ClientConfig) -> None:
     """Find files that are missing or malformed before anybody waits for us."""
     for path in (config.data.path, config.data.eval_path, *config.data.also_evaluate.values()):
         if path is not None:
@@ -395,14 +406,6 @@ def _check_files(config: ClientConfig) -> None:
 
 def _cache_dir(config: ClientConfig) -> Path:
     return (config.client.cache_dir or default_cache_dir()) / "received"
-
-
-def _describe(text: _Text, run: RunConfig) -> str:
-    held_out = f"{len(text.held_out)} held out" if text.held_out is not None else "none held out"
-    limit = f"longer than max_seq_length = {run.text.max_seq_length}"
-    cut_off = f"{text.train.num_truncated} {limit} and cut off there" if text.train.num_truncated else f"none {limit}"
-    dropped = f", {text.train.num_dropped} left out because nothing to learn was left" if text.train.num_dropped else ""
-    return f"{len(text.train)} examples to train on ({cut_off}{dropped}), {held_out}"
 
 
 def _say(console: Console, config: ClientConfig, text: str) -> None:

@@ -76,7 +76,7 @@ def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) 
     device = open_device(config.server.device, "server.device")
     run_dir, is_resumed = _run_dir(config, resumes=resumes)
     with ExitStack() as stack:
-        security = _security(config)
+        security = security_of(config)
         listener = stack.enter_context(listen(config, security))
         listener.self_test()
         model = load(config, device)
@@ -180,7 +180,8 @@ def _finish(
         (run_dir / FINISHED_FILE).touch(mode=0o600)
 
 
-def _security(config: ServerConfig) -> ServerSecurity | None:
+def security_of(config: ServerConfig) -> ServerSecurity | None:
+    """Read the key pair and the list of clients; None without keys."""
     folder = config.server.keys
     if folder is None:
         return None

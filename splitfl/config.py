@@ -392,10 +392,7 @@ class Config(Section):
     @classmethod
     def load(cls, path: Path | None, overrides: Iterable[str] = ()) -> Self:
         """Read TOML, lay `section.key=value` strings over it; raise `ConfigError` naming the setting and the rule."""
-        tree = {} if path is None else _read_toml(path)
-        for override in overrides:
-            _lay_over(tree, override)
-        return cls.from_tree(tree, source="--set" if path is None else str(path))
+        return cls.from_tree(_read_tree(path, overrides), source="--set" if path is None else str(path))
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any], *, source: str) -> Self:
@@ -492,6 +489,18 @@ def to_toml(config: Config) -> str:
     import tomlkit
 
     return tomlkit.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def role_of(path: Path, overrides: Iterable[str] = ()) -> str:
+    """Tell whose file this is by its sections: "client" if it has `[client]` or `[data]`, else "server"."""
+    return "client" if {"client", "data"} & _read_tree(path, overrides).keys() else "server"
+
+
+def _read_tree(path: Path | None, overrides: Iterable[str]) -> dict[str, Any]:
+    tree = {} if path is None else _read_toml(path)
+    for override in overrides:
+        _lay_over(tree, override)
+    return tree
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
