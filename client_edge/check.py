@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from client_edge.link import Link
-from client_edge.run import check_files, fetch_description, read_text
+from client_edge.run import check_files, describe, fetch_description, read_text
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.models.source import WEIGHTS_FILE, empty_cut
 from splitfl.telemetry.findings import Finding
@@ -64,7 +64,7 @@ def _data(config: ClientConfig, run: RunConfig, directory: Path) -> Finding:
     return Finding(
         topic="data",
         sentences=(
-            f"{text.describe(run)}.",
+            f"{describe(text, run)}.",
             f"{num_tokens:,} tokens in the training examples; {steps} steps of {batch} examples go through them"
             f" {steps * batch / len(text.train):.2f} times.",
         ),

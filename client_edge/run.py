@@ -40,23 +40,12 @@ STATE_DIR = "state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class _Text:
     """The client's examples."""
 
     train: Dataset
     held_out: Dataset | None
     also: dict[str, Dataset]
-
-    def describe(self, run: RunConfig) -> str:
-        """Say how many examples there are, and what became of long ones."""
-        held_out = f"{len(self.held_out)} held out" if self.held_out is not None else "none held out"
-        limit = f"longer than max_seq_length = {run.text.max_seq_length}"
-        cut_off = (
-            f"{self.train.num_truncated} {limit} and cut off there" if self.train.num_truncated else f"none {limit}"
-        )
-        left_out = f", {self.train.num_dropped} left out because nothing to learn was left"
-        dropped = left_out if self.train.num_dropped else ""
-        return f"{len(self.train)} examples to train on ({cut_off}{dropped}), {held_out}"
 
 
 def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
@@ -92,7 +81,7 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
         cut = _fetch_layers(link, config, directory, device, console)
         link.agree(terms_of(run, cut))
         text = read_text(config, run, directory)
-        _say(console, config, text.describe(run))
+        _say(console, config, describe(text, run))
         edge = Edge(cut, run, config.client.client_id, device)
         history = stack.enter_context(
             History(folder, is_on=config.client.history, role="client", client_id=config.client.client_id)
@@ -132,7 +121,7 @@ class Participation:
         link: Link,
         edge: Edge,
         journal: Journal,
-        text: Text,
+        text: _Text,
         metrics: MetricsLog,
         begun_s: float,
     ) -> None:
@@ -311,7 +300,7 @@ class Participation:
         self._metrics.emit(event, client_id=self._client_id, **fields)
 
 
-def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
+def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
     """Read this client's examples with the tokenizer that came with the welcome."""
     from transformers import AutoTokenizer
 
@@ -333,16 +322,16 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
 
     dataset = read(section.path)
     if section.eval_path is not None:
-        return Text(
+        return _Text(
             train=dataset,
             held_out=read(section.eval_path),
             also={name: read(path) for name, path in section.also_evaluate.items()},
         )
     if not section.eval_fraction:
-        return Text(train=dataset, held_out=None, also={})
+        return _Text(train=dataset, held_out=None, also={})
     train_set, held_out = hold_out(dataset, section.eval_fraction, run.seed)
     also = {name: read(path) for name, path in section.also_evaluate.items()}
-    return Text(train=train_set, held_out=held_out, also=also)
+    return _Text(train=train_set, held_out=held_out, also=also)
 
 
 @contextmanager
@@ -406,6 +395,15 @@ def check_files(config: ClientConfig) -> None:
 
 def _cache_dir(config: ClientConfig) -> Path:
     return (config.client.cache_dir or default_cache_dir()) / "received"
+
+
+def describe(text: _Text, run: RunConfig) -> str:
+    """Say how many examples there are, and what became of long ones."""
+    held_out = f"{len(text.held_out)} held out" if text.held_out is not None else "none held out"
+    limit = f"longer than max_seq_length = {run.text.max_seq_length}"
+    cut_off = f"{text.train.num_truncated} {limit} and cut off there" if text.train.num_truncated else f"none {limit}"
+    dropped = f", {text.train.num_dropped} left out because nothing to learn was left" if text.train.num_dropped else ""
+    return f"{len(text.train)} examples to train on ({cut_off}{dropped}), {held_out}"
 
 
 def _say(console: Console, config: ClientConfig, text: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from server_backbone.serve import listen, security_of
 from splitfl.config import ServerConfig, default_cache_dir
+from splitfl.errors import StorageError
 from splitfl.models.cut import Cut
 from splitfl.models.origin import locate
 from splitfl.models.source import empty_cut, lacking, weights_in
@@ -94,19 +95,23 @@ def _limits(config: ServerConfig, terms: Terms) -> Finding:
 
 
 def _disk(config: ServerConfig, backbone: Part, client: Part) -> Finding:
-    """Compare what is free with the exported model and two snapshots of all that trains."""
+    """Compare what is free with the exported model and the snapshots of all that trains."""
     exported = (backbone.weight_bytes + client.weight_bytes) * config.server.export_model
     needed = exported + config.storage.keep_snapshots * (backbone.training_bytes + client.training_bytes)
     folder = config.server.runs_dir.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    enough = "" if free > needed else ", WHICH IS NOT ENOUGH"
+    if free < needed:
+        raise StorageError(
+            f"{folder}: {format_bytes(free)} are free and the run's model and snapshots take about"
+            f" {format_bytes(needed)}: make room, or set server.runs_dir to another disk"
+        )
     return Finding(
         topic="disk",
         sentences=(
-            f"{format_bytes(free)} are free in {folder}; the run's model and snapshots take about"
-            f" {format_bytes(needed)}{enough}.",
+            f"The run's model and snapshots take about {format_bytes(needed)}; {format_bytes(free)} are free in"
+            f" {folder}.",
         ),
         numbers={"free_bytes": free, "needed_bytes": needed},
     )

@@ -5,7 +5,7 @@ One tensor is in memory at a time, so a machine that could not hold the model ca
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,8 @@ from splitfl.telemetry.report import build_report
 
 CONFIG_FILE = "config.toml"
 TRAINED_FILE = "trained.safetensors"
-# What describes a model and would make a folder of adapters look like one.
-_MODEL_FILES = ("config.json", "generation_config.json")
+# What would make a folder of adapters look like a model.
+_OF_A_WHOLE_MODEL = {"config.json", "generation_config.json"}
 _SHARD_BYTES = 5_000_000_000  # as large as the hub likes a file
 
 
@@ -47,9 +47,8 @@ def export_run(run_dir: Path, output_dir: Path, format_: Format = "merged") -> P
     cut, _ = empty_cut(origin.directory, config)
     trained = TensorFile(run_dir / TRAINED_FILE)
     if format_ == "adapter":
-        with _appearing(output_dir, origin.directory, _card(run_dir, config, "adapter")) as folder:
-            for name in _MODEL_FILES:
-                (folder / name).unlink(missing_ok=True)
+        described = set(DESCRIPTION_FILES) - _OF_A_WHOLE_MODEL
+        with _appearing(output_dir, origin.directory, described, _card(run_dir, config, "adapter")) as folder:
             write_adapter(cut, config, trained, folder)
         return output_dir
     weights = server_weights(origin, cut, seed=config.seed, cache_dir=cache_dir)
@@ -60,7 +59,7 @@ def export_model(
     cut: Cut, weights: Weights, directory: Path, config: ServerConfig, run_dir: Path, output_dir: Path
 ) -> Path:
     """Write config, tokenizer, model card and weights: what `AutoModelForCausalLM.from_pretrained` loads."""
-    with _appearing(output_dir, directory, _card(run_dir, config, "merged")) as folder:
+    with _appearing(output_dir, directory, DESCRIPTION_FILES, _card(run_dir, config, "merged")) as folder:
         _name_dtype(folder / "config.json", cut.whole.dtype)
         _write_weights(_pieces(cut, weights, TensorFile(run_dir / TRAINED_FILE)), folder)
     return output_dir
@@ -71,13 +70,13 @@ def _card(run_dir: Path, config: ServerConfig, format_: Format) -> str:
 
 
 @contextmanager
-def _appearing(output_dir: Path, directory: Path, card: str) -> Iterator[Path]:
-    """Give a folder with the model's description and a card; it becomes `output_dir` if nothing goes wrong."""
+def _appearing(output_dir: Path, directory: Path, described: Iterable[str], card: str) -> Iterator[Path]:
+    """Give a folder with these of the model's files and a card; it becomes `output_dir` if nothing goes wrong."""
     half_done = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(half_done, ignore_errors=True)
     half_done.mkdir(parents=True)
     try:
-        for name in DESCRIPTION_FILES:
+        for name in described:
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, half_done / name)
         (half_done / CARD_FILE).write_text(card, encoding="utf-8")

@@ -137,7 +137,7 @@ def sight_of(run: RunConfig) -> Finding:
     seen += ["gradients"] * learns
     seen += ["lengths of rows", "counts of examples and tokens", "losses", "the layers of every merge"]
     sentences = [
-        f"The server sees {', '.join(seen)}; not token ids, labels or text.",
+        f"The server sees {'; '.join(seen)}. Token ids, labels and text are not sent.",
         "From activations text can often be worked out, the more the fewer blocks are below the first cut"
         f" (model.bottom_layers = {run.model.bottom_layers}): docs/privacy.md has what attacks recovered.",
     ]
