@@ -58,5 +58,7 @@ def connect_devices(backbone: Backbone, device_map: DeviceMap) -> None:
     """Put the hooks on a filled backbone that carry activations to where the next block is, and back to the caller."""
     from accelerate import dispatch_model
 
+    if dict(device_map) == {"": "cpu"}:
+        return  # they come from the CPU, and go nowhere else
     skipped = backbone.cut.whole._skip_keys_device_placement  # caches are placed by the blocks themselves
-    dispatch_model(backbone.base, dict(device_map), skip_keys=skipped, force_hooks=len(device_map) > 1)
+    dispatch_model(backbone.base, dict(device_map), skip_keys=skipped, force_hooks=True)
