@@ -3,8 +3,14 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from splitfl.command_line import add_config_arguments, saved_on_sigterm
+
+if TYPE_CHECKING:
+    from splitfl.telemetry.findings import Finding
 
 
 class Client:
@@ -35,3 +41,10 @@ class Client:
             folder = take_part(config, resumes=arguments.resume == "auto")
             if arguments.json:
                 sys.stdout.write(json.dumps({"folder": str(folder)}) + "\n")
+
+
+def check(path: Path, overrides: Sequence[str]) -> "Iterator[Finding]":
+    """Say what a client with this config will do, without doing it (`splitfl check`)."""
+    from client_edge.check import check_client
+
+    return check_client(path, overrides)

@@ -209,6 +209,11 @@ class Link:
         )
 
     @property
+    def is_encrypted(self) -> bool:
+        """Whether keys are in use."""
+        return self._security is not None
+
+    @property
     def session(self) -> ClientSession:
         """The session's state, once `agree` has set its terms."""
         if self._session is None:
@@ -324,7 +329,7 @@ class Link:
     def fetch(self, name: str, folder: Path) -> Path:
         """Return a file of the welcome, from `folder` if it is there with the announced hash, else from the server."""
         size, digest = self._announced(name)
-        path = folder / digest
+        path = self.place_of(name, folder)
         if path.exists() and _hash_of(path) == digest:
             return path
         folder.mkdir(parents=True, exist_ok=True)
@@ -343,6 +348,10 @@ class Link:
             half_done.unlink(missing_ok=True)
         self.bytes_of_files += size
         return path
+
+    def place_of(self, name: str, folder: Path) -> Path:
+        """Return where `fetch` looks for a file and leaves it: its SHA-256 (hex) is its name."""
+        return folder / self._announced(name)[1]
 
     def _announced(self, name: str) -> tuple[int, str]:
         at = self.welcome.file_names.index(name)

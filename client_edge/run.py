@@ -17,6 +17,7 @@ from client_edge.data import Dataset, TrainBatches, eval_batches, hold_out, read
 from client_edge.edge import Edge
 from client_edge.journal import Journal
 from client_edge.link import Link
+from client_edge.local_copy import take_from_local_copy
 from client_edge.loop import Step, evaluate, report_layers, train
 from splitfl.config import ClientConfig, RunConfig, default_cache_dir
 from splitfl.durability.disk import make_private_dir
@@ -25,7 +26,8 @@ from splitfl.errors import DataError, ModelError, PeerGone, RemoteProtocolError,
 from splitfl.federation.records import read_file
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.source import ADAPTERS_FILE, DESCRIPTION_FILES, WEIGHTS_FILE, empty_cut, read_config, weights_of
+from splitfl.models.origin import DESCRIPTION_FILES
+from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, empty_cut, read_config, weights_of
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
@@ -53,7 +55,7 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
     SIGTERM and Ctrl-C save everything and are raised.
     """
     begun_s = time.monotonic()
-    _check_files(config)
+    check_files(config)
     if config.client.num_threads:
         torch.set_num_threads(config.client.num_threads)
     device = open_device(config.client.device, "client.device")
@@ -76,11 +78,11 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
                 keep=storage.keep_snapshots,
             )
         )
-        directory = _fetch_description(link, config, folder)
-        cut = _fetch_layers(link, config, directory, device)
+        directory = fetch_description(link, config, folder)
+        cut = _fetch_layers(link, config, directory, device, console)
         link.agree(terms_of(run, cut))
         text = read_text(config, run, directory)
-        _say(console, config, _describe(text, run))
+        _say(console, config, describe(text, run))
         edge = Edge(cut, run, config.client.client_id, device)
         history = stack.enter_context(
             History(folder, is_on=config.client.history, role="client", client_id=config.client.client_id)
@@ -361,7 +363,7 @@ def _forget(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch_description(link: Link, config: ClientConfig, folder: Path) -> Path:
+def fetch_description(link: Link, config: ClientConfig, folder: Path) -> Path:
     """Bring the model's config and the tokenizer into a folder of this run."""
     directory = folder / "model"
     directory.mkdir(parents=True, exist_ok=True)
@@ -371,20 +373,23 @@ def _fetch_description(link: Link, config: ClientConfig, folder: Path) -> Path:
     return directory
 
 
-def _fetch_layers(link: Link, config: ClientConfig, directory: Path, device: torch.device) -> Cut:
+def _fetch_layers(link: Link, config: ClientConfig, directory: Path, device: torch.device, console: Console) -> Cut:
     """Bring the weights here, and only what this side computes with into memory."""
     run = link.run
+    cut, _ = empty_cut(directory, run)
+    if config.client.model_name_or_path:
+        path, own = link.place_of(WEIGHTS_FILE, _cache_dir(config)), config.client.cache_dir or default_cache_dir()
+        _say(console, config, take_from_local_copy(config.client.model_name_or_path, cut, path, cache_dir=own))
     weights_file = link.fetch(WEIGHTS_FILE, _cache_dir(config))
     later: Mapping[str, Tensor] = {}
     if ADAPTERS_FILE in link.welcome.file_names:
         later = TensorFile(link.fetch(ADAPTERS_FILE, _cache_dir(config)))
-    cut, _ = empty_cut(directory, run)
     weights = weights_of([weights_file], cut, seed=run.seed, later=later)
     cut.fill("client", weights.read, device)
     return cut
 
 
-def _check_files(config: ClientConfig) -> None:
+def check_files(config: ClientConfig) -> None:
     """Find files that are missing or malformed before anybody waits for us."""
     for path in (config.data.path, config.data.eval_path, *config.data.also_evaluate.values()):
         if path is not None:
@@ -395,7 +400,8 @@ def _cache_dir(config: ClientConfig) -> Path:
     return (config.client.cache_dir or default_cache_dir()) / "received"
 
 
-def _describe(text: _Text, run: RunConfig) -> str:
+def describe(text: _Text, run: RunConfig) -> str:
+    """Say how many examples there are, and what became of long ones."""
     held_out = f"{len(text.held_out)} held out" if text.held_out is not None else "none held out"
     limit = f"longer than max_seq_length = {run.text.max_seq_length}"
     cut_off = f"{text.train.num_truncated} {limit} and cut off there" if text.train.num_truncated else f"none {limit}"

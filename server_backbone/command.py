@@ -3,10 +3,15 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from splitfl.command_line import add_config_arguments, saved_on_sigterm
+
+if TYPE_CHECKING:
+    from splitfl.telemetry.findings import Finding
 
 
 class Server:
@@ -83,3 +88,10 @@ class Rollback:
             f"back at commit {commit_number} (snapshot {generation}); what came later is kept as state/*.dropped. Start"
             " the server again: clients go back with it\n"
         )
+
+
+def check(path: Path, overrides: Sequence[str]) -> "Iterator[Finding]":
+    """Say what a server with this config will do, without doing it (`splitfl check`)."""
+    from server_backbone.check import check_server
+
+    return check_server(path, overrides)

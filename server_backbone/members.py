@@ -78,7 +78,7 @@ class Members:
         return len({connection.member.client_id for connection in self._by_token.values()})
 
     def connect(self, member: Member, peer: bytes, user_id: str, now_s: float) -> Connection:
-        """Begin a session; it is the member's at once if that has none, else when it resumes."""
+        """Begin a session; it is the member's when it resumes."""
         self._last_number += 1
         connection = Connection(
             member=member,
@@ -89,8 +89,6 @@ class Members:
             last_heard_s=now_s,
         )
         self._by_peer[peer] = self._by_token[connection.token] = connection
-        if member.connection is None:
-            member.connection = connection
         return connection
 
     def at(self, peer: bytes) -> Connection | None:

@@ -13,7 +13,8 @@ import torch
 from splitfl.errors import RemoteProtocolError
 from splitfl.models import checkpoint
 from splitfl.models.cut import Cut
-from splitfl.models.source import ADAPTERS_FILE, DESCRIPTION_FILES, WEIGHTS_FILE, Weights, write_part
+from splitfl.models.origin import DESCRIPTION_FILES
+from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, Weights, write_part
 from splitfl.models.trainable import is_adapter
 
 

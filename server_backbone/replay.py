@@ -46,7 +46,9 @@ def replay(run_dir: Path) -> Replay:
     generations = store.generations()
     if not generations:
         raise ConfigError(f"{run_dir}: there is no snapshot in {STATE_DIR}/: nothing to do again")
-    worker = Worker(load(config, torch.device("cpu")).cut, config.run_config(), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    model = load(config, cpu)
+    worker = Worker(model.cut, config.run_config(), cpu, model.device_map)
     keeps_records = config.storage.durability == "redo"
     ledger = Ledger(store, keeps_records=keeps_records, snapshot_steps=1)
     found = Replay(from_generation=generations[0])

@@ -20,6 +20,7 @@ from torch import Tensor
 from server_backbone.engine import Engine
 from server_backbone.ledger import Ledger
 from server_backbone.merger import FirstLayers, Merger
+from server_backbone.placement import DeviceMap, device_map_of, devices_of
 from server_backbone.provisions import prepare
 from server_backbone.server import Server
 from server_backbone.worker import Worker
@@ -28,10 +29,10 @@ from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, Incomplete, StorageError
 from splitfl.federation.strategy import strategy_for
-from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.export import CONFIG_FILE, TRAINED_FILE, write_model
-from splitfl.models.source import Weights, empty_cut, locate, server_weights
+from splitfl.models.export import CONFIG_FILE, export_model
+from splitfl.models.origin import locate
+from splitfl.models.source import Weights, empty_cut, server_weights
 from splitfl.session.limits import limits_of
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
@@ -60,6 +61,7 @@ class _Model:
     cut: Cut
     weights: Weights
     notes: list[str]
+    device_map: DeviceMap | None
 
 
 def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) -> Path:
@@ -74,7 +76,7 @@ def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) 
     device = open_device(config.server.device, "server.device")
     run_dir, is_resumed = _run_dir(config, resumes=resumes)
     with ExitStack() as stack:
-        security = _security(config)
+        security = security_of(config)
         listener = stack.enter_context(listen(config, security))
         listener.self_test()
         model = load(config, device)
@@ -182,7 +184,8 @@ def _finish(
         (run_dir / FINISHED_FILE).touch(mode=0o600)
 
 
-def _security(config: ServerConfig) -> ServerSecurity | None:
+def security_of(config: ServerConfig) -> ServerSecurity | None:
+    """Read the key pair and the list of clients; None without keys."""
     folder = config.server.keys
     if folder is None:
         return None
@@ -204,11 +207,13 @@ def listen(config: ServerConfig, security: ServerSecurity | None = None) -> List
 
 def load(config: ServerConfig, device: torch.device) -> _Model:
     """Build the model empty, cut it, and read the backbone's tensors; embedding and head never take memory."""
-    directory = locate(config.model.model_name_or_path)
-    cut, notes = empty_cut(directory, config)
-    weights = server_weights(directory, cut, seed=config.seed, cache_dir=_cache_dir(config))
-    cut.fill("server", weights.read, device)
-    return _Model(directory=directory, cut=cut, weights=weights, notes=notes)
+    origin = locate(config.model.model_name_or_path, _cache_dir(config))
+    cut, notes = empty_cut(origin.directory, config)
+    weights = server_weights(origin, cut, seed=config.seed, cache_dir=_cache_dir(config))
+    strategy = config.server.device_map
+    device_map = device_map_of(cut, strategy) if strategy else None
+    cut.fill("server", weights.read, device, devices_of(cut, device_map) if device_map is not None else {})
+    return _Model(directory=origin.directory, cut=cut, weights=weights, notes=notes, device_map=device_map)
 
 
 def build_server(
@@ -247,7 +252,7 @@ def build_server(
         limits=limits,
         listener=listener,
         allow_list=security.allow_list if security else None,
-        engine=Engine(run, Worker(cut, run, device), merger, ledger, history),
+        engine=Engine(run, Worker(cut, run, device, model.device_map), merger, ledger, history),
         provisions=prepare(model.directory, cut, model.weights, cache_dir=_cache_dir(config), run_dir=run_dir),
         metrics=metrics,
         history=history,
@@ -314,9 +319,9 @@ def _cache_dir(config: ServerConfig) -> Path:
 
 def _write_config(config: ServerConfig, run_dir: Path) -> None:
     """Keep the settings as used; a model's relative path would mean nothing from elsewhere."""
-    directory = Path(config.model.model_name_or_path)
-    if directory.is_dir():
-        model = config.model.model_copy(update={"model_name_or_path": str(directory.resolve())})
+    path = Path(config.model.model_name_or_path)
+    if path.exists():
+        model = config.model.model_copy(update={"model_name_or_path": str(path.resolve())})
         config = config.model_copy(update={"model": model})
     (run_dir / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
 
@@ -354,8 +359,7 @@ def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any
 def _export(config: ServerConfig, model: _Model, run_dir: Path) -> Path | None:
     if not config.server.export_model:
         return None
-    trained = TensorFile(run_dir / TRAINED_FILE)
-    return write_model(model.cut, model.weights, trained, model.directory, run_dir / "model")
+    return export_model(model.cut, model.weights, model.directory, config, run_dir, run_dir / "model")
 
 
 def _report(run_dir: Path, console: Console, *, as_json: bool) -> None:

@@ -177,9 +177,12 @@ class Server:
         self._decide(self._rounds.resumed([member.client_id for member in self._members], now_s), now_s)
 
     def _add(self, client_id: str) -> Member:
-        member = Member(client_id=client_id, session=ServerSession(self.terms))
+        member = self._new_member(client_id)
         self._members.add(member)
         return member
+
+    def _new_member(self, client_id: str) -> Member:
+        return Member(client_id=client_id, session=ServerSession(self.terms))
 
     # what comes in
 
@@ -326,12 +329,7 @@ class Server:
         if code is not None:
             self._refuse(arrived.peer, code, reason)
             return
-        member = self._members.get(hello.client_id)
-        if member is None:
-            member = self._add(hello.client_id)
-            self._jobs.submit(partial(self.engine.ledger.note, "joined", client_id=hello.client_id), _nothing)
-            self._rounds.joined(hello.client_id)
-            self.metrics.emit("client_joined", client_id=hello.client_id)
+        member = self._members.get(hello.client_id) or self._new_member(hello.client_id)
         self._welcome(self._members.connect(member, arrived.peer, arrived.user_id, now_s))
 
     def _objection(self, arrived: Arrived, hello: Hello) -> tuple[Why | None, str]:
@@ -392,9 +390,9 @@ class Server:
 
     def _resume(self, connection: Connection, claim: Resume) -> None:
         """Let a client go on: it is this member from now on, and an older session of it is over."""
-        member = connection.member
         if self._members.with_token(connection.token) is not connection:
             return  # lost while the queue came to it
+        member = connection.member = self._joined(connection.member)
         rival = member.connection
         if rival is not None and rival.number > connection.number:
             self._refuse(connection.peer, Why.SUPERSEDED, "a newer session of this client has begun")
@@ -413,6 +411,17 @@ class Server:
             is_parting=self._rounds.is_parting,
         )
         self._let_go_on(connection, claim, resumed, was_training)
+
+    def _joined(self, newcomer: Member) -> Member:
+        """Take in a client that is new; before it resumes it has only looked, and nobody waits for it."""
+        known = self._members.get(newcomer.client_id)
+        if known is not None:
+            return known
+        self._members.add(newcomer)
+        self._jobs.submit(partial(self.engine.ledger.note, "joined", client_id=newcomer.client_id), _nothing)
+        self._rounds.joined(newcomer.client_id)
+        self.metrics.emit("client_joined", client_id=newcomer.client_id)
+        return newcomer
 
     def _let_go_on(self, connection: Connection, claim: Resume, resumed: Resumed, was_training: bool) -> None:
         member, now_s = connection.member, time.monotonic()

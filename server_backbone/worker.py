@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from server_backbone.placement import DeviceMap, connect_devices
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut, mask_of
 from splitfl.protocol.tensors import digest_of
@@ -43,11 +44,13 @@ class _Slot:
 class Worker:
     """The backbone, its optimizer, and the graphs that wait for their gradients."""
 
-    def __init__(self, cut: Cut, run: RunConfig, device: torch.device) -> None:
-        """Take a cut whose server side is filled."""
+    def __init__(self, cut: Cut, run: RunConfig, device: torch.device, device_map: DeviceMap | None = None) -> None:
+        """Take a cut whose server side is filled, where a device map says if there is one."""
         self._run = run
         self._device = device
         self._backbone = cut.backbone()
+        if device_map is not None:
+            connect_devices(self._backbone, device_map)
         self._trainable = cut.trainable("server")
         self._parameters = list(self._trainable.values())
         self._is_mine = [cut.side_of(name) == "server" for name in cut.trainable()]
@@ -132,7 +135,7 @@ class Worker:
         """Take the optimizer step that a record holds."""
         for name, parameter in self._trainable.items():
             gradient = gradients.get(name)
-            parameter.grad = None if gradient is None else gradient.to(self._device)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
         self._optimizer.step(step, clip_coefficient)
 
     def state(self) -> dict[str, Tensor]:
@@ -186,7 +189,8 @@ class Worker:
         gradients = [gradient for gradient in slot.gradients if gradient is not None]
         if num_members == 1 or not limit or not gradients:
             return 1.0
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])))
+        norms = [torch.linalg.vector_norm(gradient).cpu() for gradient in gradients]  # they may lie on several devices
+        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         return min(1.0, limit / norm) if norm > 0 else 1.0
 
     def _tamed_norms(self, norms: Sequence[float], num_members: int) -> list[float]:

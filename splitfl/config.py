@@ -37,7 +37,8 @@ class ModelSection(Section):
     """Which model is trained and where it is cut."""
 
     model_name_or_path: str = ""
-    """A directory with `config.json`, tokenizer and safetensors, or a Hugging Face hub id. Only the server reads it."""
+    """A directory with `config.json`, tokenizer and safetensors, a .gguf file (converted once), or a Hugging Face hub
+    id. Only the server reads it."""
 
     bottom_layers: int = Field(1, ge=0)
     """Blocks below the first cut, on the client, after the embedding."""
@@ -295,6 +296,10 @@ class ServerSection(Section):
     device: str = "cpu"
     """Where the backbone computes: cpu, cuda, cuda:1, mps, as in torch. Not run on a GPU yet."""
 
+    device_map: Literal["", "auto", "balanced", "balanced_low_0", "sequential"] = ""
+    """How Accelerate spreads the backbone's blocks over this machine's GPUs; empty keeps them on `device`. Not run on a
+    GPU yet."""
+
     num_threads: int = Field(0, ge=0)
     """Threads torch computes with; 0 leaves it to torch."""
 
@@ -317,6 +322,10 @@ class ClientSection(Section):
     enrolment: OptionalPath = None
     """File from the server's operator (`splitfl authorize`): the server's address and public key and this client's
     name; turns encryption and authentication on."""
+
+    model_name_or_path: str = ""
+    """The run's model, if this machine has it or may have it from the hub: a directory or a hub id. Layers that are bit
+    for bit the server's are taken from there; empty means that the server sends them."""
 
     socks_proxy: str = ""
     """SOCKS5 proxy to reach the server through, as HOST:PORT; empty means none."""
@@ -388,10 +397,7 @@ class Config(Section):
     @classmethod
     def load(cls, path: Path | None, overrides: Iterable[str] = ()) -> Self:
         """Read TOML, lay `section.key=value` strings over it; raise `ConfigError` naming the setting and the rule."""
-        tree = {} if path is None else _read_toml(path)
-        for override in overrides:
-            _lay_over(tree, override)
-        return cls.from_tree(tree, source="--set" if path is None else str(path))
+        return cls.from_tree(_read_tree(path, overrides), source="--set" if path is None else str(path))
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any], *, source: str) -> Self:
@@ -488,6 +494,18 @@ def to_toml(config: Config) -> str:
     import tomlkit
 
     return tomlkit.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def role_of(path: Path, overrides: Iterable[str] = ()) -> str:
+    """Tell whose file this is by its sections: "client" if it has `[client]` or `[data]`, else "server"."""
+    return "client" if {"client", "data"} & _read_tree(path, overrides).keys() else "server"
+
+
+def _read_tree(path: Path | None, overrides: Iterable[str]) -> dict[str, Any]:
+    tree = {} if path is None else _read_toml(path)
+    for override in overrides:
+        _lay_over(tree, override)
+    return tree
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

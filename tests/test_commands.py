@@ -96,7 +96,7 @@ class TestServer:
         tiny_config("llama").save_pretrained(tmp_path / "model")
         tiny_tokenizer().save_pretrained(tmp_path / "model")
         code, said = serve(f"model.model_name_or_path={tmp_path}/model", "server.address=inproc://d")
-        assert (code, "lacks safetensors files" in said) == (4, True)
+        assert (code, "lacks model.safetensors; save the model with save_pretrained" in said) == (4, True)
 
     def test_port_in_use(
         self, serve: Callable[..., tuple[int, str]], make_model: Callable[..., Path], tmp_path: Path

@@ -1,23 +1,27 @@
 """The exported directory is an ordinary model: plain transformers gives the logits that the split model gave."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from conftest import Finished, write_text
-from transformers import AutoModelForCausalLM
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitfl.command_line import run_one
 from splitfl.commands.export import Export
 from splitfl.config import RunConfig, ServerConfig
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.source import empty_model, read_config, shards_in, weights_of
+from splitfl.models.export import export_run
+from splitfl.models.source import empty_model, read_config, weights_of
 from splitfl.models.trainable import choose_trainable
 
 # Loads and runs the model where splitfl cannot be imported.
@@ -43,7 +47,9 @@ def split_logits(model: Path, run_dir: Path, ids_BS: torch.Tensor) -> torch.Tens
         top_layers=run.model.top_layers,
     )
     choose_trainable(cut, run)
-    weights = weights_of(shards_in(model), cut, seed=run.seed, later=TensorFile(run_dir / "trained.safetensors"))
+    weights = weights_of(
+        model.glob("*.safetensors"), cut, seed=run.seed, later=TensorFile(run_dir / "trained.safetensors")
+    )
     for side in ("client", "server"):
         cut.fill(side, weights.read, torch.device("cpu"))
     with torch.no_grad():
@@ -97,7 +103,7 @@ def test_export_again_gives_the_same_files_and_needs_no_splitfl(
     again = tmp_path / "again"
     capsys.readouterr()
     assert run_one("export", Export(), [str(finished.run_dir), str(again), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"model_dir": str(again)}
+    assert json.loads(capsys.readouterr().out) == {"model_dir": str(again), "format": "merged"}
     first = finished.run_dir / "model"
     assert {path.name for path in first.iterdir()} == {path.name for path in again.iterdir()}
     assert all(path.read_bytes() == (again / path.name).read_bytes() for path in first.iterdir())
@@ -105,3 +111,96 @@ def test_export_again_gives_the_same_files_and_needs_no_splitfl(
     assert "exists and is not empty" in capsys.readouterr().err
     plain = subprocess.run([sys.executable, "-c", PLAIN, str(again)], capture_output=True, text=True, check=False)
     assert plain.stdout == "(1, 6)", plain.stderr
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", 0), ("llama", 1), ("gpt2", 1), ("qwen2", 0), ("mixtral", 1)])
+def test_the_adapter_on_its_base_gives_the_split_logits(
+    family: str, layers: int, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+) -> None:
+    model = make_model(family)
+    finished = federate(
+        {
+            "model": {"model_name_or_path": str(model)},
+            "train": {"backbone_layers": layers},
+            "optimizer": {"learning_rate": 1e-2},
+            "federation": {"num_rounds": 1, "local_steps": 2},
+            "server": {"export_model": False},
+        },
+        {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},
+    )
+    assert finished.errors == {}
+    output = tmp_path / "adapter"
+    assert run_one("export", Export(), [str(finished.run_dir), str(output), "--format", "adapter"]) == 0
+    assert not (output / "config.json").exists()
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    ids_BS = torch.randint(3, 250, (2, 11))
+    with torch.no_grad():
+        before = base(input_ids=ids_BS, use_cache=False).logits
+        theirs = PeftModel.from_pretrained(base, output).eval()(input_ids=ids_BS, use_cache=False).logits
+    if family == "mixtral":
+        (model,) = (tmp_path / "cache" / "rewritten").iterdir()
+    assert torch.equal(theirs, split_logits(model, finished.run_dir, ids_BS))
+    assert (theirs - before).abs().max() > 1e-3
+    assert AutoTokenizer.from_pretrained(output)("abc")["input_ids"]
+
+
+def test_an_adapter_directory_holds_adapters_only(
+    make_model: Callable[..., Path],
+    federate: Callable[..., Finished],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    finished = federate(
+        {
+            "model": {"model_name_or_path": str(make_model())},
+            "train": {"norm_head": True},
+            "federation": {"num_rounds": 1, "local_steps": 1},
+        },
+        {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},
+    )
+    assert finished.errors == {}
+    capsys.readouterr()
+    assert run_one("export", Export(), [str(finished.run_dir), str(tmp_path / "out"), "--format", "adapter"]) == 2
+    said = capsys.readouterr().err
+    assert "2 tensors that are no adapters (model.norm.weight is the first)" in said
+    assert "export with --format merged" in said
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+@pytest.mark.parametrize("format_", ["merged", "adapter"])
+def test_the_card_says_how_it_was_trained_and_nothing_of_the_text(
+    format_: Literal["merged", "adapter"],
+    make_model: Callable[..., Path],
+    federate: Callable[..., Finished],
+    tmp_path: Path,
+) -> None:
+    secret = write_text(tmp_path / "planted-folder" / "planted-name.txt", num_lines=20, seed=1)
+    finished = federate(
+        {
+            "model": {"model_name_or_path": str(make_model(name="planted-path") / ".." / "planted-path")},
+            "lora": {"r": 3},
+            "federation": {"num_rounds": 2, "local_steps": 3, "server_mode": "sequential"},
+            "server": {"export_model": False},
+        },
+        {"planted-clinic": {"path": secret, "also_evaluate": {"planted-also": secret}}},
+    )
+    assert finished.errors == {}
+    folder = export_run(finished.run_dir, tmp_path / "out", format_)
+    card = ModelCard.load(folder / "README.md")
+    told = card.data.to_dict()
+    assert told["library_name"] == {"merged": "transformers", "adapter": "peft"}[format_]
+    assert told["license"] == "unknown"
+    assert "base_model" not in told  # a folder here; on the hub it would be the id
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", card.text, flags=re.MULTILINE))
+    report = json.loads((finished.run_dir / "report.json").read_text())
+    assert rows["base model"] == "planted-path"
+    assert rows["rounds merged"] == "2 of 2"
+    assert rows["commits"] == str(report["steps"]) == "6"
+    assert rows["clients"] == "1"
+    assert rows["server mode"] == "sequential"
+    assert rows["lora.r"] == "3"
+    assert rows["mean held-out loss after"] == f"{report['eval_loss_after']:.4f} nats a token"
+    assert f"torch {torch.__version__}" in rows["versions"]
+    lines = secret.read_text().splitlines()
+    for planted in ("planted-folder", "planted-name", "planted-clinic", "planted-also", str(tmp_path), *lines):
+        assert planted not in card.content

@@ -6,8 +6,9 @@ The segments share the parameters of the model they were cut from. That model ma
 Shapes: B micro-batch, S sequence, D hidden width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -177,8 +178,14 @@ class Cut:
             if parameter.requires_grad and side in (None, self.side_of(name))
         }
 
-    def fill(self, side: Side, read: Callable[[Sequence[str], Tensor], None], device: torch.device) -> None:
-        """Give one side's parameters and buffers memory on `device` and values.
+    def fill(
+        self,
+        side: Side,
+        read: Callable[[Sequence[str], Tensor], None],
+        device: torch.device,
+        elsewhere: Mapping[nn.Module, torch.device] = MappingProxyType({}),
+    ) -> None:
+        """Give one side's parameters and buffers memory and values, on `device` unless their module is `elsewhere`.
 
         `read` gets all names of a tensor and the memory to write its values into. Buffers that no checkpoint holds
         (rotary frequencies, causal masks) are computed as transformers does after loading through an empty model.
@@ -187,15 +194,16 @@ class Cut:
         names = self._all_names()
         filled: dict[nn.Parameter, nn.Parameter] = {}
         for module in (*_modules(segments), *self._way_to_blocks()):
+            place = elsewhere.get(module, device)
             for key, parameter in module._parameters.items():
                 if parameter is None or not parameter.is_meta:
                     continue
                 if parameter not in filled:  # a tied one comes by twice and stays one
-                    filled[parameter] = _with_memory(parameter, device)
+                    filled[parameter] = _with_memory(parameter, place)
                     read(names[parameter], filled[parameter].data)
                 module._parameters[key] = filled[parameter]
             held = {key: names[buffer] for key, buffer in module._buffers.items() if buffer in names}
-            self._compute_buffers(module, device)
+            self._compute_buffers(module, place)
             for key, known_as in held.items():
                 read(known_as, module._buffers[key])  # type: ignore[arg-type]
 

@@ -1,11 +1,12 @@
-"""From a run's folder to an ordinary Hugging Face directory: trained tensors in their places, adapters merged in.
+"""From a run's folder to an ordinary Hugging Face directory: the model with adapters merged in, or a PEFT adapter.
 
 One tensor is in memory at a time, so a machine that could not hold the model can still write it.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,24 +16,25 @@ from torch import Tensor
 from splitfl.config import ServerConfig, default_cache_dir
 from splitfl.errors import ConfigError, ModelError
 from splitfl.models import checkpoint
+from splitfl.models.adapter import write_adapter
+from splitfl.models.card import CARD_FILE, Format, card_of
 from splitfl.models.checkpoint import Piece, TensorFile
 from splitfl.models.cut import Cut
-from splitfl.models.source import (
-    DESCRIPTION_FILES,
-    Weights,
-    empty_cut,
-    locate,
-    server_weights,
-)
+from splitfl.models.origin import DESCRIPTION_FILES, locate
+from splitfl.models.source import Weights, empty_cut, server_weights
 from splitfl.models.trainable import checkpoint_name, is_adapter
+from splitfl.telemetry.metrics import read_events
+from splitfl.telemetry.report import build_report
 
 CONFIG_FILE = "config.toml"
 TRAINED_FILE = "trained.safetensors"
+# What would make a folder of adapters look like a model.
+_OF_A_WHOLE_MODEL = {"config.json", "generation_config.json"}
 _SHARD_BYTES = 5_000_000_000  # as large as the hub likes a file
 
 
-def export_run(run_dir: Path, output_dir: Path) -> Path:
-    """Write the model that a run has trained so far; `output_dir` appears whole or not at all."""
+def export_run(run_dir: Path, output_dir: Path, format_: Format = "merged") -> Path:
+    """Write what a run has trained so far; `output_dir` appears whole or not at all."""
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(f"{run_dir}: not a run's folder: it has no {CONFIG_FILE}")
     if not (run_dir / TRAINED_FILE).is_file():
@@ -40,30 +42,50 @@ def export_run(run_dir: Path, output_dir: Path) -> Path:
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ConfigError(f"{output_dir} exists and is not empty: name another folder, or remove it first")
     config = ServerConfig.load(run_dir / CONFIG_FILE)
-    directory = locate(config.model.model_name_or_path)
-    cut, _ = empty_cut(directory, config)
     cache_dir = config.server.cache_dir or default_cache_dir()
-    weights = server_weights(directory, cut, seed=config.seed, cache_dir=cache_dir)
-    return write_model(cut, weights, TensorFile(run_dir / TRAINED_FILE), directory, output_dir)
+    origin = locate(config.model.model_name_or_path, cache_dir)
+    cut, _ = empty_cut(origin.directory, config)
+    trained = TensorFile(run_dir / TRAINED_FILE)
+    if format_ == "adapter":
+        described = set(DESCRIPTION_FILES) - _OF_A_WHOLE_MODEL
+        with _appearing(output_dir, origin.directory, described, _card(run_dir, config, "adapter")) as folder:
+            write_adapter(cut, config, trained, folder)
+        return output_dir
+    weights = server_weights(origin, cut, seed=config.seed, cache_dir=cache_dir)
+    return export_model(cut, weights, origin.directory, config, run_dir, output_dir)
 
 
-def write_model(cut: Cut, weights: Weights, trained: Mapping[str, Tensor], directory: Path, output_dir: Path) -> Path:
-    """Write config, tokenizer and weights: what `AutoModelForCausalLM.from_pretrained` loads."""
+def export_model(
+    cut: Cut, weights: Weights, directory: Path, config: ServerConfig, run_dir: Path, output_dir: Path
+) -> Path:
+    """Write config, tokenizer, model card and weights: what `AutoModelForCausalLM.from_pretrained` loads."""
+    with _appearing(output_dir, directory, DESCRIPTION_FILES, _card(run_dir, config, "merged")) as folder:
+        _name_dtype(folder / "config.json", cut.whole.dtype)
+        _write_weights(_pieces(cut, weights, TensorFile(run_dir / TRAINED_FILE)), folder)
+    return output_dir
+
+
+def _card(run_dir: Path, config: ServerConfig, format_: Format) -> str:
+    return card_of(config, build_report(read_events(run_dir / "metrics.jsonl")), format_)
+
+
+@contextmanager
+def _appearing(output_dir: Path, directory: Path, described: Iterable[str], card: str) -> Iterator[Path]:
+    """Give a folder with these of the model's files and a card; it becomes `output_dir` if nothing goes wrong."""
     half_done = output_dir.with_name(f".{output_dir.name}.partial")
     shutil.rmtree(half_done, ignore_errors=True)
     half_done.mkdir(parents=True)
     try:
-        for name in DESCRIPTION_FILES:
+        for name in described:
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, half_done / name)
-        _name_dtype(half_done / "config.json", cut.whole.dtype)
-        _write_weights(_pieces(cut, weights, trained), half_done)
+        (half_done / CARD_FILE).write_text(card, encoding="utf-8")
+        yield half_done
         if output_dir.exists():
             output_dir.rmdir()
         half_done.replace(output_dir)
     finally:
         shutil.rmtree(half_done, ignore_errors=True)
-    return output_dir
 
 
 def _pieces(cut: Cut, weights: Weights, trained: Mapping[str, Tensor]) -> dict[str, Piece]:

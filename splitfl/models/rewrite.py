@@ -29,7 +29,11 @@ def _convert(source: Path, destination: Path, gguf_file: str | None) -> None:
 
     from splitfl.models import checkpoint
 
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype="auto")
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=gguf_file, dtype="auto", output_loading_info=True
+    )
+    if found["missing_keys"]:  # transformers would go on with random values
+        sys.exit(f"it has no tensor {min(found['missing_keys'])} ({len(found['missing_keys'])} missing in all)")
     half_done = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     half_done.mkdir(parents=True)
     try:

@@ -1,11 +1,12 @@
-"""Where a model comes from: a directory or hub id on the server, files from the welcome on a client.
+"""Models built empty, and the weights they are filled with: from a checkpoint, or from files of the welcome.
 
 Classes come from the installed transformers only; code that a checkpoint brings along is refused.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,44 +20,13 @@ from splitfl.models import checkpoint
 from splitfl.models.checkpoint import Entry
 from splitfl.models.cut import Cut, Side
 from splitfl.models.locks import TORCH_IS_PATCHED
+from splitfl.models.origin import INDEX_FILE, SINGLE_FILE, Origin
 from splitfl.models.rewrite import rewrite
 from splitfl.models.trainable import checkpoint_name, choose_trainable, first_adapter_values, is_adapter
 
-# What a client gets besides weights, if the model's directory has it. The names are fixed: a peer never chooses a path.
-DESCRIPTION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 # The weights themselves, as the server offers them and a client asks for them.
 WEIGHTS_FILE = "client.safetensors"
 ADAPTERS_FILE = "adapters.safetensors"
-
-
-def locate(model_name_or_path: str) -> Path:
-    """Return a directory with the model's files, downloading from the hub what is named by an id."""
-    path = Path(model_name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"{path} is a file: model_name_or_path names a directory or a hub id")
-    if model_name_or_path.count("/") != 1 or model_name_or_path.startswith((".", "/", "~")):
-        raise ModelError(f"{model_name_or_path}: no such directory (and not a hub id, which is written OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model_name_or_path, allow_patterns=[*DESCRIPTION_FILES, "*.safetensors*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{model_name_or_path}: no such directory, and not to be had from the hub: {reason}") from None
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -119,13 +89,18 @@ class Weights:
         self._seed = seed
         self._later = later
 
+    def has(self, names: Sequence[str]) -> bool:
+        """Tell whether a tensor is there under any of its names, without opening the file that holds it."""
+        return self._known_as(names) is not None
+
     def find(self, names: Sequence[str]) -> Entry | None:
         """Return where a tensor lies under any of its names."""
-        for name in map(checkpoint_name, names):
-            for known_as in (name, name.removeprefix(self._prefix)):
-                if known_as in self._entries:
-                    return self._entries[known_as]
-        return None
+        known_as = self._known_as(names)
+        return None if known_as is None else self._entries[known_as]
+
+    def _known_as(self, names: Sequence[str]) -> str | None:
+        spellings = [(name, name.removeprefix(self._prefix)) for name in map(checkpoint_name, names)]
+        return next((name for name in itertools.chain(*spellings) if name in self._entries), None)
 
     def read(self, names: Sequence[str], values: Tensor) -> None:
         """Fill `values`; raise `ModelError` when the checkpoint has no such tensor."""
@@ -147,41 +122,83 @@ def weights_of(paths: Iterable[Path], cut: Cut, *, seed: int, later: Mapping[str
     return Weights(entries, prefix=cut.anatomy.base_prefix(), seed=seed, later=later or {})
 
 
-def shards_in(directory: Path) -> list[Path]:
-    """Return a directory's safetensors files, those its index names or all."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
+class Shards(Mapping[str, Entry]):
+    """A checkpoint's tensors by name; a file is opened, and had from the hub, when one of its tensors is asked for."""
+
+    def __init__(self, origin: Origin) -> None:
+        """Read the index, or the headers where there is none; raise `ModelError` for a directory without weights."""
+        self._origin = origin
+        self._opened: dict[str, dict[str, Entry]] = {}
+        self._file_of = self._indexed() if (origin.directory / INDEX_FILE).exists() else self._opened_all()
+
+    def all_files(self) -> list[Path]:
+        """Have all files here and return them; raise `ModelError` for one that is not to be had."""
+        return [self._origin.file(name) for name in sorted(set(self._file_of.values()))]
+
+    def __getitem__(self, name: str) -> Entry:
+        file = self._file_of[name]
+        if name not in self._open(file):
+            raise ModelError(f"{self._origin.directory / file}: has no tensor {name}, which {INDEX_FILE} says it has")
+        return self._open(file)[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of  # what a mapping does by itself would open the file
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def _open(self, file: str) -> dict[str, Entry]:
+        if file not in self._opened:
+            self._opened[file] = checkpoint.entries_of(self._origin.file(file))
+        return self._opened[file]
+
+    def _indexed(self) -> dict[str, str]:
+        index = self._origin.directory / INDEX_FILE
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ModelError(f"{index}: not an index of safetensors files") from None
-        shards = [directory / name for name in names if Path(name).name == name]
-    else:
-        shards = sorted(directory.glob("*.safetensors"))
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if not shards or missing:
-        lacks = ", ".join(missing) or "safetensors files"
-        raise ModelError(f"{directory}: lacks {lacks}; save the model with save_pretrained to get them")
-    return shards
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            is_beside_it = all(Path(file).name == file for file in weight_map.values())
+        except (ValueError, KeyError, TypeError):
+            is_beside_it = False
+        if not is_beside_it:
+            raise ModelError(f"{index}: not an index of safetensors files beside it")
+        return weight_map
+
+    def _opened_all(self) -> dict[str, str]:
+        files = sorted(path.name for path in self._origin.directory.glob("*.safetensors")) or [SINGLE_FILE]
+        return {name: file for file in files for name in self._open(file)}
 
 
-def server_weights(directory: Path, cut: Cut, *, seed: int, cache_dir: Path) -> Weights:
-    """Open the checkpoint in a directory, rewriting it once if its tensors are not those of the model's modules.
+def weights_in(origin: Origin, cut: Cut, *, seed: int) -> Weights:
+    """Open a checkpoint as the weights of a model: only files that hold what is read are opened."""
+    return Weights(Shards(origin), prefix=cut.anatomy.base_prefix(), seed=seed, later={})
+
+
+def lacking(weights: Weights, cut: Cut, *sides: Side) -> list[str]:
+    """Name the tensors of these sides that the weights do not have."""
+    wanted = [names for side in sides for names, _ in cut.tensors_of(side).values()]
+    return [names[0] for names in wanted if not is_adapter(names[0]) and not weights.has(names)]
+
+
+def server_weights(origin: Origin, cut: Cut, *, seed: int, cache_dir: Path) -> Weights:
+    """Open a checkpoint on the server, rewriting it once if its tensors are not those of the model's modules.
 
     Some families (mixtures of experts) are stored otherwise than they are computed; only transformers' own loading
     knows how, and it needs the whole model in memory, so a process of its own does it.
     """
-    weights = weights_of(shards_in(directory), cut, seed=seed)
-    wanted = [names for side in ("client", "server") for names, _ in cut.tensors_of(side).values()]
-    lacking = [names[0] for names in wanted if not is_adapter(names[0]) and weights.find(names) is None]
-    if not lacking:
+    weights = weights_in(origin, cut, seed=seed)
+    if not origin.hub_id:  # what the clients get is needed as well: better to miss a file now than after the backbone
+        Shards(origin).all_files()
+    if not lacking(weights, cut, "client", "server"):
         return weights
-    rewritten = cache_dir / "rewritten" / _identity(directory)
-    if not (rewritten / "model.safetensors").exists():
-        rewrite(directory, rewritten)
-    weights = weights_of(shards_in(rewritten), cut, seed=seed)
-    if lacking := [names[0] for names in wanted if not is_adapter(names[0]) and weights.find(names) is None]:
-        raise ModelError(f"{directory}: has no tensor {lacking[0]} ({len(lacking)} missing in all)")
+    rewritten = cache_dir / "rewritten" / _identity(origin)
+    if not (rewritten / SINGLE_FILE).exists():
+        rewrite(origin.directory, rewritten)
+    weights = weights_in(Origin(directory=rewritten), cut, seed=seed)
+    if missing := lacking(weights, cut, "client", "server"):
+        raise ModelError(f"{origin.directory}: has no tensor {missing[0]} ({len(missing)} missing in all)")
     return weights
 
 
@@ -199,7 +216,8 @@ def write_part(path: Path, cut: Cut, side: Side, weights: Weights) -> str:
     return checkpoint.write(path, pieces)
 
 
-def _identity(directory: Path) -> str:
-    """Name a directory's weights by path, sizes and times, to know a rewritten copy again."""
-    marks = [f"{shard.name} {shard.stat().st_size} {shard.stat().st_mtime_ns}" for shard in shards_in(directory)]
-    return hashlib.sha256("\n".join([str(directory.resolve()), *marks]).encode()).hexdigest()[:32]
+def _identity(origin: Origin) -> str:
+    """Name a checkpoint by its files' path, sizes and times, to know a rewritten copy again; all are had for it."""
+    files = Shards(origin).all_files()
+    marks = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return hashlib.sha256("\n".join([str(origin.directory.resolve()), *marks]).encode()).hexdigest()[:32]

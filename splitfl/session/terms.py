@@ -27,9 +27,14 @@ class Terms:
     layer_dtypes: tuple[str, ...]
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of one activation."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
     def activation_bytes(self) -> int:
         """Bytes of the largest micro-batch's activations."""
-        return self.max_batch_size * self.max_seq_length * self.hidden_size * DTYPE_BYTES[self.dtype]
+        return self.max_batch_size * self.max_seq_length * self.hidden_size * self.element_bytes
 
     @property
     def layers_bytes(self) -> int:

@@ -29,7 +29,8 @@ from splitfl.models.checkpoint import (
     write,
 )
 from splitfl.models.cut import Cut
-from splitfl.models.source import empty_model, read_config, shards_in, weights_of
+from splitfl.models.origin import Origin
+from splitfl.models.source import Shards, empty_model, lacking, read_config, server_weights, weights_in
 
 
 def tensors() -> dict[str, Tensor]:
@@ -228,6 +229,10 @@ class TestBroken:
         assert refused > 200
 
 
+def files_of(directory: Path) -> list[Path]:
+    return Shards(Origin(directory=directory)).all_files()
+
+
 class TestShards:
     @pytest.fixture
     def whole(self, make_model: Callable[..., Path]) -> Path:
@@ -235,7 +240,7 @@ class TestShards:
 
     def read_all(self, directory: Path) -> dict[str, Tensor]:
         cut = Cut.of(empty_model(read_config(directory), ModelSection()), bottom_layers=1, top_layers=1)
-        weights = weights_of(shards_in(directory), cut, seed=0)
+        weights = weights_in(Origin(directory=directory), cut, seed=0)
         found = {}
         for side in ("client", "server"):
             for name, (names, empty) in cut.tensors_of(side).items():
@@ -246,8 +251,8 @@ class TestShards:
     def test_by_name_from_one_file_and_from_shards(self, whole: Path, tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(whole)
         model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
-        assert len(shards_in(whole)) == 1
-        assert len(shards_in(tmp_path / "sharded")) > 2
+        assert len(files_of(whole)) == 1
+        assert len(files_of(tmp_path / "sharded")) > 2
         wanted = {name: parameter.detach() for name, parameter in model.named_parameters()}
         assert is_same(self.read_all(whole), wanted)
         assert is_same(self.read_all(tmp_path / "sharded"), wanted)
@@ -269,23 +274,52 @@ class TestShards:
     def test_a_shard_that_is_missing_is_named(self, whole: Path) -> None:
         index = {"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors"}}
         (whole / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ModelError, match=r"lacks model-1\.safetensors, model-2\.safetensors"):
-            shards_in(whole)
+        with pytest.raises(ModelError, match=r"lacks model-1\.safetensors; save the model with save_pretrained"):
+            files_of(whole)
 
     @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"x": ["y"]}}'])
     def test_an_index_that_is_none(self, whole: Path, index: str) -> None:
         (whole / "model.safetensors.index.json").write_text(index)
-        with pytest.raises(ModelError, match="not an index of safetensors files"):
-            shards_in(whole)
+        with pytest.raises(ModelError, match="not an index of safetensors files beside it"):
+            files_of(whole)
 
     def test_an_index_names_files_beside_it_only(self, whole: Path) -> None:
         outside = {"weight_map": {"x": "../secret.safetensors"}}
         (whole / "model.safetensors.index.json").write_text(json.dumps(outside))
         (whole.parent / "secret.safetensors").write_bytes(b"")
-        with pytest.raises(ModelError, match="lacks"):
-            shards_in(whole)
+        with pytest.raises(ModelError, match="not an index of safetensors files beside it"):
+            files_of(whole)
 
     def test_a_folder_without_weights(self, whole: Path) -> None:
         (whole / "model.safetensors").unlink()
-        with pytest.raises(ModelError, match="lacks safetensors files; save the model with save_pretrained"):
-            shards_in(whole)
+        with pytest.raises(ModelError, match=r"lacks model\.safetensors; save the model with save_pretrained"):
+            files_of(whole)
+
+    def test_a_shard_without_a_tensor_that_the_index_says_it_has(self, whole: Path) -> None:
+        index = {"weight_map": dict.fromkeys(load_file(whole / "model.safetensors"), "model.safetensors")}
+        index["weight_map"]["lost"] = "model.safetensors"
+        (whole / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ModelError, match=r"has no tensor lost, which model\.safetensors\.index\.json says it has"):
+            Shards(Origin(directory=whole))["lost"]
+
+    def test_a_part_opens_no_file_of_the_other_side(self, whole: Path, tmp_path: Path) -> None:
+        sharded = tmp_path / "sharded"
+        AutoModelForCausalLM.from_pretrained(whole).save_pretrained(sharded, max_shard_size="40KB")
+        where = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+        cut = Cut.of(empty_model(read_config(sharded), ModelSection()), bottom_layers=1, top_layers=1)
+        files = {side: {where[names[0]] for names, _ in cut.tensors_of(side).values()} for side in ("client", "server")}
+        for side, other in (("client", "server"), ("server", "client")):
+            part = tmp_path / side
+            part.mkdir()
+            (part / "model.safetensors.index.json").symlink_to(sharded / "model.safetensors.index.json")
+            for file in files[side]:
+                (part / file).symlink_to(sharded / file)
+            assert files[other] - files[side]
+            weights = weights_in(Origin(directory=part), cut, seed=0)
+            assert lacking(weights, cut, "client", "server") == []  # the index knows them all
+            for names, empty in cut.tensors_of(side).values():
+                values = torch.empty(empty.shape)
+                weights.read(names, values)
+                assert torch.equal(values, load_file(sharded / where[names[0]])[names[0]])
+            with pytest.raises(ModelError, match="lacks model-"):
+                server_weights(Origin(directory=part), cut, seed=0, cache_dir=tmp_path)

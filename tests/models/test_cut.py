@@ -14,6 +14,7 @@ import splitfl
 from splitfl.config import ModelSection
 from splitfl.errors import ModelError
 from splitfl.models.cut import Cut, mask_of
+from splitfl.models.origin import Origin
 from splitfl.models.source import empty_model, read_config, server_weights
 
 FAMILIES = ("llama", "gpt2", "opt", "gemma2", "qwen3", "phi3", "gpt_neox", "mixtral")
@@ -202,7 +203,7 @@ def filled(directory: Path, tmp_path: Path, side: str, *, ends: tuple[int, int] 
     """Cut an empty model and read one side's tensors from the checkpoint."""
     model = empty_model(read_config(directory), ModelSection(model_name_or_path=str(directory)))
     cut = Cut.of(model, bottom_layers=ends[0], top_layers=ends[1])
-    weights = server_weights(directory, cut, seed=0, cache_dir=tmp_path / "cache")
+    weights = server_weights(Origin(directory=directory), cut, seed=0, cache_dir=tmp_path / "cache")
     cut.fill(side, weights.read, torch.device("cpu"))  # type: ignore[arg-type]
     return cut
 

@@ -1,0 +1,79 @@
+"""What `splitfl check` says of a client: it reads the data, asks the server for the run's settings, and goes again.
+
+A client becomes part of a run when it resumes; one that leaves before that has only looked, and nobody waits for it.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from client_edge.link import Link
+from client_edge.run import check_files, describe, fetch_description, read_text
+from splitfl.config import ClientConfig, RunConfig
+from splitfl.models.source import WEIGHTS_FILE, empty_cut
+from splitfl.telemetry.findings import Finding
+from splitfl.telemetry.units import format_bytes
+from splitfl.training.device import open_device
+from splitfl.training.forecast import Part, memory_of, sight_of, steps_of, wire_of
+from splitfl.training.terms import terms_of
+
+
+def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
+    """Look at all that a client needs: its own files first, then what only the server can tell."""
+    config = ClientConfig.load(path, overrides)
+    open_device(config.client.device, "client.device")
+    yield Finding(topic="config", sentences=(f"{path} is a client's: {config.client.client_id}.",))
+    check_files(config)
+    yield Finding(topic="files", sentences=(f"{config.data.path} can be read, and so can the held-out files.",))
+    link = Link(config.client)
+    link.leaving = "has only looked (splitfl check)"
+    try:
+        yield _server(link)
+        with tempfile.TemporaryDirectory() as folder:
+            directory = fetch_description(link, config, Path(folder))
+            yield _data(config, link.run, directory)
+            cut, _ = empty_cut(directory, link.run)
+    finally:
+        link.close()
+    yield steps_of(link.run)
+    yield wire_of(link.run, terms_of(link.run, cut))
+    yield memory_of(Part.of(cut, "client", link.run.optimizer), "This client holds", topic="memory")
+    yield sight_of(link.run)
+
+
+def _server(link: Link) -> Finding:
+    welcome = link.welcome
+    layers = welcome.file_sizes[welcome.file_names.index(WEIGHTS_FILE)]
+    encrypted = "encrypted" if link.is_encrypted else "not encrypted, on this machine alone"
+    return Finding(
+        topic="server",
+        sentences=(
+            f"{link.address} answers ({encrypted}): run {welcome.run_id}, model"
+            f" {link.run.model.model_name_or_path}, {link.run.federation.server_mode}.",
+            f"The layers that a client holds are {format_bytes(layers)}, fetched once.",
+        ),
+        numbers={"run_id": welcome.run_id, "address": link.address, "bytes_of_layers": layers},
+    )
+
+
+def _data(config: ClientConfig, run: RunConfig, directory: Path) -> Finding:
+    text = read_text(config, run, directory)
+    num_tokens = sum(len(example.input_ids) for example in text.train.examples)
+    steps = run.total_steps
+    batch = run.federation.per_device_train_batch_size * run.federation.gradient_accumulation_steps
+    return Finding(
+        topic="data",
+        sentences=(
+            f"{describe(text, run)}.",
+            f"{num_tokens:,} tokens in the training examples; {steps} steps of {batch} examples go through them"
+            f" {steps * batch / len(text.train):.2f} times.",
+        ),
+        numbers={
+            "examples": len(text.train),
+            "held_out": len(text.held_out) if text.held_out is not None else 0,
+            "truncated": text.train.num_truncated,
+            "dropped": text.train.num_dropped,
+            "tokens": num_tokens,
+            "epochs": steps * batch / len(text.train),
+        },
+    )

@@ -1,0 +1,117 @@
+"""What `splitfl check` says of a server: it binds the address, reads keys and model, and lets go of them again."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from server_backbone.serve import listen, security_of
+from splitfl.config import ServerConfig, default_cache_dir
+from splitfl.errors import StorageError
+from splitfl.models.cut import Cut
+from splitfl.models.origin import locate
+from splitfl.models.source import empty_cut, lacking, weights_in
+from splitfl.session.limits import limits_of
+from splitfl.session.terms import Terms
+from splitfl.telemetry.findings import Finding
+from splitfl.telemetry.units import format_bytes
+from splitfl.training.device import open_device
+from splitfl.training.forecast import Part, memory_of, sight_of, steps_of, wire_of
+from splitfl.training.terms import terms_of
+from splitfl.transport.security import ServerSecurity
+
+
+def check_server(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
+    """Look at all that a server needs, what is quick to look at first."""
+    config = ServerConfig.load(path, overrides)
+    open_device(config.server.device, "server.device")
+    yield Finding(topic="config", sentences=(f"{path} is a server's, for {config.model.model_name_or_path}.",))
+    security = security_of(config)
+    yield _keys(security)
+    yield _address(config, security)
+    cut, model = _model(config)
+    yield model
+    terms = terms_of(config, cut)
+    backbone, client = (Part.of(cut, side, config.optimizer) for side in ("server", "client"))
+    yield steps_of(config)
+    yield wire_of(config, terms)
+    yield memory_of(backbone, "The backbone has", topic="memory")
+    yield memory_of(client, "Each client holds", topic="clients")
+    yield _limits(config, terms)
+    yield _disk(config, backbone, client)
+    yield sight_of(config)
+
+
+def _keys(security: ServerSecurity | None) -> Finding:
+    if security is None:
+        said = (
+            "No keys: whoever reaches the address is let in, and nothing is encrypted. Only this machine can reach it."
+        )
+        return Finding(topic="keys", sentences=(said,), numbers={"encrypted": False, "authorized": []})
+    names = sorted(security.allow_list.keys())
+    who = f"Let in: {', '.join(names)}." if names else "Nobody is let in yet: run `splitfl authorize` for each client."
+    sentences = ("Encryption and authentication are on.", who)
+    return Finding(topic="keys", sentences=sentences, numbers={"encrypted": True, "authorized": names})
+
+
+def _address(config: ServerConfig, security: ServerSecurity | None) -> Finding:
+    with listen(config, security) as listener:
+        listener.self_test()
+    return Finding(
+        topic="address",
+        sentences=(f"{config.server.address} is free and can be listened at.",),
+        numbers={"address": config.server.address},
+    )
+
+
+def _model(config: ServerConfig) -> tuple[Cut, Finding]:
+    origin = locate(config.model.model_name_or_path, config.server.cache_dir or default_cache_dir())
+    cut, notes = empty_cut(origin.directory, config)
+    middle = cut.layers_of("backbone")
+    sentences = [
+        f"A {cut.whole.config.model_type} of {cut.anatomy.num_blocks} blocks: {config.model.bottom_layers} below and"
+        f" {config.model.top_layers} above on each client, {len(middle)} here.",
+        *(f"Note: {note}." for note in notes),
+    ]
+    if lacking(weights_in(origin, cut, seed=config.seed), cut, "client", "server"):
+        sentences.append(
+            "Its checkpoint is stored otherwise than it is computed: the server converts it once, which takes memory"
+            " for the whole model."
+        )
+    numbers = {"blocks": cut.anatomy.num_blocks, "server_blocks": len(middle)}
+    return cut, Finding(topic="model", sentences=tuple(sentences), numbers=numbers)
+
+
+def _limits(config: ServerConfig, terms: Terms) -> Finding:
+    limits = limits_of(terms, frame_bytes=config.link.frame_bytes, clients=config.server.max_clients)
+    return Finding(
+        topic="limits",
+        sentences=(
+            f"At most {limits.clients} clients at once; each may have the server hold"
+            f" {format_bytes(limits.bytes_per_client)} of messages and {limits.micro_batches_in_flight} graphs.",
+            f"Round 1 opens when {config.federation.min_available_clients} are ready.",
+        ),
+        numbers=limits.announced(),
+    )
+
+
+def _disk(config: ServerConfig, backbone: Part, client: Part) -> Finding:
+    """Compare what is free with the exported model and the snapshots of all that trains."""
+    exported = (backbone.weight_bytes + client.weight_bytes) * config.server.export_model
+    needed = exported + config.storage.keep_snapshots * (backbone.training_bytes + client.training_bytes)
+    folder = config.server.runs_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"{folder}: {format_bytes(free)} are free and the run's model and snapshots take about"
+            f" {format_bytes(needed)}: make room, or set server.runs_dir to another disk"
+        )
+    return Finding(
+        topic="disk",
+        sentences=(
+            f"The run's model and snapshots take about {format_bytes(needed)}; {format_bytes(free)} are free in"
+            f" {folder}.",
+        ),
+        numbers={"free_bytes": free, "needed_bytes": needed},
+    )

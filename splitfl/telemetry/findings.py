@@ -1,0 +1,20 @@
+"""What `splitfl check` finds: sentences for people, and the numbers in them for machines."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at and is well; what is not is raised as an error instead."""
+
+    topic: str
+    sentences: tuple[str, ...]
+    numbers: Mapping[str, object] = field(default_factory=dict)
+
+
+Check: TypeAlias = Callable[[Path, Sequence[str]], Iterator[Finding]]
+"""What a role registers in the entry-point group `splitfl.checks`: a config file and overrides to findings, in the
+order in which they are made, until all is looked at or a `SplitflError` says what is wrong."""
