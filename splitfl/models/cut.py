@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from splitfl.errors import ModelError
 from splitfl.models.anatomy import Anatomy, anatomy_of, base_of, config_for, view_of
+from splitfl.models.far_cache import BackboneCache
 from splitfl.models.stand_in import FarBlocks, StandIn
 
 Side = Literal["client", "server"]
@@ -45,6 +46,27 @@ class Backbone(nn.Module):
         """Return activations BSD; positions count from 0 in each row unless given."""
         return self.base(
             inputs_embeds=hidden_BSD, attention_mask=mask_BS, position_ids=position_ids_BS, use_cache=False
+        ).last_hidden_state
+
+    def new_cache(self) -> BackboneCache:
+        """Return an empty cache for `decode`; raise `ModelError` for a family that keeps more than keys and values."""
+        return BackboneCache(self.base.config.get_text_config())
+
+    def decode(
+        self, cache: BackboneCache, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
+    ) -> Tensor:
+        """Return activations BSD of new positions, behind those in `cache` (see `FarCache.decode`)."""
+        cache.reorder(beams_B)
+        mask_BS, position_ids_BS = cache.grown(hidden_BSD.shape[1], lengths_B)
+        device = hidden_BSD.device
+        # without padding the library counts positions from the cache; some families take none
+        where = {} if position_ids_BS is None else {"position_ids": position_ids_BS.to(device)}
+        return self.base(
+            inputs_embeds=hidden_BSD,
+            attention_mask=None if mask_BS is None else mask_BS.to(device),
+            past_key_values=cache.keys_and_values,
+            use_cache=True,
+            **where,
         ).last_hidden_state
 
 
@@ -125,7 +147,7 @@ class Cut:
     def client_model(self, far: FarBlocks) -> PreTrainedModel:
         """Return a model of the original class whose middle is a stand-in that calls `far`."""
         blocks, bottom, top = self.blocks, self.layers_of("bottom"), self.layers_of("top")
-        stand_in = StandIn(far).train(self.whole.training)
+        stand_in = StandIn(far, self.bottom_layers).train(self.whole.training)
         model = view_of(
             self.whole,
             self.anatomy,
@@ -138,7 +160,6 @@ class Cut:
         if model.generation_config is not None:
             # a view's own copy, so that the whole model's stays as it was
             model.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
-            model.generation_config.use_cache = False
         return model
 
     def side_of(self, name: str) -> Side:
