@@ -8,7 +8,7 @@ Shapes: B micro-batch, S sequence, D hidden width, V vocabulary.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,8 @@ class Backbone(nn.Module):
 
     def new_cache(self) -> BackboneCache:
         """Return an empty cache for `decode`; raise `ModelError` for a family that keeps more than keys and values."""
-        return BackboneCache(self.base.config.get_text_config())
+        config: Any = self.base.config
+        return BackboneCache(config.get_text_config())
 
     def decode(
         self, cache: BackboneCache, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]

@@ -34,7 +34,7 @@ class FarCache(Protocol):
         ...
 
 
-class FarLayer(CacheLayerMixin):
+class FarLayer(CacheLayerMixin):  # type: ignore[misc]
     """An entry without width in a client's cache, for all blocks of the backbone."""
 
     supports_early_init = False
@@ -48,11 +48,12 @@ class FarLayer(CacheLayerMixin):
         self._far = far
         self._length = 0
         self._beams_B: Tensor | None = None
-        weakref.finalize(self, far.end)  # a cache lives as long as the generation that holds it
+        # a cache lives as long as the generation that holds it; at the end of the program the session ends them all
+        weakref.finalize(self, far.end).atexit = False
 
     def decode(self, hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Have the backbone go on with new positions; `mask_BS` is over all positions so far, new ones included."""
-        lengths_B = _lengths_of(hidden_BSD, mask_BS)
+        lengths_B = lengths_of(hidden_BSD, mask_BS)
         beams_B = () if self._beams_B is None else tuple(self._beams_B.tolist())
         got_BSD = self._far.decode(hidden_BSD, lengths_B, beams_B)
         self._length += hidden_BSD.shape[1]
@@ -165,7 +166,11 @@ class BackboneCache:
         return (positions_BS >= 0).long(), positions_BS[:, -num_new:].clamp(min=0)
 
 
-def _lengths_of(hidden_BSD: Tensor, mask_BS: Tensor | None) -> tuple[int, ...]:
+def lengths_of(hidden_BSD: Tensor, mask_BS: Tensor | None) -> tuple[int, ...]:
+    """Return the rows' tokens among the new positions, the last of those in `mask_BS`.
+
+    Raises `DataError` for rows that are not padded on the left.
+    """
     batch, num_new, _ = hidden_BSD.shape
     if mask_BS is None:
         return (num_new,) * batch

@@ -18,6 +18,8 @@ from splitfl.protocol.messages import (
     BackwardDone,
     Commit,
     Committed,
+    Decode,
+    EndCache,
     Forward,
     ForwardDone,
     Goodbye,
@@ -57,7 +59,7 @@ class Reply:
     message: Message
 
 
-Accepted: TypeAlias = Ready | Forward | Backward | Commit | Upload | Report | Goodbye
+Accepted: TypeAlias = Ready | Forward | Backward | Commit | Upload | Report | Goodbye | Decode | EndCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,8 @@ class ServerSession:
         """The last step that was applied; those between it and `next_step` went on without this client."""
         self._graphs: dict[int, _Graph] = {}
         self._last_request = 0
+        self._decoding: int | None = None
+        """The request whose new positions are with the worker."""
         self._micro_batches_begun = 0
         self._micro_batches_done = 0
         self._closed: set[int] = set()
@@ -130,7 +134,10 @@ class ServerSession:
                 return self._admit_commit(message)
             case Upload():
                 return self._admit_upload(message)
-            case Report():
+            case Report() | EndCache():
+                return message
+            case Decode():
+                self._admit_decode(message)
                 return message
             case Goodbye():
                 self._require(message, Phase.IDLE)
@@ -167,6 +174,7 @@ class ServerSession:
         self._graphs.clear()
         self._closed.clear()
         self._last_request = 0
+        self._decoding = None
         self._begin_step()
         if self.phase is Phase.COMMITTING:
             self.phase = Phase.TRAINING
@@ -226,6 +234,10 @@ class ServerSession:
         if graph.step:
             self._micro_batches_done += 1
         return True
+
+    def decoded(self) -> None:
+        """Take note that the answer to `Decode` is on its way."""
+        self._decoding = None
 
     def committed(self, commit: Committed) -> None:
         """Take note that the step this client waits for is applied."""
@@ -289,6 +301,15 @@ class ServerSession:
         self._require(message, Phase.IDLE)
         self._check_forward(message)
         self._admit(message)
+
+    def _admit_decode(self, message: Decode) -> None:
+        self._require(message, Phase.IDLE, Phase.READY, Phase.TRAINING)
+        if message.request_id <= self._last_request:
+            raise RemoteProtocolError(f"request {message.request_id} after {self._last_request}: numbers must rise")
+        if self._decoding is not None:
+            raise RemoteProtocolError(f"request {message.request_id} before {self._decoding} is answered")
+        self.terms.check_new_positions(message.hidden_BSD, message.lengths_B)
+        self._last_request = self._decoding = message.request_id
 
     def _admit_training(self, message: Forward) -> Forward | None:
         if self._was_closed(message.step):
