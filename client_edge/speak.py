@@ -30,7 +30,7 @@ class Speaker:
     link: Link
 
     def reply(self, prompt: str, how: Mapping[str, Any], streamer: BaseStreamer | None = None) -> str:
-        """Return what the model says after a prompt; `how` are arguments of `generate`, and the `seed` of its sampling."""
+        """Return what the model says after a prompt; `how` are arguments of `generate`, and a `seed`."""
         return self._generate(self.tokenizer(prompt, return_tensors="pt"), how, streamer)
 
     def answer(
@@ -42,6 +42,11 @@ class Speaker:
             list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         return self._generate(given, how, streamer)
+
+    def _room(self, num_given: int, wanted: int) -> int:
+        """Return how many of the wanted tokens the context has room for behind a prompt; the last needs none."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(wanted, max(1, context - num_given + 1)) if context else wanted
 
     def require_chat_template(self) -> None:
         """Raise `ModelError` for a tokenizer that does not know how turns are written."""
@@ -56,6 +61,7 @@ class Speaker:
             raise DataError("an empty prompt: there is nothing to go on from")
         how = dict(how)
         torch.manual_seed(how.pop("seed", 0))
+        how["max_new_tokens"] = self._room(num_given, how["max_new_tokens"])
         inputs = {name: given[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         padding = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         said = self.model.generate(**inputs, pad_token_id=padding, streamer=streamer, **how)

@@ -194,9 +194,7 @@ class ServerSession:
         if verdict == "anew" and self.phase is Phase.TRAINING:  # layers that it uploaded stay in the round
             self.phase = Phase.IDLE
         takes_part = self.phase in (Phase.TRAINING, Phase.MERGING)
-        # one that is new and in no round yet gets them when its first round opens
-        is_new = not (takes_part or self.applied.step or claim.held_round)
-        is_older = verdict == "anew" or (verdict == "go" and claim.held_round < held_round and not is_new)
+        is_older = verdict == "anew" or (verdict == "go" and claim.held_round < held_round)
         return Resumed(
             verdict=verdict,
             reason=reason,

@@ -37,7 +37,7 @@ class Host:
 
     def _serve(self) -> None:
         try:
-            serve(self.config)
+            serve(self.config, as_json=True)  # what it displays goes to standard error
         except KeyboardInterrupt:
             pass
         except BaseException as error:  # noqa: BLE001  # whatever ends it is the test's to see

@@ -1,5 +1,6 @@
 """Generation over TCP: tokens are the unsplit model's, one round trip each, and a server that says why not."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,17 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_tokenizer
+from conftest import VOCABULARY, tiny_tokenizer, write_text
 from generate.host import Host
 from generate.test_near import WAYS, tokens, whole_model
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, TextStreamer
 
 from client_edge.link import SessionLost
+from client_edge.run import take_part
 from client_edge.speak import Speaker, speaker
-from splitfl.errors import DataError, ModelError, Refused
+from splitfl.config import ClientConfig, DataSection
+from splitfl.errors import DataError, ModelError, PeerGone, Refused
 from splitfl.protocol.messages import Decode, EndCache
 
-FAMILIES = ("llama", "mistral", "gpt2", "gemma2", "qwen3", "mixtral")
+FAMILIES = [
+    *("llama", "mistral", "gpt2", "gemma2", "qwen3"),
+    pytest.param("mixtral", marks=pytest.mark.slow),  # its checkpoint is rewritten first
+]
 ENDS = {"mistral": (0, 0), "gpt2": (1, 0), "gemma2": (0, 1)}
 
 
@@ -93,6 +100,31 @@ class TestTokens:
             capsys.readouterr()
             said.reply("abc", how, TextStreamer(said.tokenizer, skip_prompt=True, skip_special_tokens=True))
             assert capsys.readouterr().out == said_at_once + "\n"
+
+
+def test_layers_are_those_of_the_last_merge(host: Callable[..., Host], tmp_path: Path) -> None:
+    served = host(federation={"num_rounds": 3, "local_steps": 30})
+    write_text(tmp_path / "text.txt", num_lines=20, seed=0)
+    trainer = served.client("trainer").model_copy(update={"reconnect_timeout": 0.1})
+    config = ClientConfig(client=trainer, data=DataSection(path=tmp_path / "text.txt", eval_fraction=0.0))
+
+    def train() -> None:
+        with contextlib.suppress(PeerGone):  # it is not let come to its end
+            take_part(config)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    while not (served.folder / "run" / "trained.safetensors").exists():
+        time.sleep(0.05)
+    with speaker(served.client()) as said:
+        merged = load_file(served.folder / "run" / "trained.safetensors")
+        here = {name: p for name, p in said.model.named_parameters() if ".lora_" in name}
+        first = [name for name in here if name in merged and ".layers.0." in name]
+        assert first
+        assert all(torch.equal(here[name], merged[name]) for name in first)
+        assert any(here[name].any() for name in first if ".lora_B." in name), "what it began with is zero"
+    served.stop()
+    thread.join()
 
 
 class TestDeclined:
