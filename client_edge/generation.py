@@ -5,8 +5,10 @@ Shapes: B rows, S new positions, D hidden width.
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +18,16 @@ from splitfl.errors import ModelError, Refused, TransportError
 from splitfl.models.far_cache import lengths_of
 from splitfl.session.client import ClientSession
 
+T = TypeVar("T")
+
 
 class FarGenerator:
     """The backbone of a server, for generating only: one generation at a time, from any thread."""
 
-    def __init__(self, link: Link) -> None:
-        """Take a link that has resumed."""
+    def __init__(self, link: Link, call: Callable[[Callable[[], T]], T] = lambda work: work()) -> None:
+        """Take a link that has resumed, and how to run what uses it, where it must not be in the caller's thread."""
         self._link = link
+        self._call: Callable[[Callable[[], Any]], Any] = call
         self._busy = threading.Lock()
         self._under_way: dict[int, threading.Thread] = {}
         self._to_end: deque[tuple[ClientSession, int]] = deque()
@@ -61,6 +66,11 @@ class FarGenerator:
         finally:
             self._busy.release()
 
+    def ask(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do what uses the link, where that is to be done."""
+        answer_BSD: Tensor = self._call(work)
+        return answer_BSD
+
     def began(self, cache_id: int) -> None:
         """Take note that this thread generates."""
         self._under_way[cache_id] = threading.current_thread()
@@ -83,7 +93,7 @@ class FarGenerator:
             session, cache_id = self._to_end.popleft()
             if session is self._link.session and not self._link.is_closed:
                 with suppress(TransportError):  # a connection that is lost takes its caches with it
-                    self._link.end_cache(cache_id)
+                    self._call(partial(self._link.end_cache, cache_id))
 
 
 class FarCacheOfServer:
@@ -110,7 +120,8 @@ class FarCacheOfServer:
             for piece_BSD in hidden_BSD.detach().split(most, dim=1):
                 num_later = hidden_BSD.shape[1] - sum(part.shape[1] for part in got) - piece_BSD.shape[1]
                 now_B = tuple(max(0, left - num_later) for left in left_B)
-                got.append(link.decode(self._id, piece_BSD, now_B, beams_B if not got else ()))
+                ask = partial(link.decode, self._id, piece_BSD, now_B, () if got else beams_B)
+                got.append(self._far.ask(ask))
                 left_B = tuple(left - now for left, now in zip(left_B, now_B, strict=True))
         return torch.cat(got, dim=1).to(hidden_BSD.device)
 

@@ -79,6 +79,9 @@ class StandIn(nn.Module):
         layer, self._layer = self._layer, None  # not kept: it lives as long as its generation
         if layer is not None:
             return layer.decode(hidden_BSD, self._mask_BS)
+        return self._run(hidden_BSD)
+
+    def _run(self, hidden_BSD: Tensor) -> Tensor:
         return self._far(hidden_BSD, self._mask_BS, self._position_ids_BS, training=self.training)
 
 

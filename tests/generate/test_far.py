@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_tokenizer, write_text
+from conftest import VOCABULARY, free_port, tiny_tokenizer, write_text
 from generate.host import Host
 from generate.test_near import WAYS, tokens, whole_model
 from safetensors.torch import load_file
+from test_wire import Recorder, Secrets
 from transformers import PreTrainedModel, TextStreamer
 
 from client_edge.link import SessionLost
@@ -88,6 +89,23 @@ class TestTokens:
             assert tokens(said.model) == tokens(whole_model("llama"))
             sizes = [m.hidden_BSD.shape[1] for m in messages if isinstance(m, Decode)]
             assert sizes == [2, 2, 2, 2, 1] + [1] * 11
+
+    def test_no_token_crosses(self, host: Callable[..., Host]) -> None:
+        served, port, prompt = host(), free_port(), "a secret of the patient's"
+        recorder = Recorder(port, int(served.address.rsplit(":", 1)[1]))
+        with recorder.running():
+            with speaker(served.client().model_copy(update={"server_address": f"tcp://127.0.0.1:{port}"})) as said:
+                messages = sent(said)
+                text = said.reply(prompt, {"max_new_tokens": 12, "do_sample": False})
+            served.stop()  # so that no connection is left when the recorder ends
+            (prefill, *_) = [message for message in messages if isinstance(message, Decode)]
+        secrets = Secrets()
+        for each in (prompt, text):
+            secrets.add_text(each)
+            secrets.add_ids(said.tokenizer(each)["input_ids"], "token ids")
+        assert len(secrets.needles) > 20
+        assert secrets.found_in(recorder.streams) == []
+        assert any(bytes(prefill.hidden_BSD.buffers[0]) in stream for stream in recorder.streams), "no hole in the net"
 
     def test_without_a_cache(self, host: Callable[..., Host]) -> None:
         with speaker(host().client()) as said:
