@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from client_edge.link import Link
-from client_edge.run import check_files, describe, fetch_description, read_text
+from client_edge.received import fetch_description
+from client_edge.run import check_files, describe, read_text
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.models.source import WEIGHTS_FILE, empty_cut
 from splitfl.telemetry.findings import Finding
@@ -30,7 +31,7 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     try:
         yield _server(link)
         with tempfile.TemporaryDirectory() as folder:
-            directory = fetch_description(link, config, Path(folder))
+            directory = fetch_description(link, config.client, Path(folder))
             yield _data(config, link.run, directory)
             cut, _ = empty_cut(directory, link.run)
     finally:

@@ -29,6 +29,7 @@ from splitfl.protocol.messages import (
     Buffer,
     Chunk,
     Committed,
+    Declined,
     Farewell,
     Fetch,
     ForwardDone,
@@ -171,6 +172,7 @@ class Link:
         self._session: ClientSession | None = None
         self._terms: Terms | None = None
         self._earlier = Traffic()
+        self.is_closed = False
         self.leaving = ""
         """Why we go before the end, to be told to the server; "" when we do not."""
         self._data_sent = self._data_received = 0
@@ -320,6 +322,7 @@ class Link:
 
     def close(self) -> None:
         """End both connections, saying why if we go before the end (`leaving`)."""
+        self.is_closed = True
         if self._heartbeat is not None:
             self._heartbeat.stop(self.leaving)
         self._endpoint.close(linger_s=1.0)
@@ -373,6 +376,21 @@ class Link:
         message = self.session.forward(step=step, micro_batch=micro_batch, hidden_BSD=frames, lengths_B=lengths_B)
         self._send(message)
         return message.request_id
+
+    def decode(self, cache_id: int, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]) -> Tensor:
+        """Return the backbone's activations of a generation's new positions; raise `Refused` when it declines."""
+        frames = describe(hidden_BSD, self._bounds.frame_bytes)
+        self._send(self.session.decode(cache_id, frames, lengths_B, beams_B))
+        match self._one_of((ForwardDone, Declined), "the next token"):
+            case ForwardDone(hidden_BSD=answer_BSD):
+                return self._real(answer_BSD)
+            case Declined(reason=reason):
+                raise Refused(f"{self.address} declined: {reason}")
+        raise RemoteProtocolError("an answer that is neither activations nor a refusal")
+
+    def end_cache(self, cache_id: int) -> None:
+        """Have a generation's cache freed; there is no answer."""
+        self._send(self.session.end_cache(cache_id))
 
     def send_backward(self, request_id: int, gradient_BSD: Tensor) -> None:
         """Send the gradient of the activations that came back for a request."""

@@ -82,7 +82,7 @@ def _model(config: ServerConfig) -> tuple[Cut, Finding]:
 
 
 def _limits(config: ServerConfig, terms: Terms) -> Finding:
-    limits = limits_of(terms, frame_bytes=config.link.frame_bytes, clients=config.server.max_clients)
+    limits = limits_of(terms, config.link, clients=config.server.max_clients)
     return Finding(
         topic="limits",
         sentences=(

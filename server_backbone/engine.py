@@ -15,8 +15,17 @@ from server_backbone.rounds import Merge, Open
 from server_backbone.worker import Contribution, Worker
 from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
-from splitfl.errors import StorageError
-from splitfl.protocol.messages import Backward, BackwardDone, Forward, ForwardDone, TensorFrames, Upload
+from splitfl.errors import ModelError, StorageError
+from splitfl.protocol.messages import (
+    Backward,
+    BackwardDone,
+    Declined,
+    Decode,
+    Forward,
+    ForwardDone,
+    TensorFrames,
+    Upload,
+)
 from splitfl.protocol.tensors import describe, digest_of, realise
 from splitfl.telemetry.history import History
 
@@ -58,6 +67,17 @@ class Engine:
         """Run a micro-batch of an evaluation."""
         hidden_BSD = self.worker.evaluate(self._realise(message.hidden_BSD), message.lengths_B, message.left_padded)
         return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
+
+    def decode(self, client_id: str, message: Decode) -> ForwardDone | Declined:
+        """Run new positions of a generation."""
+        hidden_BSD = self._realise(message.hidden_BSD)
+        try:
+            got = self.worker.decode(client_id, message.cache_id, hidden_BSD, message.lengths_B, message.beams_B)
+        except ModelError as error:
+            got = str(error)
+        if isinstance(got, str):
+            return Declined(request_id=message.request_id, reason=got)
+        return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(got))
 
     def forward(self, client_id: str, message: Forward) -> ForwardDone:
         """Run a micro-batch forward and keep its graph."""

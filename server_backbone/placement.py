@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from splitfl.errors import ModelError
 from splitfl.models.cut import Backbone, Cut
@@ -44,13 +44,13 @@ def device_map_of(cut: Cut, strategy: Strategy, max_memory: Mapping[int | str, i
     return device_map
 
 
-def devices_of(cut: Cut, device_map: DeviceMap) -> dict[nn.Module, torch.device]:
-    """Return the device of every module that a map places, for `Cut.fill`."""
+def devices_of(cut: Cut, device_map: DeviceMap) -> dict[Tensor, torch.device]:
+    """Return the device of every empty parameter and buffer that a map places, for `Cut.fill`."""
     base = cut.backbone().base
     return {
-        module: torch.device(device)
+        tensor: torch.device(device)
         for name, device in device_map.items()
-        for module in base.get_submodule(name).modules()
+        for tensor in (*base.get_submodule(name).parameters(), *base.get_submodule(name).buffers())
     }
 
 

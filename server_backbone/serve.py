@@ -243,7 +243,7 @@ def build_server(
     merger = Merger(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
     ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
     terms = terms_of(run, cut)
-    limits = limits_of(terms, frame_bytes=run.link.frame_bytes, clients=config.server.max_clients)
+    limits = limits_of(terms, run.link, clients=config.server.max_clients)
     listener.max_message_bytes = limits.message_bytes
     return Server(
         run=run,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from server_backbone.caches import CacheBook
 from server_backbone.engine import Decided, Engine, MergedLayers
 from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
 from server_backbone.jobs import Jobs
@@ -33,6 +34,9 @@ from splitfl.protocol.messages import (
     Chunk,
     Commit,
     Committed,
+    Declined,
+    Decode,
+    EndCache,
     Farewell,
     Fetch,
     Forward,
@@ -98,6 +102,7 @@ class Server:
         self._gate = gate_for(federation.server_mode, federation.step_timeout)
         self._rounds = Rounds(federation, self.engine.merger.strategy.configure_train, time.monotonic())
         self._members = Members()
+        self._caches = CacheBook(self.run.link)
         self._strikes: dict[str, int] = {}
         self._layers: tuple[TensorFrames, ...] = ()
         self._merge_number = 0
@@ -251,6 +256,10 @@ class Server:
                 self._decide(self._rounds.ready(client_id), now_s)
             case Forward(step=0):
                 self._compute(member, partial(self.engine.evaluate, message))
+            case Decode():
+                self._decode(member, message, now_s)
+            case EndCache():
+                self._end_cache(client_id, message.cache_id)
             case Forward():
                 self._carry_out(self._gate.forward(client_id, message, now_s), now_s)
             case Backward():
@@ -269,6 +278,7 @@ class Server:
         self.metrics.emit("client_done", client_id=member.client_id, **_with_counts(message.metrics))
         self._jobs.submit(partial(self.engine.ledger.note, "finished", client_id=member.client_id), _nothing)
         self._tell(member, Farewell())
+        self._free_caches(member)
         if member.connection is not None:
             self._members.disconnect(member.connection)
         self._leave(member, "done")
@@ -686,6 +696,36 @@ class Server:
 
         self._jobs.submit(guarded, answer, partial(self._refuse_tensor, connection))
 
+    def _decode(self, member: Member, message: Decode, now_s: float) -> None:
+        """Have new positions of a generation computed, or decline; either way it is no violation."""
+        connection = member.connection
+        reason = self._caches.admit(member.client_id, message, now_s)
+
+        def work() -> ForwardDone | Declined | None:
+            if member.connection is not connection:
+                return None  # nobody waits for it any more
+            if reason:
+                return Declined(request_id=message.request_id, reason=reason)
+            return self.engine.decode(member.client_id, message)
+
+        def answer(reply: ForwardDone | Declined | None) -> None:
+            if reply is None or connection is None or member.connection is not connection:
+                return
+            if isinstance(reply, Declined) and not reason:  # by the worker, which has freed the cache
+                self._caches.ended(member.client_id, message.cache_id)
+            member.session.decoded()
+            self._send(connection, reply)
+
+        self._jobs.submit(work, answer, partial(self._refuse_tensor, connection))
+
+    def _end_cache(self, client_id: str, cache_id: int) -> None:
+        self._caches.ended(client_id, cache_id)
+        self._jobs.submit(partial(self.engine.worker.end_cache, client_id, cache_id), _nothing)
+
+    def _free_caches(self, member: Member) -> None:
+        self._caches.forget(member.client_id)
+        self._jobs.submit(partial(self.engine.worker.end_caches, member.client_id), _nothing)
+
     def _spool(self, member: Member, upload: Upload) -> None:
         def count(_: None) -> None:
             self._decide(self._rounds.uploaded(member.client_id), time.monotonic())
@@ -725,6 +765,8 @@ class Server:
             silent_s = now_s - connection.last_heard_s
             if silent_s > self.run.link.heartbeat_timeout:
                 self._lose(connection, f"fell silent for {silent_s:.0f} s")
+        for client_id, cache_id in self._caches.expired(now_s):
+            self._end_cache(client_id, cache_id)
         patience_s = self.run.federation.step_timeout
         for member in self._members:
             if member.absent_since_s is not None and now_s - member.absent_since_s > patience_s:
@@ -757,6 +799,7 @@ class Server:
         if not self._members.disconnect(connection):
             return
         member.session.disconnected()
+        self._free_caches(member)
         self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
         self._rounds.lost(member.client_id)
         self._carry_out(self._gate.lost(member.client_id, now_s), now_s)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from server_backbone.placement import DeviceMap, connect_devices
 from splitfl.config import RunConfig
+from splitfl.errors import DataError, RemoteProtocolError
 from splitfl.models.cut import Cut, mask_of
+from splitfl.models.far_cache import BackboneCache
 from splitfl.protocol.tensors import digest_of
 from splitfl.training.optimizer import NO_GRADIENT, PartOptimizer, clip_coefficient
 from splitfl.training.seeds import seed_dropout
@@ -41,6 +43,14 @@ class _Slot:
     gradients: list[Tensor | None] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Generation:
+    """A cache, and which weights it was made with."""
+
+    cache: BackboneCache
+    version: int
+
+
 class Worker:
     """The backbone, its optimizer, and the graphs that wait for their gradients."""
 
@@ -57,6 +67,9 @@ class Worker:
         self._optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
         self._needs_backward = run.backbone_trains or run.bottom_trains
         self._slots: dict[str, _Slot] = {}
+        self._generations: dict[tuple[str, int], _Generation] = {}
+        self._version = 0
+        """Rises whenever the weights move."""
         self._reduced: tuple[int, float] | None = None  # step and clip coefficient of what is to be applied
         self.compute = Stopwatch()
 
@@ -65,6 +78,36 @@ class Worker:
         self._backbone.eval()
         with self.compute.running(), torch.inference_mode():
             return self._run_blocks(hidden_BSD.to(self._device), lengths_B, left_padded)
+
+    def decode(
+        self, slot: str, cache_id: int, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
+    ) -> Tensor | str:
+        """Run new positions of a generation behind its cache, a new one if there is none; or return why not.
+
+        Raises `RemoteProtocolError` for rows padded behind a token, `ModelError` where no cache can be kept.
+        """
+        generation = self._generations.get((slot, cache_id))
+        if generation is None:
+            generation = _Generation(cache=self._backbone.new_cache(), version=self._version)
+            self._generations[slot, cache_id] = generation
+        if generation.version != self._version:
+            self.end_cache(slot, cache_id)
+            return "the backbone has learned since this generation began: begin it anew"
+        self._backbone.eval()
+        try:
+            with self.compute.running(), torch.inference_mode():
+                return self._backbone.decode(generation.cache, hidden_BSD.to(self._device), lengths_B, beams_B)
+        except DataError as error:
+            raise RemoteProtocolError(str(error)) from None
+
+    def end_cache(self, slot: str, cache_id: int) -> None:
+        """Free a cache."""
+        self._generations.pop((slot, cache_id), None)
+
+    def end_caches(self, slot: str) -> None:
+        """Free all caches of a slot."""
+        for key in [key for key in self._generations if key[0] == slot]:
+            del self._generations[key]
 
     def forward(
         self,
@@ -129,6 +172,7 @@ class Worker:
         (step, coefficient), self._reduced = self._reduced, None
         with self.compute.running():
             self._optimizer.step(step, coefficient)
+        self._version += bool(self._parameters)
         return True
 
     def redo(self, step: int, clip_coefficient: float, gradients: Mapping[str, Tensor]) -> None:
@@ -137,6 +181,7 @@ class Worker:
             gradient = gradients.get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
         self._optimizer.step(step, clip_coefficient)
+        self._version += 1
 
     def state(self) -> dict[str, Tensor]:
         """Return weights and optimizer state by name, to be written down before anything else happens here."""
@@ -145,6 +190,7 @@ class Worker:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go back to what `state` has returned."""
         self._slots.clear()
+        self._version += 1
         self._optimizer.load_state(state)
 
     def digest(self) -> str:

@@ -222,6 +222,15 @@ class LinkSection(Section):
     """Largest root mean square of a tensor's values that either side takes from the other; larger ones count as poison,
     as NaN and infinity do."""
 
+    max_caches: int = Field(2, ge=1)
+    """Generations that one client may have under way at once, each with a key-value cache on the server."""
+
+    max_cache_tokens: int = Field(16384, ge=1)
+    """Tokens, rows times positions, that all caches of one client may hold on the server."""
+
+    cache_timeout: float = Field(300.0, gt=0)
+    """Seconds without a new token after which the server frees a cache."""
+
     @model_validator(mode="after")
     def _a_heartbeat_passes(self) -> Self:
         if self.heartbeat_interval * 2 > self.heartbeat_timeout:

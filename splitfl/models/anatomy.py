@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitfl.errors import ModelError
+from splitfl.models.numbering import numbered
 
 # Attributes of block owners that hold a projection before or after the blocks (opt).
 _INPUT_PROJECTIONS = ("project_in",)
@@ -189,7 +190,7 @@ def view_of(
     owns_input: bool,
     owns_output: bool,
 ) -> PreTrainedModel:
-    """Return a shallow causal LM with these blocks in its list, sharing all parameters with `model`.
+    """Return a shallow causal LM with these blocks, numbered from 0, in its list, sharing all parameters with `model`.
 
     `config` is the view's own, see `config_for`.
     """
@@ -199,7 +200,7 @@ def view_of(
         child = _shallow(owner.get_submodule(name), config)
         owner._modules[name] = child
         owner = child
-    owner._modules[anatomy.blocks_name] = nn.ModuleList(blocks)
+    owner._modules[anatomy.blocks_name] = nn.ModuleList(numbered(block, i) for i, block in enumerate(blocks))
     if not owns_input:
         for name in anatomy.input_names:
             owner._modules[name] = _neutral_input(name, owner.get_submodule(name))

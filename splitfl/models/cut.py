@@ -9,7 +9,7 @@ Shapes: B micro-batch, S sequence, D hidden width, V vocabulary.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from splitfl.errors import ModelError
 from splitfl.models.anatomy import Anatomy, anatomy_of, base_of, config_for, view_of
+from splitfl.models.far_cache import BackboneCache
 from splitfl.models.stand_in import FarBlocks, StandIn
 
 Side = Literal["client", "server"]
@@ -46,6 +47,28 @@ class Backbone(nn.Module):
         """Return activations BSD; positions count from 0 in each row unless given."""
         return self.base(
             inputs_embeds=hidden_BSD, attention_mask=mask_BS, position_ids=position_ids_BS, use_cache=False
+        ).last_hidden_state
+
+    def new_cache(self) -> BackboneCache:
+        """Return an empty cache for `decode`; raise `ModelError` for a family that keeps more than keys and values."""
+        config: Any = self.base.config
+        return BackboneCache(config.get_text_config())
+
+    def decode(
+        self, cache: BackboneCache, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
+    ) -> Tensor:
+        """Return activations BSD of new positions, behind those in `cache` (see `FarCache.decode`)."""
+        cache.reorder(beams_B)
+        mask_BS, position_ids_BS = cache.grown(hidden_BSD.shape[1], lengths_B)
+        device = hidden_BSD.device
+        # without padding the library counts positions from the cache; some families take none
+        where = {} if position_ids_BS is None else {"position_ids": position_ids_BS.to(device)}
+        return self.base(
+            inputs_embeds=hidden_BSD,
+            attention_mask=None if mask_BS is None else mask_BS.to(device),
+            past_key_values=cache.keys_and_values,
+            use_cache=True,
+            **where,
         ).last_hidden_state
 
 
@@ -140,7 +163,7 @@ class Cut:
     def client_model(self, far: FarBlocks) -> PreTrainedModel:
         """Return a model of the original class whose middle is a stand-in that calls `far`."""
         blocks, bottom, top = self.blocks, self.layers_of("bottom"), self.layers_of("top")
-        stand_in = StandIn(far, gives_tuple=self.blocks_give_tuples).train(self.whole.training)
+        stand_in = StandIn(far, self.bottom_layers, gives_tuple=self.blocks_give_tuples).train(self.whole.training)
         model = view_of(
             self.whole,
             self.anatomy,
@@ -153,7 +176,6 @@ class Cut:
         if model.generation_config is not None:
             # a view's own copy, so that the whole model's stays as it was
             model.generation_config = type(model.generation_config).from_dict(model.generation_config.to_dict())
-            model.generation_config.use_cache = False
         return model
 
     def side_of(self, name: str) -> Side:
@@ -183,9 +205,9 @@ class Cut:
         side: Side,
         read: Callable[[Sequence[str], Tensor], None],
         device: torch.device,
-        elsewhere: Mapping[nn.Module, torch.device] = MappingProxyType({}),
+        elsewhere: Mapping[Tensor, torch.device] = MappingProxyType({}),
     ) -> None:
-        """Give one side's parameters and buffers memory and values, on `device` unless their module is `elsewhere`.
+        """Give one side's parameters and buffers memory and values, on `device` unless they are to be `elsewhere`.
 
         `read` gets all names of a tensor and the memory to write its values into. Buffers that no checkpoint holds
         (rotary frequencies, causal masks) are computed as transformers does after loading through an empty model.
@@ -194,7 +216,9 @@ class Cut:
         names = self._all_names()
         filled: dict[nn.Parameter, nn.Parameter] = {}
         for module in (*_modules(segments), *self._way_to_blocks()):
-            place = elsewhere.get(module, device)
+            # views copy modules and share their tensors, so it is these that have a place
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            place = next((elsewhere[tensor] for tensor in own if tensor in elsewhere), device)
             for key, parameter in module._parameters.items():
                 if parameter is None or not parameter.is_meta:
                     continue

@@ -22,6 +22,24 @@ class _NearBlocks:
         hidden: Tensor = self._backbone(hidden_BSD, mask_BS, position_ids_BS)
         return hidden
 
+    def new_cache(self) -> "_NearCache":
+        return _NearCache(self._backbone)
+
+
+class _NearCache:
+    """The backbone's cache, in this process too."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._cache = backbone.new_cache()
+
+    def decode(self, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]) -> Tensor:
+        self._backbone.eval()
+        return self._backbone.decode(self._cache, hidden_BSD, lengths_B, beams_B)
+
+    def end(self) -> None:
+        """Nothing to do: the cache goes with this object."""
+
 
 def split(model: PreTrainedModel, *, bottom_layers: int = 1, top_layers: int = 1) -> tuple[PreTrainedModel, Backbone]:
     """Cut a causal LM in two that work as one: (client, backbone).

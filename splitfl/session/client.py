@@ -10,6 +10,9 @@ from splitfl.protocol.messages import (
     BackwardDone,
     Commit,
     Committed,
+    Declined,
+    Decode,
+    EndCache,
     Farewell,
     Forward,
     ForwardDone,
@@ -41,6 +44,9 @@ class ClientSession:
         self._abandoned: set[int] = set()
         self._waits_for: type[Message] | None = None
         self._last_request = 0
+        self._decoding: tuple[int, tuple[int, ...]] | None = None
+        """Number and shape of the `Decode` whose answer is waited for."""
+        self._last_cache = 0
         self._committing: int | None = None
 
     @property
@@ -84,6 +90,32 @@ class ClientSession:
         self._graphs[message.request_id] = hidden_BSD.shape
         self._awaiting[message.request_id] = ForwardDone
         return message
+
+    def new_cache(self) -> int:
+        """Return the number of a new generation's cache."""
+        self._last_cache += 1
+        return self._last_cache
+
+    def decode(
+        self, cache_id: int, hidden_BSD: TensorFrames, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
+    ) -> Decode:
+        """Number the new positions of a generation."""
+        if self._decoding is not None or self._waits_for is not None or self._committing is not None:
+            raise LocalProtocolError("new positions of a generation while an answer from the server is waited for")
+        self._last_request += 1
+        self._decoding = (self._last_request, hidden_BSD.shape)
+        return Decode(
+            request_id=self._last_request,
+            cache_id=cache_id,
+            hidden_BSD=hidden_BSD,
+            lengths_B=lengths_B,
+            beams_B=beams_B,
+            adapters_off=False,
+        )
+
+    def end_cache(self, cache_id: int) -> EndCache:
+        """Have a cache freed."""
+        return EndCache(cache_id=cache_id)
 
     def backward(self, request_id: int, gradient_BSD: TensorFrames) -> Backward:
         """Answer activations with their gradient."""
@@ -150,6 +182,8 @@ class ClientSession:
     def receive(self, message: Message) -> Message | None:
         """Check that an answer is one we wait for; None means it belongs to a step we gave up."""
         match message:
+            case ForwardDone(request_id=number) | Declined(request_id=number) if self._is_decoding(number):
+                return self._receive_decoded(message)
             case ForwardDone(request_id=number) | BackwardDone(request_id=number):
                 return self._receive_answer(number, message)
             case Committed():
@@ -208,6 +242,15 @@ class ClientSession:
             self.next_step = message.next_step
         if message.awaits_merge:
             self._waits_for = Merged
+
+    def _is_decoding(self, number: int) -> bool:
+        return self._decoding is not None and self._decoding[0] == number
+
+    def _receive_decoded(self, message: ForwardDone | Declined) -> ForwardDone | Declined:
+        if isinstance(message, ForwardDone) and self._decoding is not None:
+            self.terms.check_like(message.hidden_BSD, self._decoding[1])
+        self._decoding = None
+        return message
 
     def _receive_answer(self, number: int, message: ForwardDone | BackwardDone) -> Message | None:
         if number in self._abandoned:

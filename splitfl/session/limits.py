@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from splitfl.config import LinkSection
 from splitfl.session.terms import Terms
 
 HEADER_BYTES = 1 << 16
@@ -22,6 +23,12 @@ class Limits:
     micro_batches_in_flight: int
     """Graphs that one client may have on the server."""
     clients: int
+    caches: int
+    """Key-value caches of one client."""
+    cache_tokens: int
+    """Rows times positions in all of them."""
+    cache_seconds: float
+    """How long a cache is kept without a new token."""
     strikes: int
 
     @property
@@ -36,15 +43,18 @@ class Limits:
         }
 
 
-def limits_of(terms: Terms, *, frame_bytes: int, clients: int) -> Limits:
+def limits_of(terms: Terms, link: LinkSection, *, clients: int) -> Limits:
     """Return the limits that follow from a run's terms: the largest legal message is activations or all layers."""
     return Limits(
         header_bytes=HEADER_BYTES,
-        frame_bytes=frame_bytes,
-        message_bytes=HEADER_BYTES + max(terms.activation_bytes, terms.layers_bytes, frame_bytes),
+        frame_bytes=link.frame_bytes,
+        message_bytes=HEADER_BYTES + max(terms.activation_bytes, terms.layers_bytes, link.frame_bytes),
         # both directions of each micro-batch, a commit or upload, and what a reconnection says
         messages_queued=2 * terms.max_in_flight + 6,
         micro_batches_in_flight=terms.max_in_flight,
         clients=clients,
+        caches=link.max_caches,
+        cache_tokens=link.max_cache_tokens,
+        cache_seconds=link.cache_timeout,
         strikes=MAX_STRIKES,
     )

@@ -18,6 +18,8 @@ from splitfl.protocol.messages import (
     BackwardDone,
     Commit,
     Committed,
+    Decode,
+    EndCache,
     Forward,
     ForwardDone,
     Goodbye,
@@ -60,7 +62,7 @@ class Reply:
     message: Message
 
 
-Accepted: TypeAlias = Ready | Forward | Backward | Commit | Upload | Report | Goodbye
+Accepted: TypeAlias = Ready | Forward | Backward | Commit | Upload | Report | Goodbye | Decode | EndCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,8 @@ class ServerSession:
         """The last step that was applied; those between it and `next_step` went on without this client."""
         self._graphs: dict[int, _Graph] = {}
         self._last_request = 0
+        self._decoding: int | None = None
+        """The request whose new positions are with the worker."""
         self._micro_batches_begun = 0
         self._micro_batches_done = 0
         self._num_tokens = 0
@@ -138,6 +142,11 @@ class ServerSession:
                 return self._admit_upload(message)
             case Report():
                 return self._admit_report(message)
+            case EndCache():
+                return message
+            case Decode():
+                self._admit_decode(message)
+                return message
             case Goodbye():
                 self._require(message, Phase.IDLE)
                 self.phase = Phase.GONE
@@ -173,6 +182,7 @@ class ServerSession:
         self._graphs.clear()
         self._closed.clear()
         self._last_request = 0
+        self._decoding = None
         self._begin_step()
         if self.phase is Phase.COMMITTING:
             self.phase = Phase.TRAINING
@@ -192,9 +202,7 @@ class ServerSession:
         if verdict == "anew" and self.phase is Phase.TRAINING:  # layers that it uploaded stay in the round
             self.phase = Phase.IDLE
         takes_part = self.phase in (Phase.TRAINING, Phase.MERGING)
-        # one that is new and in no round yet gets them when its first round opens
-        is_new = not (takes_part or self.applied.step or claim.held_round)
-        is_older = verdict == "anew" or (verdict == "go" and claim.held_round < held_round and not is_new)
+        is_older = verdict == "anew" or (verdict == "go" and claim.held_round < held_round)
         return Resumed(
             verdict=verdict,
             reason=reason,
@@ -232,6 +240,10 @@ class ServerSession:
         if graph.step:
             self._micro_batches_done += 1
         return True
+
+    def decoded(self) -> None:
+        """Take note that the answer to `Decode` is on its way."""
+        self._decoding = None
 
     def committed(self, commit: Committed) -> None:
         """Take note that the step this client waits for is applied."""
@@ -297,6 +309,15 @@ class ServerSession:
         self._require(message, Phase.IDLE)
         self._check_forward(message)
         self._admit(message)
+
+    def _admit_decode(self, message: Decode) -> None:
+        self._require(message, Phase.IDLE, Phase.READY, Phase.TRAINING)
+        if message.request_id <= self._last_request:
+            raise RemoteProtocolError(f"request {message.request_id} after {self._last_request}: numbers must rise")
+        if self._decoding is not None:
+            raise RemoteProtocolError(f"request {message.request_id} before {self._decoding} is answered")
+        self.terms.check_new_positions(message.hidden_BSD, message.lengths_B)
+        self._last_request = self._decoding = message.request_id
 
     def _admit_training(self, message: Forward) -> Forward | None:
         if self._was_closed(message.step):

@@ -37,6 +37,11 @@ class Terms:
         return self.max_batch_size * self.max_seq_length * self.hidden_size * self.element_bytes
 
     @property
+    def max_new_positions(self) -> int:
+        """Rows times positions that one `Decode` may bring."""
+        return self.max_batch_size * self.max_seq_length
+
+    @property
     def layers_bytes(self) -> int:
         """Bytes of all client-side tensors that train."""
         return sum(
@@ -54,6 +59,21 @@ class Terms:
             raise RemoteProtocolError(f"rows of {length} tokens, more than max_seq_length = {self.max_seq_length}")
         if len(lengths_B) != batch or any(not 1 <= row <= length for row in lengths_B):
             raise RemoteProtocolError(f"lengths_B must give each of {batch} rows a length from 1 to {length}")
+
+    def check_new_positions(self, tensor: TensorFrames, lengths_B: Sequence[int]) -> None:
+        """Raise unless the tensor is activations BSD of a generation, no larger than the largest micro-batch's.
+
+        A row may have no token yet: a long prompt comes in several pieces, padded on the left.
+        """
+        self._check_hidden(tensor)
+        batch, length, _ = tensor.shape
+        if not 1 <= batch * length <= self.max_new_positions:
+            raise RemoteProtocolError(
+                f"{batch} x {length} new positions, more than the {self.max_new_positions} that a message of this run"
+                " may hold"
+            )
+        if len(lengths_B) != batch or any(not 0 <= row <= length for row in lengths_B):
+            raise RemoteProtocolError(f"lengths_B must give each of {batch} rows a length from 0 to {length}")
 
     def check_like(self, tensor: TensorFrames, shape: tuple[int, ...]) -> None:
         """Raise unless the tensor has the shape of the activations it answers."""

@@ -130,11 +130,6 @@ class TestSplit:
         assert differences(gradients, split_gradients) == []
         assert any(gradient is not None and gradient.any() for gradient in gradients.values())
 
-    def test_a_cache_is_refused(self) -> None:
-        client, _ = splitfl.split(whole_model("llama"))
-        with pytest.raises(ModelError, match="pass use_cache=False"):
-            client(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True)
-
     def test_a_finished_mask_is_refused(self) -> None:
         client, _ = splitfl.split(whole_model("llama"))
         with pytest.raises(ModelError, match="batch x length"):

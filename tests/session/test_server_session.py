@@ -12,6 +12,7 @@ from splitfl.protocol.messages import (
     Backward,
     BackwardDone,
     Committed,
+    Decode,
     Farewell,
     Forward,
     ForwardDone,
@@ -42,6 +43,11 @@ def backward(request_id: int, **changed: Any) -> Backward:
 def upload(round_number: int = 1, **changed: Any) -> Upload:
     usual: dict[str, Any] = {"num_examples": 5, "num_tokens": 60, "layers": layers()}
     return Upload(round_number=round_number, **{**usual, **changed})
+
+
+def decode(request_id: int, **changed: Any) -> Decode:
+    usual: dict[str, Any] = {"cache_id": 1, "hidden_BSD": ACTIVATIONS, "lengths_B": (3, 0), "beams_B": ()}
+    return Decode(request_id=request_id, adapters_off=False, **{**usual, **changed})
 
 
 def forwarded(session: ServerSession, request_id: int, step: int, micro_batch: int) -> None:
@@ -169,6 +175,7 @@ MESSAGES: dict[str, Message] = {
     "Commit": commit(1),
     "Upload": upload(),
     "Goodbye": Goodbye(metrics={}),
+    "Decode": decode(3),
     # from another connection, or the server's own
     "Hello": Hello(wire_version=1, software="x", client_id="a"),
     "Attach": Attach(session="x"),
@@ -179,20 +186,52 @@ MESSAGES: dict[str, Message] = {
 }
 
 LEGAL: dict[str, set[str]] = {
-    "idle": {"Ready", "Forward, evaluation", "Goodbye", "Upload"},  # an upload after its round is ignored
-    "ready": set(),
-    "training": {"Forward"},
-    "computing": {"Forward, next"},
-    "awaiting_backward": {"Forward, next", "Backward"},
-    "computing_backward": {"Forward, next"},
-    "through_one": {"Forward, next"},
-    "through_all": {"Commit"},
+    "idle": {"Decode", "Ready", "Forward, evaluation", "Goodbye", "Upload"},  # an upload after its round is ignored
+    "ready": {"Decode"},
+    "training": {"Decode", "Forward"},
+    "computing": {"Decode", "Forward, next"},
+    "awaiting_backward": {"Decode", "Forward, next", "Backward"},
+    "computing_backward": {"Decode", "Forward, next"},
+    "through_one": {"Decode", "Forward, next"},
+    "through_all": {"Decode", "Commit"},
     "committing": {"Commit"},  # repeated on its way, and ignored
-    "all_steps_done": {"Upload", "Commit"},  # a repeated commit gets the recorded answer
+    "all_steps_done": {"Decode", "Upload", "Commit"},  # a repeated commit gets the recorded answer
     "merging": {"Commit"},
     "sitting_out": set(),
     "gone": set(),
 }
+
+
+class TestDecode:
+    def test_one_after_the_other(self) -> None:
+        session = idle()
+        assert session.receive(decode(1)) is not None
+        with pytest.raises(RemoteProtocolError, match="before 1 is answered"):
+            session.receive(decode(2))
+        session.decoded()
+        with pytest.raises(RemoteProtocolError, match="numbers must rise"):
+            session.receive(decode(1))
+        assert session.receive(decode(2)) is not None
+        session.disconnected()
+        assert session.receive(decode(1)) is not None
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"lengths_B": (3,)},
+            {"lengths_B": (3, 4)},
+            {"lengths_B": (3, -1)},
+            {"hidden_BSD": frames_of(2, 3, WIDTH + 1)},
+            {"hidden_BSD": frames_of(2, 0, WIDTH), "lengths_B": (0, 0)},
+            {"hidden_BSD": frames_of(1, 1000, WIDTH), "lengths_B": (1000,)},
+        ],
+    )
+    def test_what_does_not_fit_changes_nothing(self, wrong: dict[str, Any]) -> None:
+        session = idle()
+        before = snapshot(session)
+        with pytest.raises(RemoteProtocolError):
+            session.receive(decode(1, **wrong))
+        assert snapshot(session) == before
 
 
 class TestPhases:
