@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +10,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from client_edge.data import Dataset, TrainBatches, eval_batches, hold_out, read_examples
 from client_edge.edge import Edge
 from client_edge.journal import Journal
 from client_edge.link import Link
 from client_edge.loop import Step, evaluate, report_layers, train
-from splitfl.config import ClientConfig, RunConfig, default_cache_dir
+from client_edge.received import fetch_description, fetch_layers
+from splitfl.config import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import DataError, ModelError, PeerGone, RemoteProtocolError, SplitflError
 from splitfl.federation.records import read_file
-from splitfl.models.checkpoint import TensorFile
-from splitfl.models.cut import Cut
-from splitfl.models.source import ADAPTERS_FILE, DESCRIPTION_FILES, WEIGHTS_FILE, empty_cut, weights_of
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
@@ -75,8 +72,8 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
                 keep=storage.keep_snapshots,
             )
         )
-        directory = _fetch_description(link, config, folder)
-        cut = _fetch_layers(link, config, directory, device)
+        directory = fetch_description(link, config.client, folder)
+        cut = fetch_layers(link, config.client, directory, device)
         link.agree(terms_of(run, cut))
         text = read_text(config, run, directory)
         _say(console, config, _describe(text, run))
@@ -358,38 +355,11 @@ def _forget(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fetch_description(link: Link, config: ClientConfig, folder: Path) -> Path:
-    """Bring the model's config and the tokenizer into a folder of this run."""
-    directory = folder / "model"
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in DESCRIPTION_FILES:  # our names, whatever else the server may offer
-        if name in link.welcome.file_names:
-            shutil.copyfile(link.fetch(name, _cache_dir(config)), directory / name)
-    return directory
-
-
-def _fetch_layers(link: Link, config: ClientConfig, directory: Path, device: torch.device) -> Cut:
-    """Bring the weights here, and only what this side computes with into memory."""
-    run = link.run
-    weights_file = link.fetch(WEIGHTS_FILE, _cache_dir(config))
-    later: Mapping[str, Tensor] = {}
-    if ADAPTERS_FILE in link.welcome.file_names:
-        later = TensorFile(link.fetch(ADAPTERS_FILE, _cache_dir(config)))
-    cut, _ = empty_cut(directory, run)
-    weights = weights_of([weights_file], cut, seed=run.seed, later=later)
-    cut.fill("client", weights.read, device)
-    return cut
-
-
 def _check_files(config: ClientConfig) -> None:
     """Find files that are missing or malformed before anybody waits for us."""
     for path in (config.data.path, config.data.eval_path, *config.data.also_evaluate.values()):
         if path is not None:
             read_file(path)
-
-
-def _cache_dir(config: ClientConfig) -> Path:
-    return (config.client.cache_dir or default_cache_dir()) / "received"
 
 
 def _describe(text: _Text, run: RunConfig) -> str:

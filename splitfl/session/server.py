@@ -18,9 +18,12 @@ from splitfl.protocol.messages import (
     BackwardDone,
     Commit,
     Committed,
+    Discard,
     Forward,
     ForwardDone,
+    GoBack,
     Goodbye,
+    Keep,
     Merged,
     Message,
     Ready,
@@ -57,7 +60,7 @@ class Reply:
     message: Message
 
 
-Accepted: TypeAlias = Ready | Forward | Backward | Commit | Upload | Report | Goodbye
+Accepted: TypeAlias = Ready | Forward | Backward | Commit | Upload | Report | Goodbye | Discard | Keep | GoBack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +107,11 @@ class ServerSession:
     def num_in_flight(self) -> int:
         """Micro-batches under way."""
         return len(self._graphs)
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step is open."""
+        return self._micro_batches_begun > 0
 
     @property
     def has_done_its_steps(self) -> bool:
@@ -263,12 +271,15 @@ class ServerSession:
 
     def _forget_step(self, next_step: int) -> None:
         """Drop the open step; what still comes for it is ignored."""
+        self._drop_training_graphs()
+        self.next_step = next_step
+        self._begin_step()
+
+    def _drop_training_graphs(self) -> None:
         training = {number for number, graph in self._graphs.items() if graph.step}
         self._closed |= training
         for number in training:
             del self._graphs[number]
-        self.next_step = next_step
-        self._begin_step()
 
     def _begin_step(self) -> None:
         self._micro_batches_begun = 0
@@ -329,14 +340,17 @@ class ServerSession:
         self._require(message, Phase.TRAINING)
         if message.step > self.next_step or message.step > self.last_step:
             raise RemoteProtocolError(f"commit of step {message.step} leaves a gap: step {self.next_step} is next")
+        self.terms.check_norms(message.norms_P)
+        self._require_complete(message)
+        self.phase = Phase.COMMITTING
+        return message
+
+    def _require_complete(self, message: Commit) -> None:
         if any(graph.step for graph in self._graphs.values()) or self._micro_batches_done != self.terms.micro_batches:
             raise RemoteProtocolError(
                 f"commit of step {message.step} after {self._micro_batches_done} of {self.terms.micro_batches}"
                 " micro-batches"
             )
-        self.terms.check_norms(message.norms_P)
-        self.phase = Phase.COMMITTING
-        return message
 
     def _admit_upload(self, message: Upload) -> Upload | None:
         if message.round_number < self.round_number or self.phase is Phase.IDLE:
