@@ -8,7 +8,7 @@ Shapes: B micro-batch, S sequence, D hidden width, V vocabulary.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from splitfl.models.anatomy import Anatomy, anatomy_of, base_of, config_for, vie
 from splitfl.models.stand_in import FarBlocks, StandIn
 
 Side = Literal["client", "server"]
+F = TypeVar("F", bound=FarBlocks)
 
 
 class Bottom(nn.Module):
@@ -122,10 +123,10 @@ class Cut:
         """Return the last segment."""
         return Top(self._view(self.layers_of("top"), owns_input=False, owns_output=True))
 
-    def client_model(self, far: FarBlocks) -> PreTrainedModel:
-        """Return a model of the original class whose middle is a stand-in that calls `far`."""
+    def client_model(self, far: F, kind: Callable[[F], StandIn] = StandIn) -> PreTrainedModel:
+        """Return a model of the original class whose middle is a stand-in, of this kind, that calls `far`."""
         blocks, bottom, top = self.blocks, self.layers_of("bottom"), self.layers_of("top")
-        stand_in = StandIn(far).train(self.whole.training)
+        stand_in = kind(far).train(self.whole.training)
         model = view_of(
             self.whole,
             self.anatomy,
