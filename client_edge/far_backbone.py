@@ -235,8 +235,8 @@ class FarBackbone:
         waiting = [sent for sent in self._sent if sent.micro_batch.may_get_gradient]
         if len(waiting) >= self.run.link.max_in_flight:
             raise ConfigError(
-                f"{len(waiting)} losses wait for their backward, which is link.max_in_flight of this run: raise it on the"
-                " server, or run what gets no backward under torch.no_grad()"
+                f"{len(waiting)} losses wait for their backward, which is link.max_in_flight of this run: raise it on"
+                " the server, or run what gets no backward under torch.no_grad()"
             )
         self._begin_again([sent for sent in self._sent if sent.micro_batch.has_gradient or sent in waiting])
 

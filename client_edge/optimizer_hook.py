@@ -60,8 +60,8 @@ def _refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     _optimizer, *rest = args
     if kwargs.get("closure") is not None or any(each is not None for each in rest):
         raise ModelError(
-            "an optimizer that is stepped with a closure (LBFGS) takes the loss within its step, when the server has taken"
-            " its own already: call loss.backward() and then optimizer.step() without a closure"
+            "an optimizer that is stepped with a closure (LBFGS) takes the loss within its step, when the server has"
+            " taken its own already: call loss.backward() and then optimizer.step() without a closure"
         )
 
 

@@ -30,7 +30,7 @@ from splitfl.session.client import ClientSession
 from splitfl.session.server import Accepted, Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 
-_ENDLESS = 1 << 62
+_ENDLESS = 1 << 61  # whole numbers on the wire end at 2**62
 
 
 class OwnLoopServerSession(ServerSession):

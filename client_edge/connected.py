@@ -28,7 +28,7 @@ class _Connected:
     """What belongs to a model from `connect`."""
 
     cut: Cut
-    close: weakref.finalize[..., Any]
+    close: "weakref.finalize[..., Any]"
 
 
 _connected: weakref.WeakKeyDictionary[PreTrainedModel, _Connected] = weakref.WeakKeyDictionary()
