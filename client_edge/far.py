@@ -3,8 +3,7 @@
 Shapes: B micro-batch, S sequence, D hidden width.
 """
 
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,10 +18,8 @@ from splitfl.errors import DataError, ModelError
 from splitfl.models.stand_in import StandIn
 from splitfl.protocol.tensors import DTYPES
 
-# What a model's state says of the server: the commit that its blocks are of. The second name is one that peft takes for
-# an adapter's, and so keeps in an adapter's file; behind it comes the adapter's name.
+# The name in a model's state of the commit that the server's blocks are of.
 _COMMIT = "commit"
-_ADAPTER_COMMIT = "lora_commit."
 # The name that TRL gives to a frozen copy of an adapter, which it takes for the reference.
 _REFERENCE_ADAPTER = "ref"
 
@@ -142,20 +139,45 @@ class FarBlocksOfServer:
             )
 
 
+class FarState(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no types
+    """What peft and a checkpoint see of the server's blocks.
+
+    To peft it is a layer with adapters: so it is told when they are turned off, and its state is written into an
+    adapter's file. That state is the commit that the server's blocks are of; reading it brings them back there.
+    """
+
+    adapter_layer_names = ()
+    other_param_names = ()
+
+    def __init__(self, backbone: FarBackbone) -> None:
+        super().__init__()
+        self._backbone = backbone
+        self.register_buffer(_COMMIT, torch.zeros(1, dtype=torch.int64))
+
+    @property
+    def adapters_off(self) -> bool:
+        """Whether adapters sit out, or a copy of them from before the training is in their place."""
+        return bool(self.disable_adapters) or self.active_adapters == [_REFERENCE_ADAPTER]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Have the server keep what it has, and write down the commit that names it."""
+        destination[prefix + _COMMIT] = torch.tensor([self._backbone.keep()])
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *_: object, **__: object) -> None:
+        """Bring the server back to the commit that is written there; raise `Refused` if it declines."""
+        if prefix + _COMMIT in state_dict:
+            self._backbone.go_back(int(state_dict[prefix + _COMMIT].item()))
+
+
 class ServerStandIn(StandIn):
-    """Stands for the server's blocks, with its trained tensors as proxies; its state is the commit they are of."""
+    """Stands for the server's blocks, with its trained tensors as proxies, which are nobody's state."""
 
     def __init__(self, far: FarBlocksOfServer) -> None:
         super().__init__(far)
         self._server = far
-        self._owner: weakref.ref[nn.Module] | None = None
+        self.far_state = FarState(far.backbone)
         for name, proxy in far.proxies.by_name.items():
             self.register_parameter(proxy_name(name), proxy)
-
-    def watch(self, owner: nn.Module) -> None:
-        """Take each call's mask and positions from `owner`, and look in it for adapters."""
-        super().watch(owner)
-        self._owner = weakref.ref(owner)
 
     def forward(self, hidden_BSD: Tensor, *_: object, **__: object) -> Tensor:
         """Return the server's activations, without its adapters where this side's are turned off."""
@@ -164,27 +186,14 @@ class ServerStandIn(StandIn):
             self._mask_BS,
             self._position_ids_BS,
             training=self.training,
-            adapters_off=_are_off(self._adapted()),
+            adapters_off=self.far_state.adapters_off,
         )
 
-    def _adapted(self) -> list[BaseTunerLayer]:
-        owner = None if self._owner is None else self._owner()
-        return [] if owner is None else [module for module in owner.modules() if isinstance(module, BaseTunerLayer)]
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Have the server keep what it has, and write down the commit that names it; proxies are nobody's state."""
-        commit_number = self._server.backbone.keep()
-        adapters = sorted({name for layer in self._adapted() for name in layer._get_available_adapters()})
-        for key in (_COMMIT, *(_ADAPTER_COMMIT + name for name in adapters)):
-            destination[prefix + key] = torch.tensor([commit_number])
+        pass
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *_: object, **__: object) -> None:
-        """Bring the server back to the commit that the state names, if it names one; raise `Refused` if it declines."""
-        for key, value in state_dict.items():
-            name = key.removeprefix(prefix)
-            if key != name and (name == _COMMIT or name.startswith(_ADAPTER_COMMIT)):
-                self._server.backbone.go_back(int(value.item()))
-                return
+        pass
 
 
 def rows_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None, *, adapters_off: bool) -> Rows:
@@ -210,10 +219,3 @@ def rows_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor 
                 " client_edge.connect takes one example a row (packing=False, padding_free=False)"
             )
     return Rows(lengths_B=tuple(is_token_BS.sum(dim=1).tolist()), left_padded=not falls, adapters_off=adapters_off)
-
-
-def _are_off(adapted: Sequence[BaseTunerLayer]) -> bool:
-    """Tell whether this side's adapters sit out, or a copy of them from before the training is in their place."""
-    return bool(adapted) and all(
-        layer.disable_adapters or layer.active_adapters == [_REFERENCE_ADAPTER] for layer in adapted
-    )

@@ -220,11 +220,12 @@ class Engine:
 
     def go_back(self, client_id: str, commit_number: int) -> WentBack | Declined:
         """Bring the backbone back to a kept snapshot, for a client that nobody else has trained beside since."""
-        reason = self.ledger.objection_to_going_back(client_id, commit_number)
-        if reason:
-            return Declined(request_id=0, reason=reason)
-        self.ledger.go_back(client_id, commit_number, self.worker)
-        self._history.note("went_back", client_id=client_id, commit_number=commit_number)
+        if not self.ledger.is_where(client_id, commit_number):
+            reason = self.ledger.objection_to_going_back(client_id, commit_number)
+            if reason:
+                return Declined(request_id=0, reason=reason)
+            self.ledger.go_back(client_id, commit_number, self.worker)
+            self._history.note("went_back", client_id=client_id, commit_number=commit_number)
         return WentBack(commit_number=commit_number, step=self.ledger.state.members[client_id].step)
 
     def save_trained(self) -> None:

@@ -245,6 +245,11 @@ class Ledger:
             self._store.keep(number, Record(kind="kept", fields=self.state.to_fields(), tensors=worker.state()), limit)
         return number
 
+    def is_where(self, client_id: str, commit_number: int) -> bool:
+        """Tell whether backbone and client are where they were after a commit."""
+        member = self.state.members.get(client_id, MemberState())
+        return self.state.weights_of == commit_number == member.commit_number
+
     def objection_to_going_back(self, client_id: str, commit_number: int) -> str:
         """Say why the backbone cannot go back to a commit for this client, "" when it can."""
         kept = self._store.kept()
@@ -274,7 +279,9 @@ class Ledger:
         """
         kept = self._store.kept_at(commit_number)
         member = RunState.from_fields(kept.fields).members.get(client_id, MemberState())
-        fields = {"client_id": client_id, "commit_number": commit_number, "member": asdict(member)}
+        # the client knows its place by the commit it went back to, although that may be another's
+        place = asdict(member) | {"commit_number": commit_number}
+        fields = {"client_id": client_id, "commit_number": commit_number, "member": place}
         self._write(Record(kind="went_back", fields=fields, tensors=kept.tensors), durable=True)
         worker.load(kept.tensors)
         if not self._keeps_records:

@@ -1,10 +1,9 @@
-"""A server for clients in loops of their own, in a thread of the test's process, and the unsplit model to compare with."""
+"""A server for clients in loops of their own, in a thread of this process, and the unsplit model to compare with."""
 
 import ctypes
-import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,7 @@ class Host:
         self.address = f"tcp://127.0.0.1:{free_port()}"
         own = {"address": self.address, "runs_dir": folder, "run_id": "run", "cache_dir": folder / "cache"}
         self.config = ServerConfig.from_tree({**tree, "server": {**own, **tree.get("server", {})}}, source="test")
+        self.directory = Path(self.config.model.model_name_or_path)
         self.run_dir = folder / "run"
         self.error: BaseException | None = None
         self.start()
@@ -114,15 +114,17 @@ def trained_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name.removeprefix("base_model.model."): p for name, p in named if p.requires_grad}
 
 
-def batches(num: int, *, side: str = "right", rows: int = 3, length: int = 10, seed: int = 1) -> Iterator[dict[str, Any]]:
-    """Yield padded batches of random tokens with their labels."""
-    draw = torch.Generator().manual_seed(seed)
+def batches(num: int, *, side: str = "right", rows: int = 3, length: int = 10) -> list[dict[str, torch.Tensor]]:
+    """Return padded batches of random tokens with their labels."""
+    draw = torch.Generator().manual_seed(1)
+    found = []
     for _ in range(num):
         ids = torch.randint(3, 259, (rows, length), generator=draw)
         lengths = torch.randint(length // 2, length + 1, (rows, 1), generator=draw)
         positions = torch.arange(length)
         mask = (positions < lengths if side == "right" else positions >= length - lengths).long()
-        yield {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return found
 
 
 def differing(split: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor]) -> list[str]:
@@ -131,7 +133,14 @@ def differing(split: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tenso
     return missing + [name for name in split.keys() & whole.keys() if not torch.equal(split[name], whole[name])]
 
 
-def in_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, given: Any, *, every: int = 1, clip: float = 0.0) -> list[float]:
+def train(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    given: Iterable[dict[str, torch.Tensor]],
+    *,
+    every: int = 1,
+    clip: float = 0.0,
+) -> list[float]:
     """Train as anybody would: forward, backward, clip, step; return the losses."""
     losses = []
     model.train()
@@ -147,9 +156,11 @@ def in_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, given: An
     return losses
 
 
-def parameters_of(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def adamw(model: torch.nn.Module, lr: float = 5e-3) -> torch.optim.AdamW:
+    """Return the optimizer that the server has by default."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
 
-def pairs(*values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    return list(itertools.product(*values))
+def whole_name(name: str) -> str:
+    """Return the name in the whole model (4 blocks) of a client's parameter (1 block at each end)."""
+    return name.removeprefix("base_model.model.").replace("layers.2.", "layers.3.").replace(".default", "")
