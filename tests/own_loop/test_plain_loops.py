@@ -93,7 +93,7 @@ class TestParity:
         asked: list[int] = []
         far = split.model.layers[1]._server.backbone
         far.forward, plain = lambda *args: asked.append(1) or plain(*args), far.forward
-        split.gradient_checkpointing_enable()
+        split.activation_checkpointing_enable()
         assert train(split, adamw(split), given) == train(whole, adamw(whole), given)
         assert len(asked) == len(given)
 
@@ -145,7 +145,7 @@ class TestSkippedSteps:
         split, given = host().connect(), batches(3)
         split.train()
         waiting = [split(**batch).loss for batch in given[:2]]
-        with pytest.raises(ConfigError, match="2 losses wait for their backward, which is link.max_in_flight"):
+        with pytest.raises(ConfigError, match=r"2 losses wait for their backward, which is link\.max_in_flight"):
             split(**given[2])
         sum(waiting).backward()
         adamw(split).step()
@@ -235,7 +235,7 @@ class TestRefused:
             for name, value in (("attention_mask", mask), ("position_ids", positions))
             if value
         }
-        with torch.no_grad(), pytest.raises(DataError, match="an attention_mask with holes|position_ids that restart"):
+        with torch.no_grad(), pytest.raises(DataError, match=r"an attention_mask with holes|position_ids that restart"):
             model(input_ids=torch.tensor([[5, 6, 7, 8]]), **given)
 
     def test_batches_beyond_the_servers_bounds(self, host: Start) -> None:
