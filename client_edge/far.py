@@ -3,7 +3,8 @@
 Shapes: B micro-batch, S sequence, D hidden width.
 """
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,25 +140,13 @@ class FarBlocksOfServer:
             )
 
 
-class FarState(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no types
-    """What peft and a checkpoint see of the server's blocks.
-
-    To peft it is a layer with adapters: so it is told when they are turned off, and its state is written into an
-    adapter's file. That state is the commit that the server's blocks are of; reading it brings them back there.
-    """
-
-    adapter_layer_names = ()
-    other_param_names = ()
+class FarState(nn.Module):
+    """What a checkpoint holds of the server's blocks: the commit that they are of; reading it brings them back there."""
 
     def __init__(self, backbone: FarBackbone) -> None:
         super().__init__()
         self._backbone = backbone
         self.register_buffer(_COMMIT, torch.zeros(1, dtype=torch.int64))
-
-    @property
-    def adapters_off(self) -> bool:
-        """Whether adapters sit out, or a copy of them from before the training is in their place."""
-        return bool(self.disable_adapters) or self.active_adapters == [_REFERENCE_ADAPTER]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Have the server keep what it has, and write down the commit that names it."""
@@ -169,15 +158,28 @@ class FarState(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft has no 
             self._backbone.go_back(int(state_dict[prefix + _COMMIT].item()))
 
 
+class _FarAdapterState(FarState, BaseTunerLayer):  # type: ignore[misc]  # peft has no types
+    """The same in a model that peft has put adapters into: an adapter's file holds the state of peft's layers only."""
+
+    adapter_layer_names = ()
+    other_param_names = ()
+
+
 class ServerStandIn(StandIn):
     """Stands for the server's blocks, with its trained tensors as proxies, which are nobody's state."""
 
     def __init__(self, far: FarBlocksOfServer) -> None:
         super().__init__(far)
         self._server = far
+        self._owner: weakref.ref[nn.Module] | None = None
         self.far_state = FarState(far.backbone)
         for name, proxy in far.proxies.by_name.items():
             self.register_parameter(proxy_name(name), proxy)
+
+    def watch(self, owner: nn.Module) -> None:
+        """Take each call's mask and positions from `owner`, and look in it for adapters."""
+        super().watch(owner)
+        self._owner = weakref.ref(owner)
 
     def forward(self, hidden_BSD: Tensor, *_: object, **__: object) -> Tensor:
         """Return the server's activations, without its adapters where this side's are turned off."""
@@ -186,11 +188,19 @@ class ServerStandIn(StandIn):
             self._mask_BS,
             self._position_ids_BS,
             training=self.training,
-            adapters_off=self.far_state.adapters_off,
+            adapters_off=_are_off(self._adapted()),
         )
 
+    def _adapted(self) -> list[BaseTunerLayer]:
+        owner = None if self._owner is None else self._owner()
+        modules = [] if owner is None else owner.modules()
+        return [each for each in modules if isinstance(each, BaseTunerLayer) and not isinstance(each, FarState)]
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        pass
+        """Save nothing but the state of the far blocks, which is a child's."""
+        if self._adapted() and not isinstance(self.far_state, _FarAdapterState):
+            # not earlier: peft takes a model that has one of its layers for one that it has wrapped before
+            self.far_state = _FarAdapterState(self._server.backbone)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *_: object, **__: object) -> None:
         pass
@@ -219,3 +229,10 @@ def rows_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor 
                 " client_edge.connect takes one example a row (packing=False, padding_free=False)"
             )
     return Rows(lengths_B=tuple(is_token_BS.sum(dim=1).tolist()), left_padded=not falls, adapters_off=adapters_off)
+
+
+def _are_off(adapted: Sequence[BaseTunerLayer]) -> bool:
+    """Tell whether adapters sit out, or a copy of them from before the training is in their place."""
+    return bool(adapted) and all(
+        layer.disable_adapters or layer.active_adapters == [_REFERENCE_ADAPTER] for layer in adapted
+    )

@@ -259,7 +259,7 @@ class TestRefused:
             model(input_ids=torch.full((1, 4), 5))
 
     def test_a_client_without_a_name(self, host: Start) -> None:
-        with pytest.raises(ConfigError, match="client.client_id is empty"):
+        with pytest.raises(ConfigError, match=r"client\.client_id is empty"):
             client_edge.connect(host().address)
 
 
