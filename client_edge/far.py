@@ -141,7 +141,7 @@ class FarBlocksOfServer:
 
 
 class FarState(nn.Module):
-    """What a checkpoint holds of the server's blocks: the commit that they are of; reading it brings them back there."""
+    """What a checkpoint holds of the server's blocks: the commit that they are of; reading it brings them back."""
 
     def __init__(self, backbone: FarBackbone) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 
 Start = Callable[..., Host]
 
-PEFT = LoraConfig(r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=LORA["target_modules"], task_type="CAUSAL_LM")
+ADAPTERS = {"r": LORA["r"], "lora_alpha": LORA["alpha"], "target_modules": LORA["target_modules"]}
 ONLY_BACKBONE = {"bottom": "none", "top": "none", "backbone": "lora"}
 TEXTS = [{"prompt": "ab" * (1 + i % 3), "completion": "cdefg"[: 2 + i % 4]} for i in range(12)]
 PAIRS = [
@@ -42,7 +42,7 @@ def run(kind: Any, model: Any, settings: Any, data: list[dict[str, str]], tokeni
         args=settings,
         train_dataset=datasets.Dataset.from_list(data),
         processing_class=tokenizer,
-        peft_config=PEFT,
+        peft_config=LoraConfig(**ADAPTERS),
     )
     for name, parameter in trainer.model.named_parameters():
         if ".lora_" in name:
