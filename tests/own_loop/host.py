@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import client_edge
+from server_backbone.replay import rollback
 from server_backbone.serve import serve
 from splitfl.config import ServerConfig
 from splitfl.models.trainable import first_adapter_values
@@ -48,6 +49,10 @@ class Host:
     """One server; `stop` saves it as SIGTERM does, and `start` goes on with the same run."""
 
     def __init__(self, folder: Path, tree: Mapping[str, Any]) -> None:
+        self.configure(folder, tree)
+        self.start()
+
+    def configure(self, folder: Path, tree: Mapping[str, Any]) -> None:
         self.folder = folder
         self.address = f"tcp://127.0.0.1:{free_port()}"
         own = {"address": self.address, "runs_dir": folder, "run_id": "run", "cache_dir": folder / "cache"}
@@ -55,7 +60,6 @@ class Host:
         self.directory = Path(self.config.model.model_name_or_path)
         self.run_dir = folder / "run"
         self.error: BaseException | None = None
-        self.start()
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._serve, name="host", daemon=True)
@@ -77,6 +81,10 @@ class Host:
             )
             self._thread.join(timeout=2.0)
         assert self.error is None, self.error
+
+    def roll_back(self, generation: int) -> None:
+        """Take the stopped server's run back, as `splitfl rollback` does."""
+        rollback(self.run_dir, generation)
 
     def connect(self, client_id: str = "clinic", **more: Any) -> PreTrainedModel:
         folders = {"output_dir": self.folder / "clients", "cache_dir": self.folder / "cache" / "clients"}
