@@ -115,8 +115,6 @@ class TestSeveralClients:
         steps = server.events("step")
         done = sorted((event["client_id"], event["step"]) for event in steps)
         assert done == [(name, step) for name in "ab" for step in (1, 2, 3)]
-            (n, s) for n in "ab" for s in (1, 2, 3)
-        ]
         assert [event["commit_number"] for event in steps] == [1, 2, 3, 4, 5, 6]
 
     def test_one_that_keeps_others_waiting_loses_its_step_on_both_sides(self, host: Start) -> None:
