@@ -43,22 +43,22 @@ class TestGoingOn:
         assert differing(mine | server.backbone(), trained_of(whole)) == []
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("crash", ["", "commit-before-record:2", "commit-after-record:2", "commit-acknowledged:3"])
-    def test_a_server_that_is_killed(self, crash: str, tmp_path: Path) -> None:
-        process = Process(tmp_path, crash)
+    def test_a_server_that_is_killed_again_and_again(self, tmp_path: Path) -> None:
+        """At every point of a commit, and in the middle of a step."""
+        process = Process(tmp_path, ["commit-before-record:2", "commit-after-record:1", "commit-acknowledged:1", ""])
         try:
             model = process.connect()
             whole = whole_model(tmp_path / "model", is_lora=True)
-            given = batches(8)
+            given = batches(12)
 
             def killed() -> Any:
                 for number, batch in enumerate(given):
-                    if number == 3 and not crash:
+                    if number == 9:
                         process.kill()
                     yield batch
 
             losses = train(model, adamw(model), killed(), every=2, clip=0.5)
-            assert process.starts == 2
+            assert process.starts == 5
             assert losses == train(whole, adamw(whole), given, every=2, clip=0.5)
             mine = {name: layer.clone() for name, layer in client_edge.own_layers(model).items()}
             assert differing(mine | process.stopped(), trained_of(whole)) == []
@@ -168,24 +168,25 @@ class TestRuns:
 
 
 class Process:
-    """A server in a process of its own, that is started again once."""
+    """A server in a process of its own, started again whenever it dies."""
 
-    def __init__(self, folder: Path, crash: str) -> None:
-        self._folder = folder
-        host = Host.__new__(Host)  # its settings, not its thread
-        host.configure(folder, settings(write_model(folder / "model")))
-        self._host = host
+    def __init__(self, folder: Path, crashes: list[str]) -> None:
+        """`crashes` are where each start but the last ends; "" is where the test kills it."""
+        self._host = Host.__new__(Host)  # its settings, not its thread
+        link = {"heartbeat_interval": 0.3, "heartbeat_timeout": 1.5, "slowest_link_bytes_per_second": 1e7}
+        self._host.configure(folder, settings(write_model(folder / "model"), link=link))
         self._config = folder / "server.toml"
-        self._config.write_text(to_toml(host.config), encoding="utf-8")
+        self._config.write_text(to_toml(self._host.config), encoding="utf-8")
+        self._crashes = crashes
         self.starts = 0
-        self._start(crash)
-        self._watch = threading.Thread(target=self._start_again, daemon=True)
-        self._watch.start()
+        self._start()
+        threading.Thread(target=self._start_again, daemon=True).start()
 
     def connect(self) -> torch.nn.Module:
         return self._host.connect(connect_timeout=60.0)
 
-    def _start(self, crash: str) -> None:
+    def _start(self) -> None:
+        crash = (self._crashes[self.starts :] or [""])[0]
         self.starts += 1
         self._process = subprocess.Popen(
             [sys.executable, "-m", "server_backbone", "--config", str(self._config)],
@@ -195,12 +196,11 @@ class Process:
         )
 
     def _start_again(self) -> None:
-        if self._process.wait() != 0:
-            self._start("")
+        while self._process.wait() != 0 and self.starts <= len(self._crashes):
+            self._start()
 
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
 
     def stopped(self) -> dict[str, torch.Tensor]:
         """Stop the server as an operator does, and return what it has learned."""
@@ -209,6 +209,7 @@ class Process:
         return self._host.backbone()
 
     def end(self) -> None:
+        self._crashes = []
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
