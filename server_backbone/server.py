@@ -599,8 +599,7 @@ class Server:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
 
     def _contribution(self, client_id: str, commit: Commit) -> Contribution:
-        follows = self.run.optimizer.backbone_lr
-        learning_rate = commit.learning_rate if follows == "follow" else follows
+        learning_rate = self.run.optimizer.backbone_lr or commit.learning_rate
         return Contribution(
             slot=client_id,
             step=commit.step,

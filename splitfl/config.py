@@ -120,9 +120,9 @@ class OptimizerSection(Section):
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
 
-    backbone_lr: Literal["follow"] | Annotated[float, Field(gt=0)] = "follow"
-    """Learning rate of the server's blocks where clients train in loops of their own (`federation.num_rounds = 0`): the
-    client's of the same step, or a number."""
+    backbone_lr: float = Field(0.0, ge=0)
+    """Learning rate of the server's blocks where clients train in loops of their own (`federation.num_rounds = 0`); 0
+    follows the client's."""
 
 
 class FederationSection(Section):
