@@ -1,6 +1,7 @@
 """`connect`: a model of transformers whose middle is on a server, for a loop of the user's own."""
 
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def connect(address: str = "", *, config: Path | str | None = None, **settings: 
     """
     client = _settings(address, config, settings)
     device = open_device(client.device, "client.device")
-    thread = OwnerThread("far-backbone")
-    link = thread.call(lambda: _join(client))
-    try:
+    with ExitStack() as undo:
+        thread = OwnerThread("far-backbone")
+        undo.callback(thread.end)
+        link = thread.call(lambda: _join(client))
+        undo.callback(thread.call, link.close)
         folder = client.output_dir / link.welcome.run_id / client.client_id
         make_private_dir(folder)
         directory = thread.call(lambda: fetch_description(link, client, folder))
@@ -56,10 +59,7 @@ def connect(address: str = "", *, config: Path | str | None = None, **settings: 
         terms = terms_of(link.run, cut)
         thread.call(lambda: link.agree(terms))
         model = _model_around(cut, link, thread, terms.dtype)
-    except BaseException:
-        thread.call(link.close)
-        thread.end()
-        raise
+        undo.pop_all()
     model.config._name_or_path = model.name_or_path = str(directory)
     return model
 

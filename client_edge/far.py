@@ -66,24 +66,18 @@ class FarBlocksOfServer:
         self.backbone = backbone
         self.proxies = proxies
         self._dtype = DTYPES[dtype]
-        self._anchor = torch.empty(0, requires_grad=True)
+        self._anchor = torch.empty(0, dtype=torch.float32, requires_grad=True)
 
     def __call__(
-        self, hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None, *, training: bool
-    ) -> Tensor:
-        """Return the server's activations; without a graph there, and without dropout, where no gradient is to come."""
-        return self.run(hidden_BSD, mask_BS, position_ids_BS, training=training, adapters_off=False)
-
-    def run(
         self,
         hidden_BSD: Tensor,
         mask_BS: Tensor | None,
         position_ids_BS: Tensor | None,
         *,
         training: bool,
-        adapters_off: bool,
+        adapters_off: bool = False,
     ) -> Tensor:
-        """Return the server's activations, with its adapters or without."""
+        """Return the server's activations; without a graph there, and without dropout, where no gradient is to come."""
         self._refuse_float16(hidden_BSD)
         rows = rows_of(hidden_BSD, mask_BS, position_ids_BS, adapters_off=adapters_off)
         self.backbone.check(hidden_BSD, rows)
@@ -183,7 +177,7 @@ class ServerStandIn(StandIn):
 
     def forward(self, hidden_BSD: Tensor, *_: object, **__: object) -> Tensor:
         """Return the server's activations, without its adapters where this side's are turned off."""
-        return self._server.run(
+        return self._server(
             hidden_BSD,
             self._mask_BS,
             self._position_ids_BS,

@@ -129,7 +129,7 @@ class FarBackbone:
 
     def keep(self) -> int:
         """Have the server keep a snapshot; return the commit that names it."""
-        return self._do(lambda: self._persist(self._link.keep))
+        return self._do(lambda: self._persist(self._keep))
 
     def go_back(self, commit_number: int) -> None:
         """Bring the backbone back to a snapshot; raise `Refused` when the server declines."""
@@ -143,8 +143,7 @@ class FarBackbone:
         """Leave; twice is fine."""
         if not self._is_closed:
             self._is_closed = True
-            self._thread.call(self._link.close)
-            self._thread.end()
+            self._thread.end(self._link.close)
 
     def _do(self, work: Callable[[], T]) -> T:
         if self._is_closed:
@@ -197,6 +196,13 @@ class FarBackbone:
                 self._take_applied(committed.step, committed.commit_number)
 
         self._persist(ask)
+
+    def _keep(self) -> int:
+        try:
+            return self._link.keep()
+        except StepClosed as closed:
+            self._lose_step(closed.refusal.reason, closed.refusal.next_step)
+            return self._link.kept()
 
     def _go_back(self, commit_number: int) -> None:
         if self._sent:

@@ -14,7 +14,7 @@ from splitfl.session.client import ClientSession
 from splitfl.session.own_loop import OwnLoopClientSession
 from splitfl.session.terms import Terms
 
-_NO_NORMS = torch.empty(0)
+_NO_NORMS = torch.empty(0, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,6 +78,10 @@ class OwnLoopLink(Link):
     def keep(self) -> int:
         """Have the server keep a snapshot of the backbone; return the commit that names it."""
         self._send(self._own_session.keep())
+        return self.kept()
+
+    def kept(self) -> int:
+        """Wait for the snapshot that was asked for."""
         return self._unless_declined(Kept).commit_number
 
     def go_back(self, commit_number: int) -> int:

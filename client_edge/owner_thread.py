@@ -2,11 +2,14 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# How long ending may wait for a call that was interrupted, and may be trying to reach a server that is gone.
+_PATIENCE_S = 5.0
 
 
 class OwnerThread:
@@ -26,13 +29,20 @@ class OwnerThread:
         """Return what `work` returns, or raise what it raises, run in the thread."""
         if threading.current_thread() is self._thread:
             return work()
+        return self._ask(work).result()
+
+    def end(self, last: Callable[[], object] = lambda: None) -> None:
+        """Do this last, and end; what the thread is at may take long, and is not waited for beyond some seconds."""
+        if threading.current_thread() is self._thread:
+            last()
+        else:
+            wait([self._ask(last)], _PATIENCE_S)
+        self._asked.put(None)
+
+    def _ask(self, work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         self._asked.put((work, future))
-        return future.result()
-
-    def end(self) -> None:
-        """End the thread behind what it was asked for."""
-        self._asked.put(None)
+        return future
 
     def _work(self) -> None:
         while (asked := self._asked.get()) is not None:

@@ -22,6 +22,14 @@ from splitfl.training.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """How a client's own loop scales a step of the backbone."""
+
+    learning_rate: float
+    clip_coefficient: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
     """One slot's share in a commit."""
 
@@ -30,16 +38,8 @@ class Contribution:
     num_label_tokens: int
     norms_P: Sequence[float]
     """Norms of the client's own gradients, in the model's order, -1 where there is none."""
-    scaling: "Scaling | None" = None
+    scaling: Scaling | None = None
     """What a client's own loop has decided; None where the run's settings do."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scaling:
-    """How a client's own loop scales a step of the backbone."""
-
-    learning_rate: float
-    clip_coefficient: float
 
 
 @dataclass(slots=True)

@@ -41,6 +41,7 @@ def test_from_a_clients_file_with_settings_over_it(host: Start, tmp_path: Path) 
     assert [event["client_id"] for event in server.events("client_joined")] == ["clinic", "other"]
 
 
+@pytest.mark.slow
 def test_with_keys_and_the_enrolment_file_beside_them(host: Start, tmp_path: Path) -> None:
     theirs, mine = tmp_path / "server-keys", tmp_path / "client-keys"
     server_pair, client_pair = keys.keygen(theirs), keys.keygen(mine)
