@@ -100,8 +100,14 @@ def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread, dtype: str) 
     backbone = FarBackbone(link, thread)
     far = FarBlocksOfServer(backbone, Proxies(cut.trainable("server")), dtype)
     model = cut.client_model(far, ServerStandIn)
-    zero_grad = weakref.WeakMethod(model.zero_grad)  # the model holds the backbone, not the other way round
-    backbone.on_refused = lambda: zero_grad_of() if (zero_grad_of := zero_grad()) is not None else None
+    zero_grad_of = weakref.WeakMethod(model.zero_grad)  # the model holds the backbone, not the other way round
+
+    def drop_gradients() -> None:
+        zero_grad = zero_grad_of()
+        if zero_grad is not None:
+            zero_grad()
+
+    backbone.on_refused = drop_gradients
     model.register_forward_pre_hook(_refuse_router_losses, with_kwargs=True)
     watch_optimizers_of(model, far)
     _connected[model] = _Connected(cut=cut, close=weakref.finalize(model, backbone.close))

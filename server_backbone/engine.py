@@ -15,6 +15,7 @@ from server_backbone.rounds import Merge, Open
 from server_backbone.worker import Contribution, Worker
 from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
+from splitfl.durability.record import Damaged
 from splitfl.errors import RemoteProtocolError, StorageError
 from splitfl.protocol.messages import (
     Backward,
@@ -221,7 +222,10 @@ class Engine:
     def go_back(self, client_id: str, commit_number: int) -> WentBack | Declined:
         """Bring the backbone back to a kept snapshot, for a client that nobody else has trained beside since."""
         if not self.ledger.is_where(client_id, commit_number):
-            reason = self.ledger.objection_to_going_back(client_id, commit_number)
+            try:
+                reason = self.ledger.objection_to_going_back(client_id, commit_number)
+            except Damaged as error:
+                reason = str(error)
             if reason:
                 return Declined(request_id=0, reason=reason)
             self.ledger.go_back(client_id, commit_number, self.worker)

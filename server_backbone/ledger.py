@@ -161,7 +161,10 @@ class Ledger:
                 self.redo(entry, worker)
                 if entry.kind == "commit":
                     redone(self.state.commit_number)
-        if not self._keeps_records:
+        last_kept = max(self._store.kept(), default=0)
+        has_lost = last_kept > self.state.commit_number
+        self.state.commit_number = max(self.state.commit_number, last_kept)  # a number names one state for ever
+        if has_lost or not self._keeps_records:
             self.snapshot(worker)  # what is not done again must not be read again
         return recovered.notes
 

@@ -65,6 +65,31 @@ class TestGoingOn:
         finally:
             process.end()
 
+    def test_a_kept_snapshot_outlives_a_log_that_was_lost(self, host: Start) -> None:
+        server = host(storage={"durability": "snapshot", "fsync": "never"})
+        model, given = server.connect(), batches(3)
+        optimizer = adamw(model)
+        train(model, optimizer, given[:2])
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        expected = self.logits(model, given[2])
+        train(model, optimizer, given)
+        client_edge.disconnect(model)
+        server.stop()
+        for path in (server.run_dir / "state").glob("*-0000000[1-9].bin"):
+            if not path.name.startswith("kept"):
+                path.unlink()  # as if it had died before it could take its last snapshot
+        server.start()
+        again = server.connect()
+        again.load_state_dict(state)
+        assert torch.equal(self.logits(again, given[2]), expected)
+        train(again, adamw(again), given[:1])
+        assert [event["commit_number"] for event in server.events("step")] == [1, 2, 3, 4, 5, 3]
+
+    def logits(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        model.eval()
+        with torch.no_grad():
+            return model(**batch).logits
+
     def test_a_client_that_comes_again_goes_on_behind_its_last_step(self, host: Start) -> None:
         server = host()
         first = server.connect()
