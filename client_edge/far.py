@@ -93,7 +93,10 @@ class FarBlocksOfServer:
         return _Forgotten.apply(got_BSD, self._anchor)  # type: ignore[no-untyped-call]
 
     def outgoing(self, tensor_BSD: Tensor, what: str) -> Tensor:
-        """Return a tensor as it travels: in the run's type, whatever autocast made of it, finite, and ours to keep."""
+        """Return a tensor as it travels: in the run's type, whatever autocast made of it, and finite.
+
+        It is a copy only where it must be: nobody writes to activations and gradients again.
+        """
         sent_BSD = tensor_BSD.detach().to("cpu", self._dtype).contiguous()
         norm = torch.linalg.vector_norm(sent_BSD, dtype=torch.float64)
         if not torch.isfinite(norm) or norm > self.backbone.run.link.max_rms * sent_BSD.numel() ** 0.5:

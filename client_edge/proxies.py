@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from splitfl.errors import ModelError
+from splitfl.errors import ModelError, RemoteProtocolError
 from splitfl.training.optimizer import NO_GRADIENT
 
 _PROBE = 2.0**-80
@@ -51,6 +51,8 @@ class Proxies:
 
     def show(self, norms_Q: Tensor) -> None:
         """Put the far gradients' norms where the loop's clipping finds them; -1 is no gradient."""
+        if len(norms_Q) != len(self.by_name):
+            raise RemoteProtocolError(f"{len(norms_Q)} norms of {len(self.by_name)} tensors that train on the server")
         for number, (proxy, norm) in enumerate(zip(self._all, norms_Q.tolist(), strict=True)):
             has_none = norm == NO_GRADIENT
             self._shown[number] = None if has_none else torch.tensor([norm, _PROBE], dtype=proxy.dtype)

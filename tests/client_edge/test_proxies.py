@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from client_edge.proxies import Proxies, proxy_name
-from splitfl.errors import ModelError
+from splitfl.errors import ModelError, RemoteProtocolError
 
 
 def proxies(*dtypes: torch.dtype) -> Proxies:
@@ -63,6 +63,10 @@ class TestCoefficient:
             far.show(torch.tensor([2.0]))
             proxy.grad = zeroed
             assert far.coefficient() is None
+
+    def test_norms_of_other_tensors_are_refused(self) -> None:
+        with pytest.raises(RemoteProtocolError, match="2 norms of 1 tensors"):
+            proxies(torch.float32).show(torch.tensor([1.0, 2.0]))
 
     def test_noise_is_refused(self) -> None:
         far = proxies(torch.float32)
