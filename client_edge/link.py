@@ -239,11 +239,14 @@ class Link:
     def agree(self, terms: Terms) -> None:
         """Set the session's terms, known once the model's config has arrived."""
         self._terms = terms
-        self._session = ClientSession(terms)
+        self._session = self._new_session(terms)
+
+    def _new_session(self, terms: Terms) -> ClientSession:
+        return ClientSession(terms)
 
     def agree_again(self) -> None:
         """Begin the session's state anew on the same connection, after going back."""
-        self._session = ClientSession(self.session.terms)
+        self._session = self._new_session(self.session.terms)
 
     def resume(self, *, held_round: int, step: int, commit_number: int, pending_step: int) -> Resumed:
         """Say where this client is, and hear where it goes on; needed first on every connection."""
@@ -297,7 +300,7 @@ class Link:
         self._progress, self._progress_s = (0, 0), time.monotonic()
         self._heartbeat = Heartbeat(self._connect, self.welcome.session, self._bounds)
         if self._terms is not None:
-            self._session = ClientSession(self._terms)
+            self._session = self._new_session(self._terms)
 
     def _connect(self, bounds: LinkSection) -> Endpoint:
         return Endpoint(

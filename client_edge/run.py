@@ -21,7 +21,7 @@ from client_edge.received import fetch_description, fetch_layers
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
-from splitfl.errors import DataError, ModelError, PeerGone, RemoteProtocolError, SplitflError
+from splitfl.errors import ConfigError, DataError, ModelError, PeerGone, RemoteProtocolError, SplitflError
 from splitfl.federation.records import read_file
 from splitfl.models.source import read_config
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened
@@ -60,6 +60,11 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
         link = stack.enter_context(_joined(config))
         link.on_lost = lambda text: _say(console, config, text)
         run = link.run
+        if run.has_own_loops:
+            raise ConfigError(
+                f"the run at {link.address} has no rounds (federation.num_rounds = 0): take part in it with"
+                " client_edge.connect, in a loop of your own"
+            )
         folder = config.client.output_dir / link.welcome.run_id / config.client.client_id
         _say(console, config, f"joined run {link.welcome.run_id} at {link.address}")
         make_private_dir(folder)

@@ -15,7 +15,8 @@ from server_backbone.rounds import Merge, Open
 from server_backbone.worker import Contribution, Worker
 from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
-from splitfl.errors import ModelError, StorageError
+from splitfl.durability.record import Damaged
+from splitfl.errors import ModelError, RemoteProtocolError, StorageError
 from splitfl.protocol.messages import (
     Backward,
     BackwardDone,
@@ -23,8 +24,10 @@ from splitfl.protocol.messages import (
     Decode,
     Forward,
     ForwardDone,
+    Kept,
     TensorFrames,
     Upload,
+    WentBack,
 )
 from splitfl.protocol.tensors import describe, digest_of, realise
 from splitfl.telemetry.history import History
@@ -65,7 +68,13 @@ class Engine:
 
     def evaluate(self, message: Forward) -> ForwardDone:
         """Run a micro-batch of an evaluation."""
-        hidden_BSD = self.worker.evaluate(self._realise(message.hidden_BSD), message.lengths_B, message.left_padded)
+        self._check_adapters(message)
+        hidden_BSD = self.worker.evaluate(
+            self._realise(message.hidden_BSD),
+            message.lengths_B,
+            message.left_padded,
+            adapters_off=message.adapters_off,
+        )
         return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
 
     def decode(self, client_id: str, message: Decode) -> ForwardDone | Declined:
@@ -81,6 +90,7 @@ class Engine:
 
     def forward(self, client_id: str, message: Forward) -> ForwardDone:
         """Run a micro-batch forward and keep its graph."""
+        self._check_adapters(message)
         hidden_BSD = self.worker.forward(
             client_id,
             message.request_id,
@@ -89,8 +99,13 @@ class Engine:
             message.left_padded,
             step=message.step,
             micro_batch=message.micro_batch,
+            adapters_off=message.adapters_off,
         )
         return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
+
+    def _check_adapters(self, message: Forward) -> None:
+        if message.adapters_off and self._run.backbone_trains and self._run.train.backbone == "full":
+            raise RemoteProtocolError("adapters_off where the backbone trains in full: it has no adapters to turn off")
 
     def backward(self, client_id: str, message: Backward) -> BackwardDone:
         """Run a micro-batch backward and free its graph."""
@@ -98,7 +113,7 @@ class Engine:
         return BackwardDone(
             request_id=message.request_id,
             gradient_BSD=None if gradient_BSD is None else self._describe(gradient_BSD),
-            norms_Q=None,
+            norms_Q=self._describe(self.worker.norms(client_id)) if self._run.has_own_loops else None,
         )
 
     # steps
@@ -202,6 +217,37 @@ class Engine:
     def describe_layers(self) -> tuple[TensorFrames, ...]:
         """Describe everyone's layers: those of the last merge, or what every client starts with."""
         return tuple(self._describe(layer) for layer in self.merger.layers().values())
+
+    # loops of clients' own
+
+    def discarded(self, client_id: str, step: int) -> None:
+        """Free a step that its client gives up."""
+        self.worker.discard(client_id)
+        self._history.note("step_discarded", client_id=client_id, step=step)
+
+    def keep(self) -> Kept | Declined:
+        """Keep a snapshot of the backbone that a client's checkpoint can name."""
+        try:
+            return Kept(commit_number=self.ledger.keep(self.worker, self._run.storage.keep_named))
+        except StorageError as error:
+            return Declined(request_id=0, reason=f"the server could not keep a snapshot: {error}")
+
+    def go_back(self, client_id: str, commit_number: int) -> WentBack | Declined:
+        """Bring the backbone back to a kept snapshot, for a client that nobody else has trained beside since."""
+        if not self.ledger.is_where(client_id, commit_number):
+            try:
+                reason = self.ledger.objection_to_going_back(client_id, commit_number)
+            except Damaged as error:
+                reason = str(error)
+            if reason:
+                return Declined(request_id=0, reason=reason)
+            self.ledger.go_back(client_id, commit_number, self.worker)
+            self._history.note("went_back", client_id=client_id, commit_number=commit_number)
+        return WentBack(commit_number=commit_number, step=self.ledger.state.members[client_id].step)
+
+    def save_trained(self) -> None:
+        """Write what the backbone has learned, in a run without merges, where exporting finds it."""
+        self.merger.save(self.worker.trained())
 
     def _describe(self, tensor: Tensor) -> TensorFrames:
         return describe(tensor, self._run.link.frame_bytes)

@@ -150,8 +150,10 @@ class SharedGate:
 class SequentialGate:
     """One client's step at a time, each computed and applied before the next begins (split learning's plain order)."""
 
-    def __init__(self, step_timeout: float) -> None:
+    def __init__(self, step_timeout: float, *, is_patient: bool = False) -> None:
+        """A patient gate ends a turn only when somebody else waits for it."""
         self._step_timeout = step_timeout
+        self._is_patient = is_patient
         self._owner: str | None = None
         self._owner_step = 0
         self._is_open = False
@@ -192,7 +194,7 @@ class SequentialGate:
         return 0
 
     def ticked(self, now_s: float) -> list[Action]:
-        if self._owner is None or now_s < self._deadline_s:
+        if self._owner is None or now_s < self._deadline_s or (self._is_patient and not self._held):
             return []
         reason = f"its turn ended after {self._step_timeout:g} s without a commit"
         closed = CloseStep(client_id=self._owner, next_step=self._owner_step + 1, reason=reason)
@@ -248,12 +250,12 @@ class FrozenGate:
         return []
 
 
-def gate_for(server_mode: str, step_timeout: float) -> Gate:
-    """Return the gate of a `server_mode`."""
+def gate_for(server_mode: str, step_timeout: float, *, is_patient: bool = False) -> Gate:
+    """Return the gate of a `server_mode`; see `SequentialGate` for what is patient."""
     match server_mode:
         case "shared":
             return SharedGate(step_timeout)
         case "sequential":
-            return SequentialGate(step_timeout)
+            return SequentialGate(step_timeout, is_patient=is_patient)
         case _:
             return FrozenGate()

@@ -61,6 +61,8 @@ class RunState:
 
     fingerprint: str = ""
     commit_number: int = 0
+    weights_of: int = 0
+    """The commit whose weights the backbone has: the last one, or an earlier one that a client has gone back to."""
     num_merged: int = 0
     round: RoundState | None = None
     members: dict[str, MemberState] = field(default_factory=dict)
@@ -94,9 +96,12 @@ class RunState:
                 self.round = None
             case "finished":
                 self.members[entry["client_id"]].has_finished = True
+            case "went_back":
+                self.members[entry["client_id"]] = MemberState(**entry["member"])
+                self.weights_of = entry["commit_number"]
 
     def _committed(self, entry: Mapping[str, Any]) -> None:
-        self.commit_number = entry["number"]
+        self.commit_number = self.weights_of = entry["number"]
         for client_id, step in entry["members"]:
             member = self.members[client_id]
             member.step, member.next_step = step, step + 1
@@ -158,7 +163,10 @@ class Ledger:
                 self.redo(entry, worker)
                 if entry.kind == "commit":
                     redone(self.state.commit_number)
-        if not self._keeps_records:
+        last_kept = max(self._store.kept(), default=0)
+        has_lost = last_kept > self.state.commit_number
+        self.state.commit_number = max(self.state.commit_number, last_kept)  # a number names one state for ever
+        if has_lost or not self._keeps_records:
             self.snapshot(worker)  # what is not done again must not be read again
         return recovered.notes
 
@@ -181,7 +189,10 @@ class Ledger:
             self.merged_layers = entry.tensors
         elif entry.kind == "commit":
             self._commits_since_snapshot += 1
-            worker.redo(entry.fields["step"], entry.fields["clip_coefficient"], entry.tensors)
+            fields = entry.fields
+            worker.redo(fields["step"], fields["clip_coefficient"], entry.tensors, fields["learning_rate"])
+        elif entry.kind == "went_back":
+            worker.load(entry.tensors)
 
     def note(self, kind: str, **entry: Any) -> None:
         """Write an entry that need not be on disk before anything else happens."""
@@ -192,12 +203,14 @@ class Ledger:
     ) -> int:
         """Write a decided step, to be applied next, and return its number; durable when this returns."""
         number = self.state.commit_number + 1
+        scaling = contributions[0].scaling
         fields = {
             "number": number,
             "step": contributions[0].step,
             "members": [[each.slot, each.step] for each in contributions],
             "tokens": [each.num_label_tokens for each in contributions],
             "clip_coefficient": clip_coefficient,
+            "learning_rate": None if scaling is None else scaling.learning_rate,
         }
         tensors = gradients if self._keeps_records else {}
         self._write(Record(kind="commit", fields=fields, tensors=tensors), durable=self._keeps_records)
@@ -224,6 +237,60 @@ class Ledger:
             tensors |= {_LAYERS + name: layer for name, layer in self.merged_layers.items()}
         self._store.snapshot(Record(kind="snapshot", fields=self.state.to_fields(), tensors=tensors))
         self._commits_since_snapshot = 0
+
+    # snapshots that clients' checkpoints name
+
+    def keep(self, worker: Worker, limit: int) -> int:
+        """Keep state and tensors of this moment beside the log, if they are not kept yet; return their commit.
+
+        At most `limit` are kept; the oldest go.
+        """
+        number = self.state.weights_of
+        if number not in self._store.kept():
+            self._store.keep(number, Record(kind="kept", fields=self.state.to_fields(), tensors=worker.state()), limit)
+        return number
+
+    def is_where(self, client_id: str, commit_number: int) -> bool:
+        """Tell whether backbone and client are where they were after a commit."""
+        member = self.state.members.get(client_id, MemberState())
+        return self.state.weights_of == commit_number == member.commit_number
+
+    def objection_to_going_back(self, client_id: str, commit_number: int) -> str:
+        """Say why the backbone cannot go back to a commit for this client, "" when it can."""
+        kept = self._store.kept()
+        if commit_number not in kept:
+            known = ", ".join(map(str, kept)) or "none"
+            return (
+                f"no snapshot of commit {commit_number} is kept; those that are: {known} (storage.keep_named bounds"
+                " how many)"
+            )
+        then = RunState.from_fields(self._store.kept_at(commit_number).fields)
+        others = sorted(
+            name
+            for name, member in self.state.members.items()
+            if name != client_id and member.step != then.members.get(name, MemberState()).step
+        )
+        if others:
+            return (
+                f"{', '.join(others)} has trained the backbone since commit {commit_number}, and going back would undo"
+                " that: go on from here, or let the operator take the whole run back with `splitfl rollback`"
+            )
+        return ""
+
+    def go_back(self, client_id: str, commit_number: int, worker: Worker) -> None:
+        """Bring worker and client back to a kept snapshot.
+
+        The entry holds the tensors, so that it can be done again when the kept file is gone.
+        """
+        kept = self._store.kept_at(commit_number)
+        member = RunState.from_fields(kept.fields).members.get(client_id, MemberState())
+        # the client knows its place by the commit it went back to, although that may be another's
+        place = asdict(member) | {"commit_number": commit_number}
+        fields = {"client_id": client_id, "commit_number": commit_number, "member": place}
+        self._write(Record(kind="went_back", fields=fields, tensors=kept.tensors), durable=True)
+        worker.load(kept.tensors)
+        if not self._keeps_records:
+            self.snapshot(worker)
 
     def close(self) -> None:
         """Let another process have the folder."""

@@ -119,6 +119,7 @@ def rollback(run_dir: Path, generation: int | None) -> tuple[int, int]:
             raise ConfigError(f"{run_dir}: no snapshot {generation}; there are: {known}")
         commit_number = int(store.snapshot_of(target).fields["commit_number"])
         store.rewind(target)
+        store.forget_kept(above=commit_number)  # their numbers will be given again
     (run_dir / FINISHED_FILE).unlink(missing_ok=True)
     with MetricsLog(run_dir / "metrics.jsonl") as metrics:
         metrics.emit("rolled_back", commit_number=commit_number, generation=target)

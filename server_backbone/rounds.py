@@ -45,6 +45,8 @@ Decision: TypeAlias = Open | Merge | End
 
 
 class _Stage(Enum):
+    ENDLESS = auto()
+    """There are no rounds: clients train in loops of their own."""
     GATHERING = auto()
     OPEN = auto()
     MERGING = auto()
@@ -59,7 +61,7 @@ class Rounds:
     def __init__(self, federation: FederationSection, choose: Choose, now_s: float) -> None:
         self._federation = federation
         self._choose = choose
-        self._stage = _Stage.GATHERING
+        self._stage = _Stage.GATHERING if federation.num_rounds else _Stage.ENDLESS
         self._deadline_s = now_s + federation.wait_timeout
         self._connected: set[str] = set()
         self._ready: set[str] = set()
@@ -93,7 +95,7 @@ class Rounds:
             self._chosen = set(open_round.trainers)
             self._uploaded = set(uploaded)
             self._trainers = self._chosen - (set(out) - self._uploaded)
-        elif num_merged == self._federation.num_rounds:
+        elif num_merged == self._federation.num_rounds and self._stage is not _Stage.ENDLESS:
             self._stage = _Stage.PARTING
 
     def resumed(self, clients: Iterable[str], now_s: float) -> list[Decision]:

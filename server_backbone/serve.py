@@ -238,7 +238,8 @@ def build_server(
         model.weights.read(stored[name][0], values)
         return values
 
-    first_layers = FirstLayers(list(trainable), read)
+    # clients in loops of their own keep their layers
+    first_layers = FirstLayers([] if run.has_own_loops else list(trainable), read)
     strategy = strategy_for(run.federation, run.seed)
     merger = Merger(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
     ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)

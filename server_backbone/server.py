@@ -20,7 +20,7 @@ from server_backbone.jobs import Jobs
 from server_backbone.members import Connection, Member, Members
 from server_backbone.provisions import Provisions
 from server_backbone.rounds import Decision, End, Merge, Open, Rounds
-from server_backbone.worker import Contribution
+from server_backbone.worker import Contribution, Scaling
 from splitfl.config import NAME_PATTERN, RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.errors import LocalProtocolError, PeerGone, RemoteProtocolError
@@ -36,13 +36,16 @@ from splitfl.protocol.messages import (
     Committed,
     Declined,
     Decode,
+    Discard,
     EndCache,
     Farewell,
     Fetch,
     Forward,
     ForwardDone,
+    GoBack,
     Goodbye,
     Hello,
+    Keep,
     Leave,
     Merged,
     Message,
@@ -58,10 +61,12 @@ from splitfl.protocol.messages import (
     TensorFrames,
     Upload,
     Welcome,
+    WentBack,
     Why,
 )
 from splitfl.protocol.tensors import realise
 from splitfl.session.limits import Limits
+from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 from splitfl.telemetry.history import History
@@ -99,7 +104,9 @@ class Server:
     def __post_init__(self) -> None:
         federation = self.run.federation
         self._jobs = Jobs(self.listener.wake)
-        self._gate = gate_for(federation.server_mode, federation.step_timeout)
+        self._gate = gate_for(federation.server_mode, federation.step_timeout, is_patient=self.run.has_own_loops)
+        if self.run.has_own_loops:
+            self._gate.round_opened((), first_step=1)  # and never closed
         self._rounds = Rounds(federation, self.engine.merger.strategy.configure_train, time.monotonic())
         self._members = Members()
         self._caches = CacheBook(self.run.link)
@@ -131,6 +138,8 @@ class Server:
         """Save this moment after an interruption, and tell every client where to resume."""
         note = self.engine.snapshot()
         self._said_of_snapshot(note)
+        if self.run.has_own_loops:
+            self.engine.save_trained()
         self.say_shutdown()
 
     def say_shutdown(self) -> None:
@@ -187,7 +196,8 @@ class Server:
         return member
 
     def _new_member(self, client_id: str) -> Member:
-        return Member(client_id=client_id, session=ServerSession(self.terms))
+        session = OwnLoopServerSession(self.terms) if self.run.has_own_loops else ServerSession(self.terms)
+        return Member(client_id=client_id, session=session)
 
     # what comes in
 
@@ -273,6 +283,32 @@ class Server:
                 self._note(member, message)
             case Goodbye():
                 self._part(member, message)
+            case Discard(step=step):
+                self._jobs.submit(partial(self.engine.discarded, client_id, step), _nothing)
+                self._carry_out(self._gate.finished(client_id, now_s), now_s)
+            case Keep():
+                self._jobs.submit(self.engine.keep, partial(self._tell, member))
+            case GoBack():
+                self._go_back(member, message)
+
+    def _go_back(self, member: Member, message: GoBack) -> None:
+        """Bring backbone and client back to a kept snapshot, unless that would take something from another client."""
+        at_work = [other.client_id for other in self._members if other is not member and other.session.is_in_step]
+        if at_work:
+            reason = f"{', '.join(at_work)} is in the middle of a step: try again when it has ended"
+            self._tell(member, Declined(request_id=0, reason=reason))
+            return
+
+        def answer(reply: WentBack | Declined) -> None:
+            if isinstance(reply, WentBack):
+                known = self.engine.ledger.state.members[member.client_id]
+                member.session.restore(
+                    applied=known.applied, round_=None, next_step=known.next_step, awaits_merge=False
+                )
+                self.metrics.emit("went_back", client_id=member.client_id, commit_number=reply.commit_number)
+            self._tell(member, reply)
+
+        self._jobs.submit(partial(self.engine.go_back, member.client_id, message.commit_number), answer)
 
     def _part(self, member: Member, message: Goodbye) -> None:
         self.metrics.emit("client_done", client_id=member.client_id, **_with_counts(message.metrics))
@@ -543,7 +579,7 @@ class Server:
                     if member.connection is not None:
                         self._compute(member, partial(self.engine.forward, client_id, message))
                 case Apply(members=members):
-                    contributions = [_contribution(client_id, commit) for client_id, commit in members]
+                    contributions = [self._contribution(client_id, commit) for client_id, commit in members]
                     self._jobs.submit(
                         partial(self.engine.decide, contributions), partial(self._acknowledge, members, contributions)
                     )
@@ -575,20 +611,33 @@ class Server:
             self.history.note(
                 "acknowledged", client_id=client_id, step=commit.step, commit_number=decided.commit_number
             )
-            self._log_step(member, commit, contributions[0].step, decided)
+            self._log_step(member, commit, contributions[0], decided)
             if member.session.has_done_its_steps:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
 
-    def _log_step(self, member: Member, commit: Commit, step: int, decided: Decided) -> None:
+    def _contribution(self, client_id: str, commit: Commit) -> Contribution:
+        learning_rate = self.run.optimizer.backbone_lr or commit.learning_rate
+        return Contribution(
+            slot=client_id,
+            step=commit.step,
+            num_label_tokens=commit.num_label_tokens,
+            norms_P=realise(commit.norms_P).tolist(),
+            scaling=Scaling(learning_rate=learning_rate, clip_coefficient=commit.clip_coefficient)
+            if self.run.has_own_loops
+            else None,
+        )
+
+    def _log_step(self, member: Member, commit: Commit, first: Contribution, decided: Decided) -> None:
+        scaling, scheduled = first.scaling, self.engine.worker.learning_rate(first.step)
         self.metrics.emit(
             "step",
             client_id=member.client_id,
             round=member.session.round_number,
             step=commit.step,
             commit_number=decided.commit_number,
-            loss=commit.loss,
+            loss=commit.loss if scaling is None else None,  # a client's own loop keeps it to itself
             num_label_tokens=commit.num_label_tokens,
-            learning_rate=self.engine.worker.learning_rate(step),
+            learning_rate=scheduled if scaling is None else scaling.learning_rate,
             clip_coefficient=decided.clip_coefficient,
             bytes_sent=member.received,
             bytes_received=member.sent,
@@ -874,15 +923,6 @@ def _check_claims(commit: Commit) -> None:
         raise RemoteProtocolError("a loss that is not finite (NONFINITE_TENSOR)")
     if any(norm < 0 and norm != NO_GRADIENT for norm in realise(commit.norms_P).tolist()):
         raise RemoteProtocolError(f"a negative norm of a gradient (only {NO_GRADIENT:g} is one, for none)")
-
-
-def _contribution(client_id: str, commit: Commit) -> Contribution:
-    return Contribution(
-        slot=client_id,
-        step=commit.step,
-        num_label_tokens=commit.num_label_tokens,
-        norms_P=realise(commit.norms_P).tolist(),
-    )
 
 
 def _with_counts(metrics: dict[str, float]) -> dict[str, float | int]:

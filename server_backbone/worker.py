@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from server_backbone.placement import DeviceMap, connect_devices
@@ -19,9 +20,17 @@ from splitfl.errors import DataError, RemoteProtocolError
 from splitfl.models.cut import Cut, mask_of
 from splitfl.models.far_cache import BackboneCache
 from splitfl.protocol.tensors import digest_of
-from splitfl.training.optimizer import NO_GRADIENT, PartOptimizer, clip_coefficient
+from splitfl.training.optimizer import NO_GRADIENT, PartOptimizer, clip_coefficient, norms_of
 from splitfl.training.seeds import seed_dropout
 from splitfl.training.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """How a client's own loop scales a step of the backbone."""
+
+    learning_rate: float
+    clip_coefficient: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +42,8 @@ class Contribution:
     num_label_tokens: int
     norms_P: Sequence[float]
     """Norms of the client's own gradients, in the model's order, -1 where there is none."""
+    scaling: Scaling | None = None
+    """What a client's own loop has decided; None where the run's settings do."""
 
 
 @dataclass(slots=True)
@@ -65,18 +76,22 @@ class Worker:
         self._parameters = list(self._trainable.values())
         self._is_mine = [cut.side_of(name) == "server" for name in cut.trainable()]
         self._optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
-        self._needs_backward = run.backbone_trains or run.bottom_trains
+        self._sends_gradients = run.bottom_trains or run.has_own_loops
+        self._needs_backward = run.backbone_trains or self._sends_gradients
+        self._adapted = [module for module in self._backbone.modules() if isinstance(module, BaseTunerLayer)]
         self._slots: dict[str, _Slot] = {}
         self._generations: dict[tuple[str, int], _Generation] = {}
         self._version = 0
         """Rises whenever the weights move."""
-        self._reduced: tuple[int, float] | None = None  # step and clip coefficient of what is to be applied
+        self._reduced: tuple[int, float, float | None] | None = None  # step, clip coefficient, learning rate to apply
         self.compute = Stopwatch()
 
-    def evaluate(self, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool) -> Tensor:
+    def evaluate(
+        self, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool, *, adapters_off: bool = False
+    ) -> Tensor:
         """Run forward without dropout and keep nothing."""
         self._backbone.eval()
-        with self.compute.running(), torch.inference_mode():
+        with self.compute.running(), self._adapters(off=adapters_off), torch.inference_mode():
             return self._run_blocks(hidden_BSD.to(self._device), lengths_B, left_padded)
 
     def decode(
@@ -119,12 +134,17 @@ class Worker:
         *,
         step: int,
         micro_batch: int,
+        adapters_off: bool = False,
     ) -> Tensor:
         """Run forward in training and keep the graph for `backward`, if anything is to learn from it."""
         self._backbone.train()
         seed_dropout(self._run.seed, "server", slot, step, micro_batch)
-        with self.compute.running(), torch.set_grad_enabled(self._needs_backward):
-            given_BSD = hidden_BSD.to(self._device).requires_grad_(self._run.bottom_trains)
+        with (
+            self.compute.running(),
+            self._adapters(off=adapters_off),
+            torch.set_grad_enabled(self._needs_backward),
+        ):
+            given_BSD = hidden_BSD.to(self._device).requires_grad_(self._sends_gradients)
             got_BSD = self._run_blocks(given_BSD, lengths_B, left_padded)
         if self._needs_backward:
             self._slots.setdefault(slot, _Slot()).graphs[request_id] = (given_BSD, got_BSD)
@@ -137,6 +157,10 @@ class Worker:
         with self.compute.running(), self._gradients_of(own):
             got_BSD.backward(gradient_BSD.to(self._device))
         return given_BSD.grad
+
+    def norms(self, slot: str) -> Tensor:
+        """Return the norm of each of the slot's gradients of the step so far (float32, Q), -1 where there is none."""
+        return norms_of(self._slots[slot].gradients)
 
     def reduce(self, contributions: Sequence[Contribution]) -> tuple[float, dict[str, Tensor]]:
         """Add up several slots' gradients, weighted by label tokens; `apply` is next.
@@ -153,11 +177,9 @@ class Worker:
             slots = [self._slots.pop(c.slot, _Slot()) for c in contributions]
             scales = [share * self._tamed(slot, len(slots)) for slot, share in zip(slots, shares, strict=True)]
             self._sum_gradients(list(zip(slots, scales, strict=True)))
-            client_norms = [self._tamed_norms(c.norms_P, len(slots)) for c in contributions]
-            mine, theirs = iter(self._optimizer.norms().tolist()), iter(_mean_norms(client_norms, shares))
-            norms = [next(mine) if is_mine else next(theirs) for is_mine in self._is_mine]
-            coefficient = clip_coefficient(norms, self._run.optimizer.max_grad_norm)
-        self._reduced = (contributions[0].step, coefficient)
+            scaling = contributions[0].scaling
+            coefficient = self._clip(contributions, shares) if scaling is None else scaling.clip_coefficient
+        self._reduced = (contributions[0].step, coefficient, None if scaling is None else scaling.learning_rate)
         return coefficient, {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
 
     def withdraw(self) -> None:
@@ -169,18 +191,20 @@ class Worker:
         """Take the optimizer step with what `reduce` has left; return False if that was withdrawn."""
         if self._reduced is None:
             return False
-        (step, coefficient), self._reduced = self._reduced, None
+        (step, coefficient, learning_rate), self._reduced = self._reduced, None
         with self.compute.running():
-            self._optimizer.step(step, coefficient)
+            self._optimizer.step(step, coefficient, learning_rate)
         self._version += bool(self._parameters)
         return True
 
-    def redo(self, step: int, clip_coefficient: float, gradients: Mapping[str, Tensor]) -> None:
+    def redo(
+        self, step: int, clip_coefficient: float, gradients: Mapping[str, Tensor], learning_rate: float | None
+    ) -> None:
         """Take the optimizer step that a record holds."""
         for name, parameter in self._trainable.items():
             gradient = gradients.get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        self._optimizer.step(step, clip_coefficient)
+        self._optimizer.step(step, clip_coefficient, learning_rate)
         self._version += 1
 
     def state(self) -> dict[str, Tensor]:
@@ -213,6 +237,26 @@ class Worker:
         side: Literal["left", "right"] = "left" if left_padded else "right"
         mask_BS = mask_of(lengths_B, hidden_BSD.shape[1], side, self._device)
         return self._backbone(hidden_BSD, mask_BS)
+
+    @contextmanager
+    def _adapters(self, *, off: bool) -> Iterator[None]:
+        """Have the backbone's adapters sit out what is run inside, as peft's `disable_adapter` does."""
+        if not off:
+            yield
+            return
+        for layer in self._adapted:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self._adapted:
+                layer.enable_adapters(True)
+
+    def _clip(self, contributions: Sequence[Contribution], shares: Sequence[float]) -> float:
+        client_norms = [self._tamed_norms(each.norms_P, len(contributions)) for each in contributions]
+        mine, theirs = iter(self._optimizer.norms().tolist()), iter(_mean_norms(client_norms, shares))
+        norms = [next(mine) if is_mine else next(theirs) for is_mine in self._is_mine]
+        return clip_coefficient(norms, self._run.optimizer.max_grad_norm)
 
     @contextmanager
     def _gradients_of(self, slot: _Slot) -> Iterator[None]:

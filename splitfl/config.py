@@ -121,6 +121,10 @@ class OptimizerSection(Section):
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
 
+    backbone_lr: float = Field(0.0, ge=0)
+    """Learning rate of the server's blocks where clients train in loops of their own (`federation.num_rounds = 0`); 0
+    follows the client's."""
+
 
 class FederationSection(Section):
     """Rounds, who takes part in them, and how the backbone and the merges treat several clients."""
@@ -129,8 +133,9 @@ class FederationSection(Section):
     """`shared`: one backbone step from all clients' gradients; `sequential`: a step per client, one client at a time;
     `frozen`: the backbone does not learn."""
 
-    num_rounds: int = Field(3, ge=1)
-    """Rounds in the run; each ends with a merge of the client-side layers."""
+    num_rounds: int = Field(3, ge=0)
+    """Rounds in the run; each ends with a merge of the client-side layers. 0 means no rounds and no merges: each client
+    trains in a loop of its own (`client_edge.connect`), and the server runs until it is stopped."""
 
     local_steps: int = Field(10, ge=1)
     """Optimizer steps of each client per round."""
@@ -185,6 +190,15 @@ class FederationSection(Section):
             raise ValueError(
                 f"min_train_clients ({self.min_train_clients}) must not exceed min_available_clients"
                 f" ({self.min_available_clients})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_steps_only_in_rounds(self) -> Self:
+        if self.num_rounds == 0 and self.server_mode == "shared":
+            raise ValueError(
+                "num_rounds = 0 lets each client train in a loop of its own, so there is no step that all share: set"
+                ' server_mode to "sequential" or "frozen"'
             )
         return self
 
@@ -268,6 +282,10 @@ class StorageSection(Section):
     keep_snapshots: int = Field(2, ge=0)
     """Generations of snapshots, with the log since each, that are kept; at least 2 for a damaged one to have a
     predecessor, 0 keeps all, so that `splitfl replay` can begin at the first step."""
+
+    keep_named: int = Field(8, ge=1)
+    """Snapshots of the backbone that checkpoints of clients in loops of their own name (`federation.num_rounds = 0`);
+    the oldest goes when another is kept."""
 
     @model_validator(mode="after")
     def _has_a_predecessor(self) -> Self:
@@ -436,6 +454,11 @@ class RunConfig(Config):
     def total_steps(self) -> int:
         """Optimizer steps of one client that takes part in every round: what the schedule runs over."""
         return self.federation.num_rounds * self.federation.local_steps
+
+    @property
+    def has_own_loops(self) -> bool:
+        """Whether each client trains in a loop of its own, without rounds and merges."""
+        return self.federation.num_rounds == 0
 
     @property
     def backbone_trains(self) -> bool:

@@ -20,6 +20,7 @@ from splitfl.durability.record import Damaged, Record, pack, unpack
 from splitfl.errors import ConfigError, StorageError
 
 _SNAPSHOT = re.compile(r"snapshot-(\d{8})\.bin")
+_KEPT = re.compile(r"kept-(\d{8})\.bin")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,12 +94,25 @@ class Store:
 
     def generations(self) -> list[int]:
         """Return the numbers of the generations that are kept, the oldest first."""
-        names = self._disk.names(self._folder) if self._folder.exists() else []
-        return [int(match[1]) for name in names if (match := _SNAPSHOT.fullmatch(name))]
+        return self._numbers(_SNAPSHOT)
 
     def snapshot_of(self, generation: int) -> Record:
         """Read a generation's snapshot; raise `Damaged` if it is."""
-        path = self._path("snapshot", generation)
+        return self._read_whole(self._path("snapshot", generation))
+
+    def kept(self) -> list[int]:
+        """Return the numbers of the records that are kept by number, the lowest first."""
+        return self._numbers(_KEPT)
+
+    def kept_at(self, number: int) -> Record:
+        """Read a record that is kept by number; raise `Damaged` if it is."""
+        return self._read_whole(self._path("kept", number))
+
+    def _numbers(self, pattern: re.Pattern[str]) -> list[int]:
+        names = self._disk.names(self._folder) if self._folder.exists() else []
+        return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
+
+    def _read_whole(self, path: Path) -> Record:
         with self._disk.open(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
@@ -243,6 +257,18 @@ class Store:
         if self._keep:
             for old in [*generations, number][: -self._keep]:
                 self._remove(old)
+
+    def keep(self, number: int, record: Record, limit: int) -> None:
+        """Keep a record by number, apart from generations and log; of more than `limit` the lowest numbers go."""
+        self._disk.write_whole(self._path("kept", number), pack(record))
+        for old in self.kept()[:-limit]:
+            self._disk.remove(self._path("kept", old))
+
+    def forget_kept(self, *, above: int) -> None:
+        """Remove the records that are kept by numbers above this one."""
+        for number in self.kept():
+            if number > above:
+                self._disk.remove(self._path("kept", number))
 
     def rewind(self, generation: int) -> None:
         """Go back to right after a generation's snapshot; what came later is kept aside as `*.dropped`."""

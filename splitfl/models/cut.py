@@ -160,10 +160,10 @@ class Cut:
         """Return the last segment."""
         return Top(self._view(self.layers_of("top"), owns_input=False, owns_output=True))
 
-    def client_model(self, far: FarBlocks) -> PreTrainedModel:
-        """Return a model of the original class whose middle is a stand-in that calls `far`."""
+    def client_model(self, far: FarBlocks, kind: Callable[..., StandIn] = StandIn) -> PreTrainedModel:
+        """Return a model of the original class whose middle is a stand-in, of this kind, that calls `far`."""
         blocks, bottom, top = self.blocks, self.layers_of("bottom"), self.layers_of("top")
-        stand_in = StandIn(far, self.bottom_layers, gives_tuple=self.blocks_give_tuples).train(self.whole.training)
+        stand_in = kind(far, self.bottom_layers, gives_tuple=self.blocks_give_tuples).train(self.whole.training)
         model = view_of(
             self.whole,
             self.anatomy,

@@ -263,10 +263,12 @@ class ClientSession:
         if tensor is not None:
             self.terms.check_like(tensor, shape)
         del self._awaiting[number]
-        is_done = isinstance(message, BackwardDone) or not self.terms.needs_backward or not self.open_round
-        if is_done:
+        if self._is_done(message):
             del self._graphs[number]
         return message
+
+    def _is_done(self, message: ForwardDone | BackwardDone) -> bool:
+        return isinstance(message, BackwardDone) or not self.terms.needs_backward or not self.open_round
 
     def _receive_refusal(self, message: StepRefused) -> StepRefused | None:
         if self.open_round is None or self._waits_for is not None:

@@ -19,10 +19,13 @@ from splitfl.protocol.messages import (
     Commit,
     Committed,
     Decode,
+    Discard,
     EndCache,
     Forward,
     ForwardDone,
+    GoBack,
     Goodbye,
+    Keep,
     Merged,
     Message,
     Ready,
@@ -62,7 +65,9 @@ class Reply:
     message: Message
 
 
-Accepted: TypeAlias = Ready | Forward | Backward | Commit | Upload | Report | Goodbye | Decode | EndCache
+Accepted: TypeAlias = (
+    Ready | Forward | Backward | Commit | Upload | Report | Goodbye | Decode | EndCache | Discard | Keep | GoBack
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +119,11 @@ class ServerSession:
     def num_in_flight(self) -> int:
         """Micro-batches under way."""
         return len(self._graphs)
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step is open."""
+        return self._micro_batches_begun > 0
 
     @property
     def has_done_its_steps(self) -> bool:
@@ -282,12 +292,15 @@ class ServerSession:
 
     def _forget_step(self, next_step: int) -> None:
         """Drop the open step; what still comes for it is ignored."""
+        self._drop_training_graphs()
+        self.next_step = next_step
+        self._begin_step()
+
+    def _drop_training_graphs(self) -> None:
         training = {number for number, graph in self._graphs.items() if graph.step}
         self._closed |= training
         for number in training:
             del self._graphs[number]
-        self.next_step = next_step
-        self._begin_step()
 
     def _begin_step(self) -> None:
         self._micro_batches_begun = 0
@@ -304,6 +317,8 @@ class ServerSession:
     def _admit(self, message: Forward) -> None:
         self._last_request = message.request_id
         self._graphs[message.request_id] = _Graph(shape=message.hidden_BSD.shape, step=message.step)
+        if message.step:
+            self._num_tokens += sum(message.lengths_B)
 
     def _admit_evaluation(self, message: Forward) -> None:
         self._require(message, Phase.IDLE)
@@ -333,7 +348,6 @@ class ServerSession:
         self._check_forward(message)
         self._admit(message)
         self._micro_batches_begun += 1
-        self._num_tokens += sum(message.lengths_B)
         return message
 
     def _admit_backward(self, message: Backward) -> Backward | None:
@@ -359,18 +373,21 @@ class ServerSession:
         self._require(message, Phase.TRAINING)
         if message.step > self.next_step or message.step > self.last_step:
             raise RemoteProtocolError(f"commit of step {message.step} leaves a gap: step {self.next_step} is next")
+        self.terms.check_norms(message.norms_P)
+        self._require_complete(message)
+        if message.num_label_tokens > self._num_tokens:  # they weigh the step, so nobody may claim more than it sent
+            raise RemoteProtocolError(
+                f"{message.num_label_tokens} label tokens in a step of {self._num_tokens} tokens: at most each counts"
+            )
+        self.phase = Phase.COMMITTING
+        return message
+
+    def _require_complete(self, message: Commit) -> None:
         if any(graph.step for graph in self._graphs.values()) or self._micro_batches_done != self.terms.micro_batches:
             raise RemoteProtocolError(
                 f"commit of step {message.step} after {self._micro_batches_done} of {self.terms.micro_batches}"
                 " micro-batches"
             )
-        if message.num_label_tokens > self._num_tokens:  # they weigh the step, so nobody may claim more than it sent
-            raise RemoteProtocolError(
-                f"{message.num_label_tokens} label tokens in a step of {self._num_tokens} tokens: at most each counts"
-            )
-        self.terms.check_norms(message.norms_P)
-        self.phase = Phase.COMMITTING
-        return message
 
     def _admit_upload(self, message: Upload) -> Upload | None:
         if message.round_number < self.round_number or self.phase is Phase.IDLE:

@@ -19,7 +19,7 @@ class Terms:
     max_batch_size: int
     max_in_flight: int
     micro_batches: int
-    """Micro-batches in a step."""
+    """Micro-batches in a step; 0 where clients train in loops of their own, and a step has any number."""
     needs_backward: bool
     """Whether the backbone learns or anything below it does, so that gradients are sent."""
     layer_shapes: tuple[tuple[int, ...], ...]

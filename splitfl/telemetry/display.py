@@ -256,7 +256,8 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
 
 
 def _say_run(event: Event) -> str:
-    steps = f"{event['num_rounds']} rounds of {event['local_steps']} steps"
+    rounds, own = f"{event['num_rounds']} rounds of {event['local_steps']} steps", "clients in loops of their own"
+    steps = rounds if event["num_rounds"] else own
     return f"{event['run_id']}: {event['model']}, {event['server_mode']}, {steps}, {event['device']}"
 
 
@@ -297,7 +298,7 @@ def _say_end(event: Event) -> str:
 def _header(progress: RunProgress, elapsed_s: float) -> Text:
     run, opened = progress.run, progress.round
     parts = [run.get("run_id", "starting"), run.get("model"), run.get("server_mode")]
-    if run:
+    if run and run["num_rounds"]:
         parts.append(f"round {opened.get('round', 0)}/{run['num_rounds']}")
     if opened:
         parts.append(f"step {progress.round_steps}/{opened['num_steps']}")

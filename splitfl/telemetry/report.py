@@ -148,7 +148,7 @@ def _num_commits(events: Sequence[Event], server_mode: str | None) -> int:
 
 def _curve(client_id: str, events: Sequence[Event]) -> list[list[Any]]:
     own = [event for event in events if event.get("client_id") == client_id]
-    return [[step["step"], step["loss"]] for step in _latest(own, "step", "step")]
+    return [[step["step"], step["loss"]] for step in _latest(own, "step", "step") if step["loss"] is not None]
 
 
 def _mean_losses(clients: Iterable[dict[str, Any]]) -> tuple[float | None, float | None]:

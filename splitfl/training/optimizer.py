@@ -38,21 +38,18 @@ class PartOptimizer:
 
     def norms(self) -> Tensor:
         """Return the norm of each gradient (float32, P), -1 where a parameter has none."""
-        return torch.tensor(
-            [NO_GRADIENT if p.grad is None else float(torch.linalg.vector_norm(p.grad, 2.0)) for p in self._parameters],
-            dtype=torch.float32,
-        )
+        return norms_of([parameter.grad for parameter in self._parameters])
 
-    def step(self, step: int, clip_coefficient: float) -> None:
-        """Scale the gradients, apply them with the step's learning rate, and forget them."""
+    def step(self, step: int, clip_coefficient: float, learning_rate: float | None = None) -> None:
+        """Scale the gradients, apply them with this learning rate or else the schedule's, and forget them."""
         if not self._parameters:
             return
-        if self._section.max_grad_norm > 0:
+        if clip_coefficient != 1.0:
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(clip_coefficient)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = self.learning_rate(step) if learning_rate is None else learning_rate
         self._optimizer.step()
         self.discard()
 
@@ -100,6 +97,14 @@ class PartOptimizer:
             return torch.optim.SGD(groups, lr=self._section.learning_rate)
         betas = (self._section.adam_beta1, self._section.adam_beta2)
         return torch.optim.AdamW(groups, lr=self._section.learning_rate, betas=betas, eps=self._section.adam_epsilon)
+
+
+def norms_of(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Return the norm of each gradient (float32), -1 where there is none."""
+    return torch.tensor(
+        [NO_GRADIENT if g is None else float(torch.linalg.vector_norm(g, 2.0)) for g in gradients],
+        dtype=torch.float32,
+    )
 
 
 def clip_coefficient(norms_in_model_order: Sequence[float], max_grad_norm: float) -> float:

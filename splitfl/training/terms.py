@@ -8,7 +8,8 @@ from splitfl.session.terms import Terms
 
 def terms_of(run: RunConfig, cut: Cut) -> Terms:
     """Return the terms of every session of a run; both sides compute them from the same settings and config."""
-    layers = list(cut.trainable("client").values())
+    # in a loop of its own a client's layers are its own affair, and what trains below the cut is not known here
+    layers = [] if run.has_own_loops else list(cut.trainable("client").values())
     federation = run.federation
     return Terms(
         hidden_size=cut.whole.config.get_text_config().hidden_size,
@@ -16,8 +17,8 @@ def terms_of(run: RunConfig, cut: Cut) -> Terms:
         max_seq_length=run.text.max_seq_length,
         max_batch_size=max(federation.per_device_train_batch_size, federation.per_device_eval_batch_size),
         max_in_flight=run.link.max_in_flight,
-        micro_batches=federation.gradient_accumulation_steps,
-        needs_backward=run.backbone_trains or run.bottom_trains,
+        micro_batches=0 if run.has_own_loops else federation.gradient_accumulation_steps,
+        needs_backward=run.has_own_loops or run.backbone_trains or run.bottom_trains,
         layer_shapes=tuple(tuple(layer.shape) for layer in layers),
         layer_dtypes=tuple(wire_dtype(layer.dtype) for layer in layers),
     )

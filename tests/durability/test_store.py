@@ -63,6 +63,22 @@ def test_what_was_written_is_read(filled: Path) -> None:
         assert numbers(store) == [3, 4, 5, 6]
 
 
+def test_records_kept_by_number_outlast_generations_within_their_limit(filled: Path) -> None:
+    with open_store(filled) as store:
+        store.recover()
+        for number in (2, 7, 5):
+            store.keep(number, entry(number), 2)
+        assert store.kept() == [5, 7]
+        for number in (8, 9, 10):
+            store.snapshot(entry(number))
+    with open_store(filled) as store:
+        assert store.kept() == [5, 7]
+        assert store.kept_at(5).fields == dict(entry(5).fields)
+        assert numbers(store) == [10]
+        store.forget_kept(above=5)
+        assert store.kept() == [5]
+
+
 def test_everything_is_private(tmp_path: Path) -> None:
     old = os.umask(0)
     try:

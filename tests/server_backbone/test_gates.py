@@ -188,6 +188,14 @@ class TestSequential:
         assert gate.ticked(119.9) == []
         assert told(gate.ticked(120.0)) == [("close", "b", 2)]
 
+    def test_a_patient_gates_turn_ends_only_when_somebody_waits(self) -> None:
+        gate = gate_for("sequential", TIMEOUT, is_patient=True)
+        gate.round_opened((), 1)
+        gate.forward("a", forward(1, 3), 100.0)
+        assert gate.ticked(500.0) == []
+        gate.forward("b", forward(11, 1), 500.0)
+        assert told(gate.ticked(500.0)) == [("close", "a", 4), ("compute", "b", 11)]
+
     def test_nobody_at_work_means_no_deadline(self) -> None:
         gate = sequential("a")
         gate.forward("a", forward(1, 1), 0.0)

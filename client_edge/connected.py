@@ -1,0 +1,130 @@
+"""`connect`: a model of transformers whose middle is on a server, for a loop of the user's own."""
+
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from client_edge.far import FarBlocksOfServer, ServerStandIn
+from client_edge.far_backbone import FarBackbone
+from client_edge.optimizer_hook import watch_optimizers_of
+from client_edge.own_link import OwnLoopLink
+from client_edge.owner_thread import OwnerThread
+from client_edge.proxies import Proxies
+from client_edge.received import fetch_description, fetch_layers
+from splitfl.config import ClientConfig, ClientSection
+from splitfl.durability.disk import make_private_dir
+from splitfl.errors import ConfigError, ModelError
+from splitfl.models.cut import Cut
+from splitfl.training.device import open_device
+from splitfl.training.terms import terms_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Connected:
+    """What belongs to a model from `connect`."""
+
+    cut: Cut
+    close: "weakref.finalize[..., Any]"
+
+
+_connected: weakref.WeakKeyDictionary[PreTrainedModel, _Connected] = weakref.WeakKeyDictionary()
+
+
+def connect(address: str = "", *, config: Path | str | None = None, **settings: Any) -> PreTrainedModel:
+    """Join a server's run and return the model, of its original class, whose blocks in the middle are the server's.
+
+    `settings` are those of `[client]` in a client's file (docs/configuration.md), laid over the file `config` if there
+    is one; `client_id` is the one that is needed. With `keys` and no `enrolment`, the enrolment file is
+    CLIENT_ID.enrolment.toml in that folder. Config and tokenizer are in the folder `model.name_or_path`.
+
+    Raises `ConfigError` for settings that are wrong or a server with rounds, `Refused` when the server says no, and
+    `PeerGone` when none answers.
+    """
+    client = _settings(address, config, settings)
+    device = open_device(client.device, "client.device")
+    with ExitStack() as undo:
+        thread = OwnerThread("far-backbone")
+        undo.callback(thread.end)
+        link = thread.call(lambda: _join(client))
+        undo.callback(thread.call, link.close)
+        folder = client.output_dir / link.welcome.run_id / client.client_id
+        make_private_dir(folder)
+        directory = thread.call(lambda: fetch_description(link, client, folder))
+        cut = thread.call(lambda: fetch_layers(link, client, directory, device))
+        terms = terms_of(link.run, cut)
+        thread.call(lambda: link.agree(terms))
+        model = _model_around(cut, link, thread, terms.dtype)
+        undo.pop_all()
+    model.config._name_or_path = model.name_or_path = str(directory)
+    return model
+
+
+def disconnect(model: nn.Module) -> None:
+    """Leave the run; twice is fine. It happens by itself when the model is no longer used, or the program ends."""
+    _of(model).close()
+
+
+def own_layers(model: nn.Module) -> dict[str, Tensor]:
+    """Return what trains on this side by the run's settings, by its name in the whole model, without copying."""
+    return {name: parameter.detach() for name, parameter in _of(model).cut.trainable("client").items()}
+
+
+def _settings(address: str, config: Path | str | None, settings: dict[str, Any]) -> ClientSection:
+    tree = {} if config is None else ClientConfig.load(Path(config)).client.model_dump(exclude_unset=True)
+    tree |= settings | ({"server_address": address} if address else {})
+    client = ClientConfig.from_tree({"client": tree}, source="client_edge.connect").client
+    if client.keys is not None and client.enrolment is None:
+        enrolment = client.keys / f"{client.client_id}.enrolment.toml"
+        return client.model_copy(update={"enrolment": enrolment})
+    return client
+
+
+def _join(client: ClientSection) -> OwnLoopLink:
+    link = OwnLoopLink(client)
+    link.leaving = "disconnected"
+    if not link.run.has_own_loops:
+        link.close()
+        raise ConfigError(
+            f"{link.address} serves a run of {link.run.federation.num_rounds} rounds: take part in it with `splitfl"
+            " client`, or set federation.num_rounds = 0 on the server for a loop of your own"
+        )
+    return link
+
+
+def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread, dtype: str) -> PreTrainedModel:
+    backbone = FarBackbone(link, thread)
+    far = FarBlocksOfServer(backbone, Proxies(cut.trainable("server")), dtype)
+    model = cut.client_model(far, ServerStandIn)
+    zero_grad_of = weakref.WeakMethod(model.zero_grad)  # the model holds the backbone, not the other way round
+
+    def drop_gradients() -> None:
+        zero_grad = zero_grad_of()
+        if zero_grad is not None:
+            zero_grad()
+
+    backbone.on_refused = drop_gradients
+    model.register_forward_pre_hook(_refuse_router_losses, with_kwargs=True)
+    watch_optimizers_of(model, far)
+    _connected[model] = _Connected(cut=cut, close=weakref.finalize(model, backbone.close))
+    return model.eval()
+
+
+def _refuse_router_losses(model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    asked = kwargs.get("output_router_logits")
+    if asked or (asked is None and getattr(model.config, "output_router_logits", False)):
+        raise ModelError(
+            "output_router_logits is on: the auxiliary loss of the routers needs those of the server's blocks, which do"
+            " not cross; set model.config.output_router_logits = False"
+        )
+
+
+def _of(model: nn.Module) -> _Connected:
+    for candidate in (model, *model.modules()):
+        if isinstance(candidate, PreTrainedModel) and candidate in _connected:
+            return _connected[candidate]
+    raise ModelError(f"a {type(model).__name__} that is not from client_edge.connect")
