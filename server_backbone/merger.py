@@ -56,9 +56,13 @@ class Merger:
         self._weight_by = weight_by
         self._max_rms = max_rms
         self._weights: dict[str, float] = {}
+        self._state: Mapping[str, Tensor] = {}
 
-    def restore(self, layers: Mapping[str, Tensor] | None, weights: Mapping[str, float]) -> list[str]:
-        """Go on with the layers of the last merge and the uploads on disk; return whose uploads cannot be read."""
+    def restore(
+        self, layers: Mapping[str, Tensor] | None, state: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> list[str]:
+        """Go on with what the last merge has left and the uploads on disk; return whose uploads cannot be read."""
+        self._state = state
         if layers is not None:
             self._layers = {name: layers[name] for name in self._names}
         self._weights = {client_id: weight for client_id, weight in weights.items() if self._is_readable(client_id)}
@@ -79,10 +83,15 @@ class Merger:
         }[self._weight_by]
         return self._weights[client_id]
 
+    def objection(self, clients: Sequence[str]) -> str:
+        """Say why these clients' layers cannot be merged, "" if they can."""
+        return self.strategy.objection([self._weights[client_id] for client_id in clients])
+
     def merge(self, clients: Sequence[str]) -> dict[str, float]:
         """Fold these clients' layers into everyone's; return the weights used."""
         updates = [(TensorFile(self._spooled(client_id)), self._weights[client_id]) for client_id in sorted(clients)]
-        self._layers = self.strategy.aggregate_train(updates)
+        folded = self.strategy.aggregate_train(updates, self._layers, self._state)
+        self._layers, self._state = folded.layers, folded.state
         return {client_id: self._weights[client_id] for client_id in sorted(clients)}
 
     def forget_uploads(self) -> None:
@@ -93,6 +102,10 @@ class Merger:
     def layers(self) -> Mapping[str, Tensor]:
         """Return everyone's layers, in the model's order; they are never written to again."""
         return self._layers
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what the strategy wants to be given at the next merge; never written to again."""
+        return self._state
 
     def save(self, backbone: Mapping[str, Tensor]) -> None:
         """Write all that is trained, both sides of one moment in one file, which replaces the last one whole."""
