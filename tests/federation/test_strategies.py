@@ -1,4 +1,4 @@
-"""Every strategy: laws that hold for any layers, Flower's arithmetic, and memory that does not grow with the clients."""
+"""Every strategy: laws that hold for any layers, Flower's arithmetic, and memory that does not grow with clients."""
 
 import itertools
 import json
