@@ -177,6 +177,12 @@ class TestRanges:
             ),
             (["link.heartbeat_interval=6"], r"heartbeat_timeout \(8.0 s\) must be at least twice heartbeat_interval"),
             (["link.slowest_link_bytes_per_second=25000"], r"takes 10.5 s on the slowest link, which must stay below"),
+            (
+                ["strategy.eta=0.5"],
+                r"strategy\.eta = 0\.5 is an option of FedAdagrad, FedAdam, FedYogi: leave it out, or choose another"
+                r" federation\.strategy than FedAvg",
+            ),
+            (["federation.strategy=Krum", "strategy.num_clients_to_keep=2"], r"is an option of MultiKrum: leave"),
         ],
     )
     def test_settings_that_do_not_fit_each_other(self, overrides: list[str], rule: str) -> None:
