@@ -85,14 +85,15 @@ class Merger:
 
     def objection(self, clients: Sequence[str]) -> str:
         """Say why these clients' layers cannot be merged, "" if they can."""
-        return self.strategy.objection([self._weights[client_id] for client_id in clients])
+        return self.strategy.objection(list(self._weights_of(clients).values()))
 
     def merge(self, clients: Sequence[str]) -> dict[str, float]:
         """Fold these clients' layers into everyone's; return the weights used."""
-        updates = [(TensorFile(self._spooled(client_id)), self._weights[client_id]) for client_id in sorted(clients)]
+        weights = self._weights_of(clients)
+        updates = [(TensorFile(self._spooled(client_id)), weight) for client_id, weight in weights.items()]
         folded = self.strategy.aggregate_train(updates, self._layers, self._state)
         self._layers, self._state = folded.layers, folded.state
-        return {client_id: self._weights[client_id] for client_id in sorted(clients)}
+        return weights
 
     def forget_uploads(self) -> None:
         """Remove what was spooled, merged or not."""
@@ -110,6 +111,10 @@ class Merger:
     def save(self, backbone: Mapping[str, Tensor]) -> None:
         """Write all that is trained, both sides of one moment in one file, which replaces the last one whole."""
         checkpoint.save_tensors(self._run_dir / TRAINED_FILE, {**self._layers, **backbone})
+
+    def _weights_of(self, clients: Sequence[str]) -> dict[str, float]:
+        """Return the weights of those that weigh anything: rules that know no weights must not count the others."""
+        return {client_id: self._weights[client_id] for client_id in sorted(clients) if self._weights[client_id] > 0}
 
     def _is_readable(self, client_id: str) -> bool:
         try:

@@ -267,7 +267,7 @@ class MergeSection(Section):
     """Which of the client-side layers are everyone's."""
 
     parts: tuple[Literal["bottom", "top"], ...] = ("bottom", "top")
-    """What is uploaded and merged; a part that is not named stays each client's own and never leaves it (personal
+    """What is uploaded and merged; a part that is not named stays each client's own and is not uploaded (personal
     heads), and [] merges nothing. A head tied to the embedding is the bottom's."""
 
 

@@ -140,6 +140,16 @@ class TestMergerWithEveryStrategy:
             results.append((dict(merger.layers()), dict(merger.state())))
         assert all(is_same(one, results[0][0]) and is_same(state, results[0][1]) for one, state in results)
 
+    @pytest.mark.parametrize("name", ["FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum"])
+    def test_who_weighs_nothing_is_not_counted(self, name: StrategyName, tmp_path: Path) -> None:
+        merger = Merger(strategy(name), {"x": torch.zeros(1)}, tmp_path, "num_tokens", max_rms=1e30)
+        for client_id, value, num_tokens in (("a", 1.0, 3), ("b", 1.0, 3), ("c", 1.0, 3), ("d", 5.0, 0), ("e", 5.0, 0)):
+            frames = (describe(torch.tensor([value]), 1 << 10),)
+            merger.spool(client_id, Upload(round_number=1, num_examples=1, num_tokens=num_tokens, layers=frames))
+        assert merger.objection("abcde") == ""
+        assert merger.merge("abcde") == {"a": 3, "b": 3, "c": 3}
+        assert merger.layers()["x"].item() == 1.0
+
     @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
     def test_a_restart_changes_nothing(self, name: StrategyName, tmp_path: Path) -> None:
         def merger() -> Merger:
