@@ -115,6 +115,15 @@ class TestMergeParts:
         assert not any(".layers.0." in name for name in trained)
         assert any(".layers.3." in name for name in trained)
 
+    def test_the_export_has_the_checkpoints_tensors_where_a_part_is_personal(
+        self, train: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        finished, _ = train(merge={"parts": ["top"]}, server={"export_model": True})
+        before = load_file(tmp_path / "model" / "model.safetensors")
+        after = load_file(finished.run_dir / "model" / "model.safetensors")
+        changed = {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {"1", "2", "3"}
+
     def test_all_personal(self, train: Callable[..., Any]) -> None:
         finished, trained = train(merge={"parts": []})
         assert spread(finished, ".layers.3.") > 0.0
