@@ -25,7 +25,8 @@ from server_backbone.worker import Contribution, Worker
 from splitfl.config import ClientConfig, RunConfig, ServerConfig
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
-from splitfl.federation.strategy import weighted_mean
+from splitfl.federation.strategies import strategy_for
+from splitfl.federation.strategy import Folded
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, empty_cut, weights_of
 from splitfl.protocol.tensors import digest_of
@@ -57,6 +58,8 @@ class _Quiet:
         files = {name: file.path for name, file in provisions.files.items()}
         self.edges = {each.client.client_id: self._edge(each, model.directory, files) for each in clients}
         self.batches = {each.client.client_id: self._batches(each, model.directory) for each in clients}
+        self.strategy = strategy_for(self.run.federation, self.run.strategy, self.run.seed)
+        self.merged = Folded(layers=next(iter(self.edges.values())).layers())
         self.replayed = Replayed(clients={name: {} for name in self.edges})
 
     def _edge(self, config: ClientConfig, directory: Path, files: Mapping[str, Path]) -> Edge:
@@ -116,16 +119,21 @@ class _Quiet:
             if self.run.backbone_trains or self.run.bottom_trains:
                 back = self.worker.backward(client_id, number, gradient_BSD)
             edge.bottom_backward(micro_batch, back)
+        edge.add_proximal_term()
         norms = edge.optimizer.norms().tolist()
         return Contribution(slot=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
 
     def _merge(self, entry: Record) -> None:
-        layers = dict(entry.tensors)
         if entry.fields["accepted"]:
             weights = sorted(entry.fields["weights"].items())
-            layers = weighted_mean([(self.edges[name].layers(), weight) for name, weight in weights])
-        if digest_of(layers.values()) != digest_of(entry.tensors.values()):
-            self.replayed.problems.append(f"merge of round {entry.fields['round']}: other layers than in the log")
+            updates = [(self.edges[name].layers(), weight) for name, weight in weights]
+            self.merged = self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state)
+        layers = self.merged.layers
+        tensors = [*layers.values(), *self.merged.state.values()]  # as the record has them, in this order
+        if digest_of(tensors) != digest_of(entry.tensors.values()):
+            self.replayed.problems.append(
+                f"merge of round {entry.fields['round']}: other layers or strategy state than in the log"
+            )
         self.replayed.merges[entry.fields["round"]] = digest_of(layers.values())
         for edge in self.edges.values():
             edge.load(list(layers.values()))

@@ -17,6 +17,9 @@ from splitfl.protocol.tensors import digest_of
 from splitfl.training.optimizer import PartOptimizer
 from splitfl.training.seeds import seed_dropout
 from splitfl.training.stopwatch import Stopwatch
+from splitfl.training.terms import merged_layers
+
+_ROUND_START = "round_start/"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,12 +46,15 @@ class Edge:
         self._bottom = cut.bottom()
         self._top = cut.top()
         self._trainable = cut.trainable("client")
+        self._merged = merged_layers(run, cut)
         self._tied = _shared(self._bottom, self._top)
         in_bottom = set(self._bottom.parameters())
         self._only_top = [p for p in self._trainable.values() if p not in in_bottom]
         self._half_done: tuple[int, float, list[Tensor | None]] | None = None
         self.optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
         self.compute = Stopwatch()
+        self._round_start: dict[str, Tensor] = {}
+        self._mark_round_start()
 
     def bottom_forward(self, batch: Batch, *, step: int, number: int) -> MicroBatch:
         """Embed a micro-batch and run the first blocks."""
@@ -98,6 +104,19 @@ class Edge:
             labels_BS = batch.labels_BS.to(self._device)
             return float(self._top.loss(hidden_BSD.to(self._device), self._mask(batch), labels_BS, 1))
 
+    def add_proximal_term(self) -> None:
+        """Add mu (w - w0) to a step's gradients, w0 being the layers of the last merge, before norms are taken.
+
+        The gradient of mu/2 |w - w0|² (Li et al. 2020, arXiv:1812.06127, equation 2). Does nothing unless the strategy
+        is FedProx.
+        """
+        self.finish_step()
+        with torch.no_grad():
+            for name, start in self._round_start.items():
+                parameter = self._merged[name]
+                pull = (parameter - start).mul_(self._run.proximal_mu)
+                parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
+
     def step(self, step: int, clip_coefficient: float) -> None:
         """Apply the gradients of a step that the server has acknowledged to the bottom, and keep the top's for later.
 
@@ -143,12 +162,15 @@ class Edge:
     def state(self) -> dict[str, Tensor]:
         """Return weights and optimizer state by name, to be written down before anything else happens here."""
         self.finish_step()
-        return self.optimizer.state()
+        starts = {_ROUND_START + name: start for name, start in self._round_start.items()}
+        return self.optimizer.state() | starts
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go back to what `state` has returned."""
         self._half_done = None
-        self.optimizer.load_state(state)
+        self.optimizer.load_state({name: value for name, value in state.items() if not name.startswith(_ROUND_START)})
+        for name, start in self._round_start.items():
+            start.copy_(state[_ROUND_START + name])
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) over what trains here, in the model's order."""
@@ -156,18 +178,23 @@ class Edge:
         return digest_of(self._trainable.values())
 
     def layers(self) -> dict[str, Tensor]:
-        """Return a copy of what trains here, by its name in the whole model, in its order."""
+        """Return a copy of what is merged, by its name in the whole model, in its order."""
         self.finish_step()
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._trainable.items()}
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._merged.items()}
 
     def load(self, layers: Sequence[Tensor]) -> None:
-        """Write merged layers over what trains here."""
+        """Write merged layers over those here."""
         self.finish_step()
         with torch.no_grad():
-            for parameter, layer in zip(self._trainable.values(), layers, strict=True):
+            for parameter, layer in zip(self._merged.values(), layers, strict=True):
                 parameter.copy_(layer)
+        self._mark_round_start()
         if self._run.federation.optimizer_state == "reset":
             self.optimizer.reset_state()
+
+    def _mark_round_start(self) -> None:
+        if self._run.proximal_mu:
+            self._round_start = {name: p.detach().clone() for name, p in self._merged.items()}
 
     def _mask(self, batch: Batch) -> Tensor | None:
         return mask_of(batch.lengths_B, batch.input_ids_BS.shape[1], "right", self._device)

@@ -38,6 +38,8 @@ class MergedLayers:
     """Everyone's layers after a merge."""
 
     layers: tuple[TensorFrames, ...]
+    reason: str
+    """Why they are the old ones, "" if they are not."""
     digest: str
     weights: dict[str, float]
     note: str
@@ -194,11 +196,17 @@ class Engine:
 
     def merge(self, merge: Merge) -> MergedLayers:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""
-        weights = {} if merge.reason else self.merger.merge(merge.uploaded)
+        reason = merge.reason or self.merger.objection(merge.uploaded)
+        weights = {} if reason else self.merger.merge(merge.uploaded)
         layers = self.merger.layers()
         crash_point("merge-before-record")
         self.ledger.merged(
-            layers, round=merge.round_number, accepted=not merge.reason, reason=merge.reason, weights=weights
+            layers,
+            self.merger.state(),
+            round=merge.round_number,
+            accepted=not reason,
+            reason=reason,
+            weights=weights,
         )
         crash_point("merge-after-record")
         self.merger.save(self.worker.trained())
@@ -208,11 +216,11 @@ class Engine:
         self._history.note(
             "merged",
             round=merge.round_number,
-            accepted=not merge.reason,
+            accepted=not reason,
             clients=list(merge.uploaded),
             digest=digest,
         )
-        return MergedLayers(layers=self.describe_layers(), digest=digest, weights=weights, note=note)
+        return MergedLayers(layers=self.describe_layers(), reason=reason, digest=digest, weights=weights, note=note)
 
     def describe_layers(self) -> tuple[TensorFrames, ...]:
         """Describe everyone's layers: those of the last merge, or what every client starts with."""

@@ -18,6 +18,7 @@ from splitfl.durability.store import Store
 from splitfl.session.server import Applied
 
 _LAYERS = "layers/"
+_STRATEGY = "strategy/"
 _WORKER = "worker/"
 
 
@@ -137,6 +138,7 @@ class Ledger:
         self._commits_since_snapshot = 0
         self.state = RunState()
         self.merged_layers: Mapping[str, Tensor] | None = None
+        self.strategy_state: Mapping[str, Tensor] = {}
 
     @property
     def is_due(self) -> bool:
@@ -175,6 +177,7 @@ class Ledger:
         self.state = RunState.from_fields(snapshot.fields)
         worker.load(_without(_WORKER, snapshot.tensors))
         self.merged_layers = _without(_LAYERS, snapshot.tensors) if self.state.num_merged else None
+        self.strategy_state = _without(_STRATEGY, snapshot.tensors)
 
     def is_at(self, snapshot: Record, worker: Worker) -> bool:
         """Tell whether state and worker are what a snapshot holds, bit for bit."""
@@ -186,7 +189,8 @@ class Ledger:
         """Do again what an entry says."""
         self.state.fold(entry.kind, entry.fields)
         if entry.kind == "merge":
-            self.merged_layers = entry.tensors
+            self.merged_layers = _without(_LAYERS, entry.tensors)
+            self.strategy_state = _without(_STRATEGY, entry.tensors)
         elif entry.kind == "commit":
             self._commits_since_snapshot += 1
             fields = entry.fields
@@ -225,16 +229,14 @@ class Ledger:
         """Write that a round opens."""
         self._write(Record(kind="round", fields=entry), durable=True)
 
-    def merged(self, layers: Mapping[str, Tensor], **entry: Any) -> None:
+    def merged(self, layers: Mapping[str, Tensor], strategy_state: Mapping[str, Tensor], **entry: Any) -> None:
         """Write a merge: number, layers and round are one entry, durable before any client hears of it."""
-        self.merged_layers = layers
-        self._write(Record(kind="merge", fields=entry, tensors=layers), durable=True)
+        self.merged_layers, self.strategy_state = layers, strategy_state
+        self._write(Record(kind="merge", fields=entry, tensors=self._tensors_of_the_merge()), durable=True)
 
     def snapshot(self, worker: Worker) -> None:
         """Write state and tensors of this moment; raise `StorageError` and keep what there was if that fails."""
-        tensors = {_WORKER + name: tensor for name, tensor in worker.state().items()}
-        if self.merged_layers is not None:
-            tensors |= {_LAYERS + name: layer for name, layer in self.merged_layers.items()}
+        tensors = _with(_WORKER, worker.state()) | self._tensors_of_the_merge()
         self._store.snapshot(Record(kind="snapshot", fields=self.state.to_fields(), tensors=tensors))
         self._commits_since_snapshot = 0
 
@@ -296,9 +298,16 @@ class Ledger:
         """Let another process have the folder."""
         self._store.close()
 
+    def _tensors_of_the_merge(self) -> dict[str, Tensor]:
+        return _with(_LAYERS, self.merged_layers or {}) | _with(_STRATEGY, self.strategy_state)
+
     def _write(self, record: Record, *, durable: bool) -> None:
         self._store.append(record, durable=durable)
         self.state.fold(record.kind, record.fields)
+
+
+def _with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -56,9 +56,13 @@ class Merger:
         self._weight_by = weight_by
         self._max_rms = max_rms
         self._weights: dict[str, float] = {}
+        self._state: Mapping[str, Tensor] = {}
 
-    def restore(self, layers: Mapping[str, Tensor] | None, weights: Mapping[str, float]) -> list[str]:
-        """Go on with the layers of the last merge and the uploads on disk; return whose uploads cannot be read."""
+    def restore(
+        self, layers: Mapping[str, Tensor] | None, state: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> list[str]:
+        """Go on with what the last merge has left and the uploads on disk; return whose uploads cannot be read."""
+        self._state = state
         if layers is not None:
             self._layers = {name: layers[name] for name in self._names}
         self._weights = {client_id: weight for client_id, weight in weights.items() if self._is_readable(client_id)}
@@ -79,11 +83,17 @@ class Merger:
         }[self._weight_by]
         return self._weights[client_id]
 
+    def objection(self, clients: Sequence[str]) -> str:
+        """Say why these clients' layers cannot be merged, "" if they can."""
+        return self.strategy.objection(list(self._weights_of(clients).values()))
+
     def merge(self, clients: Sequence[str]) -> dict[str, float]:
         """Fold these clients' layers into everyone's; return the weights used."""
-        updates = [(TensorFile(self._spooled(client_id)), self._weights[client_id]) for client_id in sorted(clients)]
-        self._layers = self.strategy.aggregate_train(updates)
-        return {client_id: self._weights[client_id] for client_id in sorted(clients)}
+        weights = self._weights_of(clients)
+        updates = [(TensorFile(self._spooled(client_id)), weight) for client_id, weight in weights.items()]
+        folded = self.strategy.aggregate_train(updates, self._layers, self._state)
+        self._layers, self._state = folded.layers, folded.state
+        return weights
 
     def forget_uploads(self) -> None:
         """Remove what was spooled, merged or not."""
@@ -94,9 +104,17 @@ class Merger:
         """Return everyone's layers, in the model's order; they are never written to again."""
         return self._layers
 
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what the strategy wants to be given at the next merge; never written to again."""
+        return self._state
+
     def save(self, backbone: Mapping[str, Tensor]) -> None:
         """Write all that is trained, both sides of one moment in one file, which replaces the last one whole."""
         checkpoint.save_tensors(self._run_dir / TRAINED_FILE, {**self._layers, **backbone})
+
+    def _weights_of(self, clients: Sequence[str]) -> dict[str, float]:
+        """Return the weights of those that weigh anything: rules that know no weights must not count the others."""
+        return {client_id: self._weights[client_id] for client_id in sorted(clients) if self._weights[client_id] > 0}
 
     def _is_readable(self, client_id: str) -> bool:
         try:

@@ -28,7 +28,7 @@ from splitfl.config import ServerConfig, default_cache_dir, to_toml
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, Incomplete, StorageError
-from splitfl.federation.strategy import strategy_for
+from splitfl.federation.strategies import strategy_for
 from splitfl.models.cut import Cut
 from splitfl.models.export import CONFIG_FILE, export_model
 from splitfl.models.origin import locate
@@ -40,7 +40,7 @@ from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog, read_events
 from splitfl.telemetry.report import build_report, summary_table, write_report
 from splitfl.training.device import open_device
-from splitfl.training.terms import terms_of
+from splitfl.training.terms import merged_layers, terms_of
 from splitfl.transport.keys import AllowList, read_key_pair
 from splitfl.transport.security import ServerSecurity
 from splitfl.transport.zeromq import Listener
@@ -139,7 +139,9 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
     for note in notes:
         metrics.emit("note", text=note)
     state = ledger.state
-    for client_id in engine.merger.restore(ledger.merged_layers, state.round.uploaded if state.round else {}):
+    for client_id in engine.merger.restore(
+        ledger.merged_layers, ledger.strategy_state, state.round.uploaded if state.round else {}
+    ):
         ledger.note("upload_lost", client_id=client_id)
         metrics.emit(
             "note", text=f"the layers that {client_id} had uploaded cannot be read: it is asked for them again"
@@ -231,16 +233,15 @@ def build_server(
     run = config.run_config()
     cut = model.cut
     stored = cut.tensors_of("client")
-    trainable = cut.trainable("client")
+    layers = merged_layers(run, cut)
 
     def read(name: str) -> Tensor:
-        values = torch.empty(trainable[name].shape, dtype=trainable[name].dtype)
+        values = torch.empty(layers[name].shape, dtype=layers[name].dtype)
         model.weights.read(stored[name][0], values)
         return values
 
-    # clients in loops of their own keep their layers
-    first_layers = FirstLayers([] if run.has_own_loops else list(trainable), read)
-    strategy = strategy_for(run.federation, run.seed)
+    first_layers = FirstLayers(list(layers), read)
+    strategy = strategy_for(run.federation, run.strategy, run.seed)
     merger = Merger(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
     ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
     terms = terms_of(run, cut)

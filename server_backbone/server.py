@@ -704,8 +704,8 @@ class Server:
         self._merge_number = merge.round_number
         message = Merged(
             round_number=merge.round_number,
-            accepted=not merge.reason,
-            reason=merge.reason,
+            accepted=not merged.reason,
+            reason=merged.reason,
             is_last=self._rounds.is_last,
             layers=self._layers,
         )
@@ -713,7 +713,7 @@ class Server:
             "merged",
             round=merge.round_number,
             accepted=message.accepted,
-            reason=merge.reason,
+            reason=merged.reason,
             clients=merged.weights,
             absent=merge.absent,
             num_tensors=len(self._layers),

@@ -20,6 +20,20 @@ from splitfl.errors import ConfigError
 
 Part = Literal["lora", "full", "none"]
 
+StrategyName = Literal[
+    "FedAvg",
+    "FedProx",
+    "FedAvgM",
+    "FedAdagrad",
+    "FedAdam",
+    "FedYogi",
+    "FedMedian",
+    "FedTrimmedAvg",
+    "Krum",
+    "MultiKrum",
+    "NormClippedMean",
+]
+
 # TOML has no null: an empty string says "not set" for a path as it does for a name.
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
 
@@ -149,8 +163,8 @@ class FederationSection(Section):
     per_device_eval_batch_size: int = Field(8, ge=1)
     """Examples in one batch of an evaluation."""
 
-    strategy: Literal["FedAvg"] = "FedAvg"
-    """How the client-side layers are merged."""
+    strategy: StrategyName = "FedAvg"
+    """How the client-side layers are merged; `[strategy]` has its options, docs/strategies.md the formulas."""
 
     weight_by: Literal["num_examples", "num_tokens", "uniform"] = "num_examples"
     """What weighs a client in a merge: its training examples, its label tokens of the round, or nothing."""
@@ -201,6 +215,75 @@ class FederationSection(Section):
                 ' server_mode to "sequential" or "frozen"'
             )
         return self
+
+
+class StrategySection(Section):
+    """Options of `federation.strategy`, spelt as in Flower; one that the chosen strategy does not use is refused."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    USED_BY: ClassVar[Mapping[str, frozenset[StrategyName]]] = {
+        "proximal_mu": frozenset({"FedProx"}),
+        "server_learning_rate": frozenset({"FedAvgM"}),
+        "server_momentum": frozenset({"FedAvgM"}),
+        "eta": frozenset({"FedAdagrad", "FedAdam", "FedYogi"}),
+        "beta_1": frozenset({"FedAdam", "FedYogi"}),
+        "beta_2": frozenset({"FedAdam", "FedYogi"}),
+        "tau": frozenset({"FedAdagrad", "FedAdam", "FedYogi"}),
+        "beta": frozenset({"FedTrimmedAvg"}),
+        "num_malicious_clients": frozenset({"Krum", "MultiKrum"}),
+        "num_clients_to_keep": frozenset({"MultiKrum"}),
+        "clipping_norm": frozenset({"NormClippedMean"}),
+    }
+
+    proximal_mu: float = Field(0.01, ge=0)
+    """FedProx: how strongly a client's layers are pulled towards those of the last merge; 0 is FedAvg."""
+
+    server_learning_rate: float = Field(1.0, gt=0)
+    """FedAvgM: scale of the server's step."""
+
+    server_momentum: float = Field(0.9, ge=0, lt=1)
+    """FedAvgM: share of the last step that is kept; 0 and `server_learning_rate = 1` is FedAvg."""
+
+    eta: float = Field(0.1, gt=0)
+    """FedAdagrad, FedAdam, FedYogi: the server's learning rate, about the largest change of a value in a merge."""
+
+    beta_1: float = Field(0.9, ge=0, lt=1)
+    """FedAdam, FedYogi: the first moment's decay."""
+
+    beta_2: float = Field(0.99, ge=0, lt=1)
+    """FedAdam, FedYogi: the second moment's decay."""
+
+    tau: float = Field(1e-3, gt=0)
+    """FedAdagrad, FedAdam, FedYogi: added to the root of the second moment; a change far below it counts little."""
+
+    beta: float = Field(0.2, ge=0, lt=0.5)
+    """FedTrimmedAvg: share of the clients, rounded down, left out at each end of every value."""
+
+    num_malicious_clients: int = Field(0, ge=0)
+    """Krum, MultiKrum: how many clients may be up to no good (f); a merge needs 2 f + 3 clients."""
+
+    num_clients_to_keep: int = Field(0, ge=0)
+    """MultiKrum: how many of the best clients are averaged; 0 means all but `num_malicious_clients`."""
+
+    clipping_norm: float = Field(1.0, gt=0)
+    """NormClippedMean: largest norm of a client's change since the last merge, over all its merged layers."""
+
+    def unused_by(self, strategy: StrategyName) -> list[str]:
+        """Name the options that differ from their default and that the strategy does not use."""
+        return [
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.default and strategy not in self.USED_BY[name]
+        ]
+
+
+class MergeSection(Section):
+    """Which of the client-side layers are everyone's."""
+
+    parts: tuple[Literal["bottom", "top"], ...] = ("bottom", "top")
+    """What is uploaded and merged; a part that is not named stays each client's own and is not uploaded (personal
+    heads), and [] merges nothing. A head tied to the embedding is the bottom's."""
 
 
 class TextSection(Section):
@@ -446,6 +529,8 @@ class RunConfig(Config):
     lora: LoraSection = LoraSection()
     optimizer: OptimizerSection = OptimizerSection()
     federation: FederationSection = FederationSection()
+    strategy: StrategySection = StrategySection()
+    merge: MergeSection = MergeSection()
     text: TextSection = TextSection()
     link: LinkSection = LinkSection()
     storage: StorageSection = StorageSection()
@@ -461,6 +546,11 @@ class RunConfig(Config):
         return self.federation.num_rounds == 0
 
     @property
+    def proximal_mu(self) -> float:
+        """Weight of the proximal term in a client's gradients, 0 for every strategy but FedProx."""
+        return self.strategy.proximal_mu if self.federation.strategy == "FedProx" else 0.0
+
+    @property
     def backbone_trains(self) -> bool:
         """Whether the server's weights move at all."""
         return self.federation.server_mode != "frozen" and self.train.backbone != "none"
@@ -469,6 +559,17 @@ class RunConfig(Config):
     def bottom_trains(self) -> bool:
         """Whether anything below the first cut trains, so that its gradient must be sent back."""
         return self.train.embeddings or (self.train.bottom != "none" and self.model.bottom_layers > 0)
+
+    @model_validator(mode="after")
+    def _strategy_uses_its_options(self) -> Self:
+        strategy = self.federation.strategy
+        for name in self.strategy.unused_by(strategy):
+            users = ", ".join(sorted(self.strategy.USED_BY[name]))
+            raise ValueError(
+                f"strategy.{name} = {getattr(self.strategy, name)} is an option of {users}: leave it out, or choose"
+                f" another federation.strategy than {strategy}"
+            )
+        return self
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all values both roles must agree on."""

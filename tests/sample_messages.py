@@ -37,6 +37,7 @@ def terms(**changed: Any) -> Terms:
         "max_in_flight": 2,
         "micro_batches": 2,
         "needs_backward": True,
+        "num_trainable": len(LAYER_SHAPES),
         "layer_shapes": LAYER_SHAPES,
         "layer_dtypes": ("f32", "f32"),
     }

@@ -22,8 +22,10 @@ class Terms:
     """Micro-batches in a step; 0 where clients train in loops of their own, and a step has any number."""
     needs_backward: bool
     """Whether the backbone learns or anything below it does, so that gradients are sent."""
+    num_trainable: int
+    """Client-side tensors that train."""
     layer_shapes: tuple[tuple[int, ...], ...]
-    """Shapes of the client-side tensors that train, in the model's order."""
+    """Shapes of those that are merged, in the model's order."""
     layer_dtypes: tuple[str, ...]
 
     @property
@@ -43,7 +45,7 @@ class Terms:
 
     @property
     def layers_bytes(self) -> int:
-        """Bytes of all client-side tensors that train."""
+        """Bytes of all client-side tensors that are merged."""
         return sum(
             math.prod(shape) * DTYPE_BYTES[dtype]
             for shape, dtype in zip(self.layer_shapes, self.layer_dtypes, strict=True)
@@ -82,18 +84,16 @@ class Terms:
             raise RemoteProtocolError(f"a tensor of shape {tensor.shape} in answer to one of {shape}")
 
     def check_layers(self, layers: Sequence[TensorFrames]) -> None:
-        """Raise unless these are all tensors that train on the client, in order."""
+        """Raise unless these are all client-side tensors that are merged, in order."""
         if tuple(layer.shape for layer in layers) != self.layer_shapes:
-            raise RemoteProtocolError(
-                f"{len(layers)} layers whose shapes are not those of this run's client-side layers"
-            )
+            raise RemoteProtocolError(f"{len(layers)} layers whose shapes are not those of this run's merged layers")
         if tuple(layer.dtype for layer in layers) != self.layer_dtypes:
-            raise RemoteProtocolError("layers whose types are not those of this run's client-side layers")
+            raise RemoteProtocolError("layers whose types are not those of this run's merged layers")
 
     def check_norms(self, norms: TensorFrames) -> None:
         """Raise unless there is one float32 norm for each client-side tensor that trains."""
-        if norms.shape != (len(self.layer_shapes),) or norms.dtype != "f32":
-            raise RemoteProtocolError(f"norms of shape {norms.shape} for {len(self.layer_shapes)} client-side tensors")
+        if norms.shape != (self.num_trainable,) or norms.dtype != "f32":
+            raise RemoteProtocolError(f"norms of shape {norms.shape} for {self.num_trainable} client-side tensors")
 
     def _check_hidden(self, tensor: TensorFrames) -> None:
         if len(tensor.shape) != 3 or tensor.shape[2] != self.hidden_size or tensor.dtype != self.dtype:

@@ -1,5 +1,7 @@
 """What a run's settings and its cut mean for a session: the bounds that both sides check messages against."""
 
+from torch import nn
+
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.protocol.tensors import wire_dtype
@@ -8,8 +10,7 @@ from splitfl.session.terms import Terms
 
 def terms_of(run: RunConfig, cut: Cut) -> Terms:
     """Return the terms of every session of a run; both sides compute them from the same settings and config."""
-    # in a loop of its own a client's layers are its own affair, and what trains below the cut is not known here
-    layers = [] if run.has_own_loops else list(cut.trainable("client").values())
+    layers = list(merged_layers(run, cut).values())
     federation = run.federation
     return Terms(
         hidden_size=cut.whole.config.get_text_config().hidden_size,
@@ -19,6 +20,22 @@ def terms_of(run: RunConfig, cut: Cut) -> Terms:
         max_in_flight=run.link.max_in_flight,
         micro_batches=0 if run.has_own_loops else federation.gradient_accumulation_steps,
         needs_backward=run.has_own_loops or run.backbone_trains or run.bottom_trains,
+        num_trainable=0 if run.has_own_loops else len(cut.trainable("client")),
         layer_shapes=tuple(tuple(layer.shape) for layer in layers),
         layer_dtypes=tuple(wire_dtype(layer.dtype) for layer in layers),
     )
+
+
+def merged_layers(run: RunConfig, cut: Cut) -> dict[str, nn.Parameter]:
+    """Return what trains on the client and is everyone's by `merge.parts`, in the whole model's order.
+
+    Nothing in loops of the clients' own: what trains there is their affair, and not known here.
+    """
+    if run.has_own_loops:
+        return {}
+    in_bottom = set(cut.bottom().parameters())
+    return {
+        name: parameter
+        for name, parameter in cut.trainable("client").items()
+        if ("bottom" if parameter in in_bottom else "top") in run.merge.parts
+    }

@@ -91,3 +91,16 @@ def test_sigterm_and_the_same_command_again(town: Callable[..., Town]) -> None:
         assert code == 0, said
         run.start(victim)
     settle(run, all_steps=False)  # a client that is stopped in order leaves, and is not waited for
+
+
+@pytest.mark.parametrize(
+    ("settings", "crash"),
+    [
+        ({"federation__strategy": "FedAdam", "strategy__eta": 0.01}, {"server": "merge-after-record:1"}),
+        ({"federation__strategy": "FedProx", "strategy__proximal_mu": 0.5}, {"clinic-0": "step-applied:7"}),
+    ],
+)
+def test_what_a_strategy_remembers_outlives_a_crash(
+    town: Callable[..., Town], settings: dict[str, object], crash: dict[str, str]
+) -> None:
+    settle(town(2, crash=crash, **SMALL, **settings))

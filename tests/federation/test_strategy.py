@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server_backbone.merger import Merger
-from splitfl.config import FederationSection
+from splitfl.config import FederationSection, StrategySection
 from splitfl.errors import ConfigError, RemoteProtocolError
-from splitfl.federation.strategy import FedAvg, strategy_for, weighted_mean
+from splitfl.federation.strategies.fed_avg import FedAvg
+from splitfl.federation.updates import weighted_mean
 from splitfl.protocol.messages import Upload
 from splitfl.protocol.tensors import describe
 
@@ -92,7 +93,7 @@ class TestMerger:
         return Upload(round_number=1, **{**usual, **changed})
 
     def merger(self, tmp_path: Path, weight_by: Any = "num_examples") -> Merger:
-        return Merger(FedAvg(FederationSection(), 0), layers(0), tmp_path, weight_by, max_rms=1e30)
+        return Merger(FedAvg(FederationSection(), StrategySection(), 0), layers(0), tmp_path, weight_by, max_rms=1e30)
 
     def test_arrival_never_matters(self, tmp_path: Path) -> None:
         results = []
@@ -136,7 +137,7 @@ class TestConfigureTrain:
     CLIENTS = tuple("abcdefghij")
 
     def strategy(self, seed: int = 1, **settings: Any) -> FedAvg:
-        return FedAvg(FederationSection(**settings), seed)
+        return FedAvg(FederationSection(**settings), StrategySection(), seed)
 
     def test_everyone_by_default(self) -> None:
         assert tuple(self.strategy().configure_train(1, self.CLIENTS)) == self.CLIENTS
@@ -163,6 +164,3 @@ class TestConfigureTrain:
         assert drawn(1) == drawn(1)
         assert drawn(1) != drawn(2)
         assert len(set(drawn(1))) > 1
-
-    def test_the_config_names_the_strategy(self) -> None:
-        assert isinstance(strategy_for(FederationSection(), 1), FedAvg)

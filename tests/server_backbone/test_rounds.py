@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from server_backbone.rounds import Decision, End, Merge, Open, Rounds
-from splitfl.config import FederationSection
-from splitfl.federation.strategy import FedAvg
+from splitfl.config import FederationSection, StrategySection
+from splitfl.federation.strategies.fed_avg import FedAvg
 
 
 def everyone(_round_number: int, clients: Sequence[str]) -> Sequence[str]:
@@ -83,7 +83,7 @@ class TestOpening:
 
     def test_a_share_trains_and_the_others_sit_out(self) -> None:
         federation = FederationSection(fraction_train=0.5, wait_timeout=60.0)
-        rounds = Rounds(federation, FedAvg(federation, seed=3).configure_train, 0.0)
+        rounds = Rounds(federation, FedAvg(federation, StrategySection(), seed=3).configure_train, 0.0)
         for client in "abcd":
             rounds.joined(client)
         round_ = opened(rounds, *"abcd")

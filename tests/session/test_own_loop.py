@@ -27,7 +27,7 @@ from splitfl.session.server import Applied, Phase, Reply
 
 ACTIVATIONS = frames_of(2, 3, WIDTH)
 NORMS = frames_of(0)
-TERMS = terms(micro_batches=0, layer_shapes=(), layer_dtypes=())
+TERMS = terms(micro_batches=0, num_trainable=0, layer_shapes=(), layer_dtypes=())
 
 
 def snapshot(session: Any) -> dict[str, str]:
