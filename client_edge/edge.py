@@ -42,6 +42,7 @@ class Edge:
         self._device = device
         self._bottom = cut.bottom()
         self._top = cut.top()
+        self.takes_plain_loss = run.train.loss == "plain" or not self._top.chunk_the_loss()
         self._trainable = cut.trainable("client")
         self._tied = _shared(self._bottom, self._top)
         in_bottom = set(self._bottom.parameters())

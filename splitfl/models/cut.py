@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from splitfl.errors import ModelError
 from splitfl.models.anatomy import Anatomy, anatomy_of, base_of, config_for, view_of
+from splitfl.models.loss import Head, chunked_loss, head_of
 from splitfl.models.stand_in import FarBlocks, StandIn
 
 Side = Literal["client", "server"]
@@ -54,6 +55,16 @@ class Top(nn.Module):
     def __init__(self, view: PreTrainedModel) -> None:
         super().__init__()
         self.view = view
+        self._head: Head | None = None
+
+    def chunk_the_loss(self) -> bool:
+        """Let `loss` do without logits from now on, where that means the same; say whether it does."""
+        weight = self.view.get_output_embeddings().weight
+        width = self.view.config.get_text_config().hidden_size
+        # small, no two alike, and without a draw
+        tried_BSD = torch.linspace(-1, 1, 3 * width, device=weight.device).sin().to(weight.dtype).reshape(1, 3, width)
+        self._head = head_of(self.view.eval(), tried_BSD)
+        return self._head is not None
 
     def forward(self, hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Return logits BSV."""
@@ -61,6 +72,10 @@ class Top(nn.Module):
 
     def loss(self, hidden_BSD: Tensor, mask_BS: Tensor | None, labels_BS: Tensor, num_items: int | None) -> Tensor:
         """Return the model's own loss: the sum over label tokens (-100 is none) over `num_items`, or their mean."""
+        if self._head is not None:
+            base = self.view.base_model
+            last = base(inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False).last_hidden_state
+            return chunked_loss(self._head, last, labels_BS, num_items)
         return self.view.loss_function(
             logits=self(hidden_BSD, mask_BS),
             labels=labels_BS,
