@@ -92,7 +92,7 @@ class TestEnds:
     def test_no_label_at_all_is_zero_of_some_items_and_no_mean(self) -> None:
         head = Head(weight_VD=torch.ones(5, 3, requires_grad=True))
         hidden_BSD, labels_BS = torch.ones(1, 4, 3), torch.full((1, 4), -100)
-        assert float(chunked_loss(head, hidden_BSD, labels_BS, 7)) == 0.0
+        assert chunked_loss(head, hidden_BSD, labels_BS, 7).item() == 0.0
         assert torch.isnan(chunked_loss(head, hidden_BSD, labels_BS, None))
 
     def test_a_frozen_head_gets_no_gradient(self) -> None:
