@@ -193,6 +193,7 @@ class Edge:
     def _tied_brought_back(self, micro_batch: MicroBatch) -> Iterator[None]:
         before = _take(self._tied)
         _put(self._tied, micro_batch.tied_gradients)
+        micro_batch.tied_gradients = []  # a head's gradient is as large as the head: nobody else may hold it
         try:
             yield
         finally:
