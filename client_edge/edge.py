@@ -45,6 +45,7 @@ class Edge:
         self._device = device
         self._bottom = cut.bottom()
         self._top = cut.top()
+        self.takes_plain_loss = run.train.loss == "plain" or not self._top.chunk_the_loss()
         self._trainable = cut.trainable("client")
         self._merged = merged_layers(run, cut)
         self._tied = _shared(self._bottom, self._top)
@@ -219,6 +220,7 @@ class Edge:
     def _tied_brought_back(self, micro_batch: MicroBatch) -> Iterator[None]:
         before = _take(self._tied)
         _put(self._tied, micro_batch.tied_gradients)
+        micro_batch.tied_gradients = []  # a head's gradient is as large as the head: nobody else may hold it
         try:
             yield
         finally:

@@ -16,7 +16,6 @@ from client_edge.edge import Edge, MicroBatch
 from client_edge.journal import Journal
 from client_edge.link import Link, RoundClosed, StepClosed
 from splitfl.protocol.messages import Merged, RoundOpened
-from splitfl.protocol.tensors import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ def train(
 
 def report_layers(edge: Edge, link: Link, round_number: int) -> str:
     """Tell the server the digest of the layers held after a merge, and return it."""
-    digest = digest_of(edge.layers().values())
+    digest = edge.digest()
     link.report("loaded", phase="round", round_number=round_number, metrics={}, digest=digest)
     return digest
 

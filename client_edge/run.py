@@ -85,6 +85,13 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
         text = read_text(config, run, directory)
         _say(console, config, describe(text, run))
         edge = Edge(cut, run, config.client.client_id, device)
+        if edge.takes_plain_loss and run.train.loss == "chunked":
+            family = cut.whole.config.model_type
+            _say(
+                console,
+                config,
+                f"{family} does more to its logits than the chunked loss knows: the plain loss is taken",
+            )
         history = stack.enter_context(
             History(folder, is_on=config.client.history, role="client", client_id=config.client.client_id)
         )

@@ -88,6 +88,10 @@ class TrainSection(Section):
     embeddings: bool = False
     """Whether the token (and position) embeddings train; rows that change in an upload tell which tokens were used."""
 
+    loss: Literal["chunked", "plain"] = "chunked"
+    """`chunked`: no client ever holds the logits of a batch (within 1e-6 of plain in float32); `plain`: the library's
+    own loss, for which split training equals unsplit training bit for bit."""
+
 
 class LoraSection(Section):
     """Low-rank adapters (LoRA) for every part that says "lora"."""

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import inspect
+import json
 import resource
 import subprocess
 import sys
@@ -18,7 +19,23 @@ from splitfl.config import Section
 ROOT = Path(splitfl.__file__).parent.parent
 HEAVY = {"torch", "transformers", "zmq", "peft", "accelerate", "safetensors"}
 # Seconds of CPU time that `--help` may take; the best of three, since other work on the machine slows it down.
-HELP_SECONDS = 1.0
+HELP_SECONDS = 0.3
+# What may be installed beside splitfl and some library would load if it were asked to; and the other side.
+UNUSED = {
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "pyarrow",
+    "datasets",
+    "trl",
+    "gguf",
+    "torchvision",
+    "tensorboard",
+}
+# CPU time of a role's imports over that of torch's and the transformers modules that any model needs.
+IMPORT_RATIO = 1.4
+IMPORT_MIB = 80
 
 
 def sections() -> list[type[Section]]:
@@ -105,7 +122,18 @@ class TestImports:
 
     def test_help_is_quick(self) -> None:
         seconds = min(cpu_seconds_of([sys.executable, "-m", "splitfl", "--help"]) for _ in range(3))
-        assert seconds < HELP_SECONDS
+        assert seconds < HELP_SECONDS, f"{seconds:.2f} s"
+
+    @pytest.mark.parametrize(
+        ("module", "other"), [("client_edge.run", "server_backbone"), ("server_backbone.serve", "client_edge")]
+    )
+    def test_a_role_imports_little_beside_torch_and_transformers(self, module: str, other: str) -> None:
+        needed = "import torch; from transformers import AutoTokenizer, PreTrainedModel"
+        least_s, least_bytes, _ = imports_of(needed)
+        seconds, num_bytes, names = imports_of(f"{needed}; import {module}")
+        assert not names & (UNUSED | {other})
+        assert seconds < IMPORT_RATIO * least_s, (seconds, least_s)
+        assert num_bytes - least_bytes < IMPORT_MIB << 20, (num_bytes, least_bytes)
 
     def test_help_brings_nothing_heavy(self) -> None:
         code = (
@@ -133,6 +161,24 @@ class TestImports:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "7 kept, 0 broken" in done.stdout
+
+
+def imports_of(code: str) -> tuple[float, int, set[str]]:
+    """Return CPU seconds (the better of two), bytes of RSS, and the packages that are loaded after `code`."""
+    report = (
+        "import json, sys, time\n"
+        "from splitfl.telemetry.memory import rss_bytes\n"
+        "packages = sorted({name.partition('.')[0] for name in sys.modules})\n"
+        "print(json.dumps([time.process_time(), rss_bytes(), packages]))"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", f"{code}\n{report}"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        for _ in range(2)
+    ]
+    seconds, num_bytes, packages = min(json.loads(run.stdout) for run in runs)
+    return seconds, num_bytes, set(packages)
 
 
 def cpu_seconds_of(command: list[str]) -> float:

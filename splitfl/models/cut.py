@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from splitfl.errors import ModelError
 from splitfl.models.anatomy import Anatomy, anatomy_of, base_of, config_for, view_of
 from splitfl.models.far_cache import BackboneCache
+from splitfl.models.loss import Head, chunked_loss, head_of
 from splitfl.models.stand_in import FarBlocks, StandIn
 
 Side = Literal["client", "server"]
@@ -75,9 +76,24 @@ class Backbone(nn.Module):
 class Top(nn.Module):
     """Activations to logits: the last blocks, the final norm and the LM head."""
 
-    def __init__(self, view: PreTrainedModel) -> None:
+    def __init__(self, view: PreTrainedModel, anatomy: Anatomy) -> None:
         super().__init__()
         self.view = view
+        self._base_path = anatomy.base_prefix()
+        self._head: Head | None = None
+
+    def chunk_the_loss(self) -> bool:
+        """Let `loss` do without logits from now on, where that means the same; say whether it does."""
+        weight = self.view.get_output_embeddings().weight
+        width = self.view.config.get_text_config().hidden_size
+        # small, no two alike, and without a draw
+        tried_BSD = torch.linspace(-1, 1, 3 * width, device=weight.device).sin().to(weight.dtype).reshape(1, 3, width)
+        self._head = head_of(self.view.eval(), self._base, tried_BSD)
+        return self._head is not None
+
+    @property
+    def _base(self) -> nn.Module:
+        return self.view.get_submodule(self._base_path)
 
     def forward(self, hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Return logits BSV."""
@@ -85,6 +101,9 @@ class Top(nn.Module):
 
     def loss(self, hidden_BSD: Tensor, mask_BS: Tensor | None, labels_BS: Tensor, num_items: int | None) -> Tensor:
         """Return the model's own loss: the sum over label tokens (-100 is none) over `num_items`, or their mean."""
+        if self._head is not None:
+            last = self._base(inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False).last_hidden_state
+            return chunked_loss(self._head, last, labels_BS, num_items)
         return self.view.loss_function(
             logits=self(hidden_BSD, mask_BS),
             labels=labels_BS,
@@ -158,7 +177,7 @@ class Cut:
 
     def top(self) -> Top:
         """Return the last segment."""
-        return Top(self._view(self.layers_of("top"), owns_input=False, owns_output=True))
+        return Top(self._view(self.layers_of("top"), owns_input=False, owns_output=True), self.anatomy)
 
     def client_model(self, far: FarBlocks, kind: Callable[..., StandIn] = StandIn) -> PreTrainedModel:
         """Return a model of the original class whose middle is a stand-in, of this kind, that calls `far`."""

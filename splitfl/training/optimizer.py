@@ -5,15 +5,59 @@ combining two finished norms is not bit-equal to that; so the per-tensor norms t
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from transformers import get_scheduler
 
 from splitfl.config import OptimizerSection
 
 NO_GRADIENT = -1.0
+_SLICE = 1 << 20  # elements
 _MOMENT = "|"  # between a weight's name and its moment's
+
+
+class SlicedAdamW(torch.optim.AdamW):
+    """torch's AdamW, bit for bit, a slice of each tensor at a time.
+
+    torch makes two temporaries of a tensor's size; for an embedding they would be half of what a client holds.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # nobody here has a closure
+        """Apply the gradients."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, parameter.grad, group)
+
+    def _step_one(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        tensors = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
+        for weights, gradients, means, squares in zip(*(t.view(-1).split(_SLICE) for t in tensors), strict=True):
+            adamw(
+                [weights],
+                [gradients],
+                [means],
+                [squares],
+                [],
+                [state["step"].clone()],  # it counts a step for each slice
+                foreach=False,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+        state["step"] += 1
 
 
 class PartOptimizer:
@@ -96,7 +140,7 @@ class PartOptimizer:
         if self._section.optim == "sgd":
             return torch.optim.SGD(groups, lr=self._section.learning_rate)
         betas = (self._section.adam_beta1, self._section.adam_beta2)
-        return torch.optim.AdamW(groups, lr=self._section.learning_rate, betas=betas, eps=self._section.adam_epsilon)
+        return SlicedAdamW(groups, lr=self._section.learning_rate, betas=betas, eps=self._section.adam_epsilon)
 
 
 def norms_of(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -84,6 +84,7 @@ def settings(case: Case, directory: Path) -> dict[str, Any]:
             "backbone": case.train,
             "norm_head": full,
             "embeddings": full,
+            "loss": "plain",
         },
         "lora": {"target_modules": ["c_attn"] if case.family == "gpt2" else ["q_proj", "v_proj"]},
         "optimizer": {
