@@ -31,20 +31,23 @@ class SlicedAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group)
+                    self._step_one(parameter, parameter.grad, group)
 
-    def _step_one(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _step_one(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        for slices in zip(*(tensor.view(-1).split(_SLICE) for tensor in tensors), strict=True):
+        whole = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
+        for values, gradients, means, squares in zip(*(each.view(-1).split(_SLICE) for each in whole), strict=True):
             adamw(
-                *([each] for each in slices),
+                [values],
+                [gradients],
+                [means],
+                [squares],
                 [],
-                [state["step"].clone()],  # it counts a step for each slice
+                [state["step"].clone()],  # every call counts a step
                 foreach=False,
                 amsgrad=False,
                 beta1=group["betas"][0],
