@@ -133,6 +133,8 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
             tensor = None
         edge.bottom_backward(under_way.pop(request_id), tensor)
 
+    edge.finish_gradients()
+
     # commit: written down here, then both sides step, or neither
     journal.asking(step=step, num_label_tokens=num_label_tokens, loss=loss)
     committed = link.commit(num_label_tokens=num_label_tokens, loss=loss, norms_P=edge.optimizer.norms())
