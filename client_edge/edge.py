@@ -4,7 +4,7 @@ Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the c
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,9 @@ class Edge:
         self._trainable = cut.trainable("client")
         self._merged = merged_layers(run, cut)
         self._tied = _shared(self._bottom, self._top)
+        self._embedded: dict[int, list[Tensor | None]] = {}
+        if not self.takes_plain_loss and device.type != "mps":  # which has no sparse tensors
+            _give_sparse_gradients(self._bottom, self._tied)
         in_bottom = set(self._bottom.parameters())
         self._only_top = [p for p in self._trainable.values() if p not in in_bottom]
         self._half_done: tuple[int, float, list[Tensor | None]] | None = None
@@ -77,7 +80,8 @@ class Edge:
         batch = micro_batch.batch
         self._top.train()
         self._seed("top", step, micro_batch.number)
-        with self.compute.running(), self._tied_set_aside(micro_batch):
+        tied = self._tied_set_aside(micro_batch) if self.takes_plain_loss else nullcontext()
+        with self.compute.running(), tied:
             given_BSD = hidden_BSD.to(self._device).requires_grad_()
             loss = self._top.loss(given_BSD, self._mask(batch), batch.labels_BS.to(self._device), num_label_tokens)
             loss.backward()
@@ -87,9 +91,18 @@ class Edge:
 
     def bottom_backward(self, micro_batch: MicroBatch, gradient_BSD: Tensor | None) -> None:
         """Run backward through the first blocks, if anything there trains, and add tied gradients together."""
-        with self.compute.running(), self._tied_brought_back(micro_batch):
+        tied = self._tied_brought_back if self.takes_plain_loss else self._embedding_set_aside
+        with self.compute.running(), tied(micro_batch):
             if gradient_BSD is not None:
                 micro_batch.hidden_BSD.backward(gradient_BSD.to(self._device))
+
+    def finish_gradients(self) -> None:
+        """Complete the gradients of a step all of whose micro-batches have gone their way."""
+        embedded, self._embedded = self._embedded, {}
+        for number in sorted(embedded):
+            for parameter, rows in zip(self._tied, embedded[number], strict=True):
+                if rows is not None:
+                    parameter.grad = _sum(parameter.grad, rows)
 
     def evaluate_bottom(self, batch: Batch) -> Tensor:
         """Run the first blocks without dropout or graph."""
@@ -153,6 +166,7 @@ class Edge:
     def discard(self) -> None:
         """Forget the gradients of a step that is applied nowhere; what is acknowledged is finished first."""
         self.optimizer.discard()
+        self._embedded.clear()
         self.finish_step()
 
     def forget_step(self, *, keeps_gradients: bool) -> None:
@@ -226,6 +240,26 @@ class Edge:
         finally:
             now = _take(self._tied)
             _put(self._tied, [_sum(old, new) for old, new in zip(before, now, strict=True)])
+
+    @contextmanager
+    def _embedding_set_aside(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Keep the embedding's gradients of tied tensors out of the head's sum until the step's end.
+
+        They are some rows where the head's are a whole matrix; so no second matrix is ever needed, however many
+        micro-batches are under way, and the order of the sum does not depend on how they overlap.
+        """
+        before = _take(self._tied)
+        try:
+            yield
+        finally:
+            self._embedded[micro_batch.number] = _take(self._tied)
+            _put(self._tied, before)
+
+
+def _give_sparse_gradients(bottom: nn.Module, tied: Sequence[nn.Parameter]) -> None:
+    for module in bottom.modules():
+        if isinstance(module, nn.Embedding) and any(module.weight is parameter for parameter in tied):
+            module.sparse = True
 
 
 def _shared(bottom: nn.Module, top: nn.Module) -> list[nn.Parameter]:

@@ -133,6 +133,7 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
             tensor = None
         edge.bottom_backward(under_way.pop(request_id), tensor)
 
+    edge.finish_gradients()
     # FedProx: not further from the others than need be
     edge.add_proximal_term()
 

@@ -47,7 +47,7 @@ class SlicedAdamW(torch.optim.AdamW):
                 [means],
                 [squares],
                 [],
-                [state["step"].clone()],  # it counts a step for each slice
+                [state["step"].clone()],  # every call counts a step
                 foreach=False,
                 amsgrad=False,
                 beta1=group["betas"][0],
