@@ -154,8 +154,8 @@ HEAD = """# Models
 
 Every causal LM that the installed transformers has is built tiny and random, cut, and compared with itself unsplit,
 in float32 on CPU: loss and the gradients of all parameters, through `splitfl.split` and through the segments that the
-training loop runs. Each family meets 0/0, 1/1 and 2/1 client blocks, no, left and right padding, eager and sdpa
-attention, tied and untied embeddings; rows are longer than the window of sliding layers.
+training loop runs. Each family meets 0/0, 1/1 and 2/1 client blocks and no, left and right padding; eager and sdpa
+attention, tied and untied embeddings are met pairwise; rows are longer than the window of sliding layers.
 
 **{tried} families: {counted}.**
 
