@@ -1,7 +1,9 @@
 """The events of a run: one JSON object a line in `metrics.jsonl`, and whoever listens to them."""
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
@@ -47,9 +49,13 @@ class MetricsLog:
         """
         record: Event = {"event": event, "time": self._wall_clock(), "elapsed_s": self._clock() - self._opened_at_s}
         record |= {name: jsonable(value) for name, value in fields.items()}
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        before = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            if self._file.write(line) < len(line):  # as much as there was room for
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            os.ftruncate(self._file.fileno(), before)  # or the next line would be glued to half a one
             raise StorageError.at(self.path, error) from None
         for listener in self._listeners:
             listener(record)
