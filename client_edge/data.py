@@ -218,7 +218,7 @@ class _Encoder:
     def encode(self, prompt: str, completion: str) -> tuple[Example, bool]:
         """Tokenize both apart, so that the border between them is exact; say whether the end was cut off."""
         given = self._beginning() + self._ids(prompt)
-        learned = self._ids(completion) + self._end()
+        learned = self._ids(completion) + self._end() if completion else []  # an end alone teaches nothing
         return self._cut(given + learned, [False] * len(given) + [True] * len(learned))
 
     def encode_conversation(self, conversation: Conversation) -> tuple[Example, bool]:

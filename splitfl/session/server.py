@@ -312,6 +312,8 @@ class ServerSession:
             raise RemoteProtocolError(f"request {message.request_id} after {self._last_request}: numbers must rise")
         if self.num_in_flight >= self.terms.max_in_flight:
             raise RemoteProtocolError(f"more than max_in_flight = {self.terms.max_in_flight} micro-batches under way")
+        if message.example_lengths:
+            raise RemoteProtocolError("rows packed from several examples, which this server does not take")
         self.terms.check_activations(message.hidden_BSD, message.lengths_B)
 
     def _admit(self, message: Forward) -> None:

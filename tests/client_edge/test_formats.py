@@ -184,3 +184,10 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     assert len(read(path, vocab_size=259)) == 1
     with pytest.raises(ModelError, match="do not belong together"):
         read(path, vocab_size=20)
+
+
+def test_an_empty_completion_is_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": ""}, {"prompt": "a", "completion": "b"})
+    section = DataSection(path=path)
+    dataset = read_examples(path, section=section, tokenizer=tokenizer(), max_seq_length=20, append_eos=True)
+    assert (len(dataset), dataset.num_dropped) == (1, 1)

@@ -286,6 +286,13 @@ class TestPhases:
         with pytest.raises(RemoteProtocolError, match="more than 64 reports in one round"):
             session.receive(report)
 
+    def test_packed_rows_are_refused(self) -> None:
+        session = STATES["training"]()
+        before = snapshot(session)
+        with pytest.raises(RemoteProtocolError, match="packed from several examples"):
+            session.receive(forward(1, 1, example_lengths=(2, 1, 2)))
+        assert snapshot(session) == before
+
     def test_nobody_claims_more_labels_than_it_sent_tokens(self) -> None:
         session = STATES["through_all"]()
         before = snapshot(session)
