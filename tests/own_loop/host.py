@@ -91,11 +91,19 @@ class Host:
         return client_edge.connect(self.address, client_id=client_id, **folders, **more)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
+        """Return what has been written, once nothing more comes: an event is written behind the answer it is about."""
+        path, size = self.run_dir / "metrics.jsonl", -1
+        while (now := path.stat().st_size) != size:
+            size = now
+            time.sleep(0.1)
+        return self._events(kind)
+
+    def _events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in read_events(self.run_dir / "metrics.jsonl") if event["event"] == kind]
 
     def wait_for(self, kind: str, count: int = 1) -> None:
         deadline = time.monotonic() + 30
-        while len(self.events(kind)) < count:
+        while len(self._events(kind)) < count:
             assert time.monotonic() < deadline, f"no {count} events of {kind}"
             time.sleep(0.02)
 
