@@ -25,7 +25,7 @@ MIB = 1 << 20
 def material(vocabulary: int, width: int, *, trains: bool) -> tuple[Head, Tensor, Tensor]:
     """Return a head, hidden states BSD and labels BS."""
     torch.manual_seed(0)
-    weight_VD = nn.Parameter(torch.randn(vocabulary, width) * 0.02, requires_grad=trains)
+    weight_VD = nn.Parameter(torch.empty(vocabulary, width).normal_(std=0.02), requires_grad=trains)
     labels_BS = torch.randint(0, vocabulary, (ROWS, LENGTH))
     return Head(weight_VD=weight_VD), torch.randn(ROWS, LENGTH, width, requires_grad=True), labels_BS
 

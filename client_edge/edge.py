@@ -192,6 +192,11 @@ class Edge:
         self.finish_step()
         return digest_of(self._trainable.values())
 
+    def merged_digest(self) -> str:
+        """Return the SHA-256 (hex) over what is merged: equal on all clients after a merge."""
+        self.finish_step()
+        return digest_of(self._merged.values())
+
     def layers(self) -> dict[str, Tensor]:
         """Return a copy of what is merged, by its name in the whole model, in its order."""
         self.finish_step()

@@ -75,7 +75,7 @@ def train(
 
 def report_layers(edge: Edge, link: Link, round_number: int) -> str:
     """Tell the server the digest of the layers held after a merge, and return it."""
-    digest = edge.digest()
+    digest = edge.merged_digest()
     link.report("loaded", phase="round", round_number=round_number, metrics={}, digest=digest)
     return digest
 

@@ -142,6 +142,7 @@ class _ChunkedSum(torch.autograd.Function):
                 grad_weight_VD.addmm_(grad_RV.t(), hidden_ND[rows])
             if grad_bias_V is not None:
                 grad_bias_V += grad_RV.sum(dim=0)
+            del grad_RV  # or two chunks' would be there at once
         ctx.gradients = [grad_hidden_ND, grad_weight_VD, grad_bias_V]
         return total
 

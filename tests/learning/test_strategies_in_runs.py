@@ -1,5 +1,6 @@
 """Strategies and `merge.parts` on real runs: what clients hold, what travels, and what a round says."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ class TestMergeParts:
 
     def test_personal_bottoms(self, train: Callable[..., Any]) -> None:
         finished, trained = train(merge={"parts": ["top"]})
+        report = json.loads((finished.run_dir / "report.json").read_text())
+        assert report["merges"]
+        assert all(merge["equal"] for merge in report["merges"])  # what is personal is not compared
         assert spread(finished, ".layers.3.") == 0.0
         assert spread(finished, ".layers.0.") > 0.0
         assert not any(".layers.0." in name for name in trained)

@@ -62,8 +62,17 @@ class Host:
         self.error: BaseException | None = None
 
     def start(self) -> None:
+        """Return when it waits for clients, or has ended: an interruption before that would find half a server."""
+        before, deadline = self._num_starts(), time.monotonic() + 30
         self._thread = threading.Thread(target=self._serve, name="host", daemon=True)
         self._thread.start()
+        while self._thread.is_alive() and self._num_starts() == before:
+            assert time.monotonic() < deadline, "the server does not start"
+            time.sleep(0.02)
+
+    def _num_starts(self) -> int:
+        started = self._events("waiting") if (self.run_dir / "metrics.jsonl").exists() else []
+        return sum(event["text"].startswith("clients at ") for event in started)
 
     def _serve(self) -> None:
         try:
@@ -79,7 +88,7 @@ class Host:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
             )
-            self._thread.join(timeout=2.0)
+            self._thread.join(timeout=10.0)
         assert self.error is None, self.error
 
     def roll_back(self, generation: int) -> None:
