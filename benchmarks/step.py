@@ -146,7 +146,8 @@ def settings(plan: Plan, directory: Path, folder: Path, port: int) -> ServerConf
     """Return the run's settings: everything trains, nothing is evaluated or exported."""
     tree = {
         "model": {"model_name_or_path": str(directory), "bottom_layers": 1, "top_layers": 1},
-        "train": {"bottom": "full", "top": "full", "backbone": "full", "norm_head": True, "embeddings": True},
+        "train": dict.fromkeys(("bottom", "top", "backbone"), "full")
+        | {"loss": "plain", "norm_head": True, "embeddings": True},  # what bits are compared for
         "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
         "federation": {
             "num_rounds": 1,
