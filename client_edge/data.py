@@ -20,9 +20,7 @@ from client_edge.chat import Conversation, messages_in, render
 from splitfl.config import DataSection
 from splitfl.errors import ConfigError, DataError, ModelError
 from splitfl.federation.records import PLAIN_TEXT_FIELD, Record, is_plain_text, name_fields, read_file
-
-IGNORED_LABEL = -100
-"""The label on which no loss is taken, as in transformers."""
+from splitfl.models.loss import IGNORED_LABEL
 
 # What makes a record a pair of answers, of which one is preferred.
 _PREFERENCE = ("chosen", "rejected")

@@ -212,7 +212,7 @@ class Server:
         if connection is not None:
             self._count(connection, arrived, now_s)
         try:
-            if sum(map(len, arrived.frames)) > self.limits.message_bytes:
+            if _payload(arrived.frames) > self.limits.message_bytes:
                 raise RemoteProtocolError(f"a message of more than message_bytes = {self.limits.message_bytes}")
             message = codec.decode(arrived.frames, max_frame_bytes=self.limits.frame_bytes)
             self._route(arrived, connection, message, now_s)
@@ -884,10 +884,10 @@ class Server:
 
     def _send_to(self, peer: bytes, connection: Connection, message: Message) -> None:
         frames = codec.encode(message)
-        if _payload(frames) > self.limits.message_bytes:
+        num_bytes = _payload(frames)
+        if num_bytes > self.limits.message_bytes:
             raise LocalProtocolError(
-                f"{type(message).__name__} of {_payload(frames)} bytes, more than message_bytes ="
-                f" {self.limits.message_bytes}"
+                f"{type(message).__name__} of {num_bytes} bytes, more than message_bytes = {self.limits.message_bytes}"
             )
         try:
             connection.member.sent += self.listener.send(peer, frames)
@@ -895,7 +895,7 @@ class Server:
             self._lose(connection, str(error))
             return
         if peer == connection.peer:
-            connection.data_sent += _payload(frames)
+            connection.data_sent += num_bytes
 
     def _refuse(self, peer: bytes, code: Why, reason: str) -> None:
         log.info("refused a peer (%s): %s", code, reason)

@@ -175,7 +175,8 @@ class Worker:
             total = sum(c.num_label_tokens for c in contributions)
             shares = [c.num_label_tokens / total if total else 1.0 / len(contributions) for c in contributions]
             slots = [self._slots.pop(c.slot, _Slot()) for c in contributions]
-            scales = [share * self._tamed(slot, len(slots)) for slot, share in zip(slots, shares, strict=True)]
+            limit = self._member_limit(len(slots))
+            scales = [share * _tamed(slot, limit) for slot, share in zip(slots, shares, strict=True)]
             self._sum_gradients(list(zip(slots, scales, strict=True)))
             scaling = contributions[0].scaling
             coefficient = self._clip(contributions, shares) if scaling is None else scaling.clip_coefficient
@@ -253,7 +254,8 @@ class Worker:
                 layer.enable_adapters(True)
 
     def _clip(self, contributions: Sequence[Contribution], shares: Sequence[float]) -> float:
-        client_norms = [self._tamed_norms(each.norms_P, len(contributions)) for each in contributions]
+        limit = self._member_limit(len(contributions))
+        client_norms = [_tamed_norms(each.norms_P, limit) for each in contributions]
         mine, theirs = iter(self._optimizer.norms().tolist()), iter(_mean_norms(client_norms, shares))
         norms = [next(mine) if is_mine else next(theirs) for is_mine in self._is_mine]
         return clip_coefficient(norms, self._run.optimizer.max_grad_norm)
@@ -270,26 +272,10 @@ class Worker:
             for parameter in self._parameters:
                 parameter.grad = None
 
-    def _tamed(self, slot: _Slot, num_members: int) -> float:
-        """Return what to scale one member's gradient by so that it outweighs no other; alone, the step's clipping does.
-
-        The norm is that of its gradient of the backbone, which nothing that the client says can change.
-        """
+    def _member_limit(self, num_members: int) -> float:
+        """Return the norm that one member's part counts with at most; alone, the step's own clipping does."""
         limit = self._run.federation.client_max_grad_norm
-        gradients = [gradient for gradient in slot.gradients if gradient is not None]
-        if num_members == 1 or not limit or not gradients:
-            return 1.0
-        norms = [torch.linalg.vector_norm(gradient).cpu() for gradient in gradients]  # they may lie on several devices
-        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
-        return min(1.0, limit / norm) if norm > 0 else 1.0
-
-    def _tamed_norms(self, norms: Sequence[float], num_members: int) -> list[float]:
-        """Return one member's own norms, scaled likewise: whoever claims huge ones must not shrink the others' step."""
-        limit = self._run.federation.client_max_grad_norm
-        total = math.sqrt(sum(norm * norm for norm in norms if norm != NO_GRADIENT))
-        if num_members == 1 or not limit or total <= limit:
-            return list(norms)
-        return [norm if norm == NO_GRADIENT else norm * limit / total for norm in norms]
+        return limit if num_members > 1 and limit else math.inf
 
     def _sum_gradients(self, slots: Sequence[tuple[_Slot, float]]) -> None:
         """Set each parameter's gradient to the weighted sum over the slots, in the order given."""
@@ -301,6 +287,24 @@ class Worker:
                     scaled = gradient.mul_(share)
                     total = scaled if total is None else total.add_(scaled)
             parameter.grad = total
+
+
+def _tamed(slot: _Slot, limit: float) -> float:
+    """Return what to scale one member's gradient of the backbone by, whose norm nothing that it says can change."""
+    gradients = [gradient for gradient in slot.gradients if gradient is not None]
+    if limit == math.inf or not gradients:
+        return 1.0
+    norms = [torch.linalg.vector_norm(gradient).cpu() for gradient in gradients]  # they may lie on several devices
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    return min(1.0, limit / norm) if norm > 0 else 1.0
+
+
+def _tamed_norms(norms: Sequence[float], limit: float) -> list[float]:
+    """Return one member's own norms, scaled likewise: whoever claims huge ones must not shrink the others' step."""
+    total = math.sqrt(sum(norm * norm for norm in norms if norm != NO_GRADIENT))
+    if total <= limit:
+        return list(norms)
+    return [norm if norm == NO_GRADIENT else norm * limit / total for norm in norms]
 
 
 def _mean_norms(norms: Sequence[Sequence[float]], shares: Sequence[float]) -> list[float]:

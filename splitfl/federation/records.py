@@ -77,7 +77,6 @@ def read_file(path: Path) -> Iterator[Record]:
 def _read_table(path: Path) -> Iterator[Record]:
     is_empty = True
     with _readable(path):
-        path.open("rb").close()
         for where, fields in read_rows(path):
             is_empty = False
             yield Record(where=where, fields=fields)

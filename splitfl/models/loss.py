@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-NO_LABEL = -100
+IGNORED_LABEL = -100
+"""The label on which no loss is taken, as in transformers."""
 
 # The logits of a chunk take an eighth of the head's own bytes, but not so few rows that matrix products get slow.
 _CHUNKS_PER_HEAD = 8
@@ -89,7 +90,7 @@ def chunked_loss(head: Head, hidden_BSD: Tensor, labels_BS: Tensor, num_items: T
     The gradients are computed at once and kept for one backward; a second one through the same graph raises.
     """
     labels_N = labels_BS[:, 1:].reshape(-1)
-    rows_N = (labels_N != NO_LABEL).nonzero().squeeze(1)
+    rows_N = (labels_N != IGNORED_LABEL).nonzero().squeeze(1)
     labels_N = labels_N[rows_N]
     hidden_ND = hidden_BSD[:, :-1].flatten(0, 1)[rows_N]
     total = _sum(head, hidden_ND, labels_N)

@@ -76,9 +76,8 @@ class ClientSession:
             raise LocalProtocolError(f"step {step} where step {self.next_step} is next")
         if not step and self.open_round is not None:
             raise LocalProtocolError(f"an evaluation in the middle of round {self.open_round.round_number}")
-        self._last_request += 1
-        message = Forward(
-            request_id=self._last_request,
+        return Forward(
+            request_id=self._begin_micro_batch(hidden_BSD),
             step=step,
             micro_batch=micro_batch,
             hidden_BSD=hidden_BSD,
@@ -87,9 +86,13 @@ class ClientSession:
             example_lengths=(),
             adapters_off=False,
         )
-        self._graphs[message.request_id] = hidden_BSD.shape
-        self._awaiting[message.request_id] = ForwardDone
-        return message
+
+    def _begin_micro_batch(self, hidden_BSD: TensorFrames) -> int:
+        """Return the number of a micro-batch, whose answer is waited for from now on."""
+        self._last_request += 1
+        self._graphs[self._last_request] = hidden_BSD.shape
+        self._awaiting[self._last_request] = ForwardDone
+        return self._last_request
 
     def new_cache(self) -> int:
         """Return the number of a new generation's cache."""

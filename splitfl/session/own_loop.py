@@ -141,14 +141,12 @@ class OwnLoopClientSession(ClientSession):
         """Number a micro-batch; `step` 0 is one that needs no gradient."""
         if self._waits_for is not None or self._committing is not None or self._awaiting or not self.has_credit:
             raise LocalProtocolError("a micro-batch while something else is under way")
-        self._last_request += 1
-        self._graphs[self._last_request] = hidden_BSD.shape
-        self._awaiting[self._last_request] = ForwardDone
+        request_id = self._begin_micro_batch(hidden_BSD)
         if step:
-            self._training.add(self._last_request)
+            self._training.add(request_id)
             self.next_step = step
         return Forward(
-            request_id=self._last_request,
+            request_id=request_id,
             step=step,
             micro_batch=micro_batch,
             hidden_BSD=hidden_BSD,

@@ -1,7 +1,5 @@
 """A server for clients in loops of their own, in a thread of this process, and the unsplit model to compare with."""
 
-import ctypes
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,11 +9,11 @@ import torch
 from conftest import free_port, tiny_config, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from served import ServedRun
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import client_edge
 from server_backbone.replay import rollback
-from server_backbone.serve import serve
 from splitfl.config import ServerConfig
 from splitfl.models.trainable import first_adapter_values
 from splitfl.telemetry.metrics import read_events
@@ -45,8 +43,8 @@ def settings(directory: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
     return {"seed": SEED} | {name: tree.get(name, {}) | dict(sections.get(name, {})) for name in {*tree, *sections}}
 
 
-class Host:
-    """One server; `stop` saves it as SIGTERM does, and `start` goes on with the same run."""
+class Host(ServedRun):
+    """One server for clients in loops of their own."""
 
     def __init__(self, folder: Path, tree: Mapping[str, Any]) -> None:
         self.configure(folder, tree)
@@ -56,40 +54,9 @@ class Host:
         self.folder = folder
         self.address = f"tcp://127.0.0.1:{free_port()}"
         own = {"address": self.address, "runs_dir": folder, "run_id": "run", "cache_dir": folder / "cache"}
-        self.config = ServerConfig.from_tree({**tree, "server": {**own, **tree.get("server", {})}}, source="test")
-        self.directory = Path(self.config.model.model_name_or_path)
-        self.run_dir = folder / "run"
-        self.error: BaseException | None = None
-
-    def start(self) -> None:
-        """Return when it waits for clients, or has ended: an interruption before that would find half a server."""
-        before, deadline = self._num_starts(), time.monotonic() + 30
-        self._thread = threading.Thread(target=self._serve, name="host", daemon=True)
-        self._thread.start()
-        while self._thread.is_alive() and self._num_starts() == before:
-            assert time.monotonic() < deadline, "the server does not start"
-            time.sleep(0.02)
-
-    def _num_starts(self) -> int:
-        started = self._events("waiting") if (self.run_dir / "metrics.jsonl").exists() else []
-        return sum(event["text"].startswith("clients at ") for event in started)
-
-    def _serve(self) -> None:
-        try:
-            serve(self.config)
-        except KeyboardInterrupt:
-            pass
-        except BaseException as error:  # noqa: BLE001  # whatever ends it is the test's to see
-            self.error = error
-
-    def stop(self) -> None:
-        """Interrupt it, as Ctrl-C does a process."""
-        while self._thread.is_alive():
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
-            )
-            self._thread.join(timeout=10.0)
-        assert self.error is None, self.error
+        config = ServerConfig.from_tree({**tree, "server": {**own, **tree.get("server", {})}}, source="test")
+        super().__init__(config)
+        self.directory = Path(config.model.model_name_or_path)
 
     def roll_back(self, generation: int) -> None:
         """Take the stopped server's run back, as `splitfl rollback` does."""
@@ -101,14 +68,14 @@ class Host:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Return what has been written, once nothing more comes: an event is written behind the answer it is about."""
-        path, size = self.run_dir / "metrics.jsonl", -1
-        while (now := path.stat().st_size) != size:
+        size = -1
+        while (now := self.metrics_path.stat().st_size) != size:
             size = now
             time.sleep(0.1)
         return self._events(kind)
 
     def _events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in read_events(self.run_dir / "metrics.jsonl") if event["event"] == kind]
+        return [event for event in read_events(self.metrics_path) if event["event"] == kind]
 
     def wait_for(self, kind: str, count: int = 1) -> None:
         deadline = time.monotonic() + 30
