@@ -188,11 +188,22 @@ class Engine:
         self.ledger.note("closed", client_id=client_id, next_step=next_step)
         self._history.note("step_closed", client_id=client_id, step=step, next_step=next_step)
 
+    def last_call(self) -> set[str]:
+        """Return whose steps of the open round have come to something, once all that are decided are written."""
+        return set(self.ledger.state.round.finished) if self.ledger.state.round is not None else set()
+
     def spool(self, client_id: str, upload: Upload) -> None:
         """Keep a client's layers for the merge."""
-        weight = self.merger.spool(client_id, upload)
+        weight = self.merger.spool(client_id, upload, self._share_of_work(client_id))
         self.ledger.uploaded(client_id, weight)
         crash_point("upload-after-record")
+
+    def _share_of_work(self, client_id: str) -> float:
+        """Return the share of the round's steps that count for a client's weight: all, unless partial work does."""
+        round_ = self.ledger.state.round
+        if self._run.federation.partial_work == "drop" or round_ is None:
+            return 1.0
+        return round_.finished.get(client_id, 0) / round_.num_steps
 
     def merge(self, merge: Merge) -> MergedLayers:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""

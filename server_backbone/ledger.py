@@ -37,6 +37,8 @@ class RoundState:
     """Weights of the uploads on disk, by client."""
     out: list[str] = field(default_factory=list)
     """Clients that the round goes on without."""
+    finished: dict[str, int] = field(default_factory=dict)
+    """Steps of the round that each client has finished."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,6 +111,7 @@ class RunState:
             member.commit_number, member.clip_coefficient = entry["number"], entry["clip_coefficient"]
             if self.round is not None:
                 self.round.step = max(self.round.step, step + 1)
+                self.round.finished[client_id] = self.round.finished.get(client_id, 0) + 1
 
     def to_fields(self) -> dict[str, Any]:
         """Write the state as plain values."""

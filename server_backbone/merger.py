@@ -68,8 +68,11 @@ class Merger:
         self._weights = {client_id: weight for client_id, weight in weights.items() if self._is_readable(client_id)}
         return sorted(weights.keys() - self._weights.keys())
 
-    def spool(self, client_id: str, upload: Upload) -> float:
-        """Write one client's layers to disk and return their weight; raise `RemoteProtocolError` for poison."""
+    def spool(self, client_id: str, upload: Upload, share: float = 1.0) -> float:
+        """Write one client's layers to disk and return their weight; raise `RemoteProtocolError` for poison.
+
+        `share` of the round's steps are behind them; tokens are counted step by step anyway.
+        """
         layers = {
             name: realise(frames, max_rms=self._max_rms)
             for name, frames in zip(self._names, upload.layers, strict=True)
@@ -77,7 +80,7 @@ class Merger:
         self._spool_dir.mkdir(exist_ok=True)
         checkpoint.save_tensors(self._spooled(client_id), layers)
         self._weights[client_id] = {
-            "num_examples": upload.num_examples,
+            "num_examples": upload.num_examples * share,
             "num_tokens": upload.num_tokens,
             "uniform": 1,
         }[self._weight_by]

@@ -1,7 +1,7 @@
 """When a round opens, closes and is merged: pure state, time comes in as a number.
 
 A round gathers clients, opens for those the strategy chooses, and closes when all of them have uploaded or left, or at
-its deadline with those that are done.
+its deadline: with those that are done, or after a last call for what the others have (`federation.partial_work`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +25,14 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LastCall:
+    """A round is about to close: these clients are still at work in it, and are asked for what they have."""
+
+    round_number: int
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
     """A round closes; an empty `reason` means that these uploads become everyone's layers."""
 
@@ -41,7 +49,7 @@ class End:
     reason: str
 
 
-Decision: TypeAlias = Open | Merge | End
+Decision: TypeAlias = Open | LastCall | Merge | End
 
 
 class _Stage(Enum):
@@ -49,6 +57,8 @@ class _Stage(Enum):
     """There are no rounds: clients train in loops of their own."""
     GATHERING = auto()
     OPEN = auto()
+    LAST_CALL = auto()
+    """Open no longer than `step_timeout`: no step begins, and clients upload what they have."""
     MERGING = auto()
     PARTING = auto()
     """All rounds are merged; clients evaluate and say goodbye."""
@@ -105,7 +115,7 @@ class Rounds:
         self._deadline_s = now_s + (self._federation.wait_timeout if waits else self._federation.round_timeout)
         if self._stage is _Stage.PARTING and not self._connected:
             return self._end("")
-        return self._close_if_complete() if self._stage is _Stage.OPEN else []
+        return self._close_if_complete()
 
     def joined(self, client_id: str, *, takes_part: bool = False) -> None:
         """Take note of a client, new or back; from the next round on, or in the open one if it `takes_part` in that."""
@@ -120,7 +130,7 @@ class Rounds:
     def gave_up(self, client_id: str) -> list[Decision]:
         """Take note that a connected client takes no further part in the open round."""
         self._trainers.discard(client_id)
-        return self._close_if_complete() if self._stage is _Stage.OPEN else []
+        return self._close_if_complete()
 
     def ready(self, client_id: str) -> list[Decision]:
         """Take note that a client waits for the next round."""
@@ -129,7 +139,7 @@ class Rounds:
 
     def uploaded(self, client_id: str) -> list[Decision]:
         """Take note of a trainer's layers; they come too late when the round has closed without them."""
-        if self._stage is not _Stage.OPEN or client_id not in self._chosen:
+        if not self._is_open or client_id not in self._chosen:
             return []
         self._uploaded.add(client_id)
         return self._close_if_complete()
@@ -142,7 +152,7 @@ class Rounds:
         match self._stage:
             case _Stage.GATHERING:
                 return self._open_if_complete()
-            case _Stage.OPEN:
+            case _Stage.OPEN | _Stage.LAST_CALL:
                 return self._close_if_complete()
             case _Stage.PARTING if not self._connected:
                 return self._end("")
@@ -168,7 +178,9 @@ class Rounds:
             case _Stage.GATHERING:
                 waited = f"waited {self._federation.wait_timeout:g} s (federation.wait_timeout) for"
                 return self._end(f"{waited} {self._wanted()}; ready: {', '.join(sorted(self._ready)) or 'none'}")
-            case _Stage.OPEN:
+            case _Stage.OPEN if self._federation.partial_work == "accept":
+                return self._call(now_s)
+            case _Stage.OPEN | _Stage.LAST_CALL:
                 return self._close()
             case _Stage.PARTING:
                 return self._end("")
@@ -185,7 +197,7 @@ class Rounds:
                 missing = sorted(self._connected - self._ready)
                 busy = f", {', '.join(missing)} still at work" if missing else ""
                 return f"{self._wanted()} to begin round {self.round_number + 1} ({len(self._ready)} ready{busy})"
-            case _Stage.OPEN if self._uploaded:
+            case _Stage.OPEN | _Stage.LAST_CALL if self._uploaded or self._stage is _Stage.LAST_CALL:
                 return f"layers of {', '.join(sorted(self._trainers - self._uploaded))}"
             case _Stage.PARTING:
                 return f"last evaluations of {', '.join(sorted(self._connected))}"
@@ -213,8 +225,18 @@ class Rounds:
         self._deadline_s = float("inf")
         return [Open(round_number=self.round_number, clients=clients, trainers=trainers, first_step=self.first_step)]
 
+    @property
+    def _is_open(self) -> bool:
+        return self._stage in (_Stage.OPEN, _Stage.LAST_CALL)
+
+    def _call(self, now_s: float) -> list[Decision]:
+        self._stage = _Stage.LAST_CALL
+        self._deadline_s = now_s + self._federation.step_timeout
+        clients = tuple(sorted(self._trainers - self._uploaded))
+        return [LastCall(round_number=self.round_number, clients=clients)]
+
     def _close_if_complete(self) -> list[Decision]:
-        return self._close() if self._trainers <= self._uploaded else []
+        return self._close() if self._is_open and self._trainers <= self._uploaded else []
 
     def _close(self) -> list[Decision]:
         self._stage = _Stage.MERGING

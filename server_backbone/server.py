@@ -19,7 +19,7 @@ from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
 from server_backbone.jobs import Jobs
 from server_backbone.members import Connection, Member, Members
 from server_backbone.provisions import Provisions
-from server_backbone.rounds import Decision, End, Merge, Open, Rounds
+from server_backbone.rounds import Decision, End, LastCall, Merge, Open, Rounds
 from server_backbone.worker import Contribution, Scaling
 from splitfl.config import NAME_PATTERN, RunConfig
 from splitfl.durability.crash import crash_point
@@ -663,6 +663,9 @@ class Server:
                         partial(self.engine.opened, decision, self.run.federation.local_steps),
                         partial(self._open_round, decision),
                     )
+                case LastCall():
+                    self._gate.round_closed()  # what is decided is acknowledged before anybody is called
+                    self._jobs.submit(self.engine.last_call, partial(self._call_for_layers, decision))
                 case Merge():
                     self._gate.round_closed()
                     self._jobs.submit(partial(self.engine.merge, decision), partial(self._merged, decision))
@@ -698,6 +701,19 @@ class Server:
             num_steps=self.run.federation.local_steps if client_id in round_.trainers else 0,
             layers=() if member.held_round == self._merge_number else self._layers,
         )
+
+    def _call_for_layers(self, call: LastCall, able: set[str]) -> None:
+        """End the round's steps for those still at work; who has finished none has nothing to upload."""
+        self.metrics.emit("last_call", round=call.round_number, clients=sorted(able.intersection(call.clients)))
+        reason = f"the round closes after {self.run.federation.round_timeout:g} s (federation.round_timeout)"
+        now_s = time.monotonic()
+        for client_id in call.clients:
+            session = self._members[client_id].session
+            if client_id not in able:
+                self._decide(self._rounds.gave_up(client_id), now_s)
+            elif not session.has_done_its_steps:
+                end = session.last_step + 1
+                self._close_step(CloseStep(client_id=client_id, next_step=end, reason=reason), now_s)
 
     def _merged(self, merge: Merge, merged: MergedLayers) -> None:
         self._layers = merged.layers

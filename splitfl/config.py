@@ -196,7 +196,13 @@ class FederationSection(Section):
     """Seconds to wait for `min_available_clients` before the run is given up."""
 
     round_timeout: float = Field(3600.0, gt=0)
-    """Seconds after which a round closes with the clients that are done."""
+    """Seconds after which a round closes with the clients that are done; `partial_work` says what becomes of the
+    others' work."""
+
+    partial_work: Literal["drop", "accept"] = "drop"
+    """`drop`: clients still at work at `round_timeout` are left out of the merge; `accept`: they have `step_timeout` more
+    to upload what their finished steps have made, and a client's `num_examples` count by the share of the round's steps
+    that it has finished."""
 
     step_timeout: float = Field(120.0, gt=0)
     """Seconds after which a step goes on without a client that has not finished it, and a round without one whose

@@ -1,0 +1,139 @@
+"""Who takes part in a round, with real processes: late joiners, leavers, stragglers, and who is drawn to train."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from faults.town import Town
+
+from splitfl.config import FederationSection, StrategySection
+from splitfl.federation.strategies.fed_avg import FedAvg
+
+pytestmark = pytest.mark.slow
+
+# Nobody counts as lost while it is frozen by a signal.
+PATIENT = {"link__heartbeat_timeout": 120, "federation__step_timeout": 60}
+
+
+def freeze(run: Town, name: str) -> None:
+    os.kill(run.processes[name].pid, signal.SIGSTOP)
+
+
+def thaw(run: Town, name: str) -> None:
+    os.kill(run.processes[name].pid, signal.SIGCONT)
+
+
+def wait_for_steps(run: Town, name: str, step: int) -> None:
+    count = 1
+    while not any(event["client_id"] == name and event["step"] >= step for event in run.events("step")):
+        run.wait_for("step", count)
+        count = len(run.events("step")) + 1
+
+
+def assert_all_end_well(run: Town) -> None:
+    assert {name: run.end_of(name)[0] for name in run.processes} == dict.fromkeys(run.processes, 0)
+    assert all(merge["equal"] for merge in run.report()["merges"])
+
+
+def trainers(run: Town) -> list[list[str]]:
+    return [event["trainers"] for event in run.events("round_opened")]
+
+
+def steps_of(run: Town, name: str) -> list[int]:
+    return [event["step"] for event in run.events("step") if event["client_id"] == name]
+
+
+def test_a_late_joiner_gets_the_merged_layers_and_trains_from_the_next_round_on(town: Callable[..., Town]) -> None:
+    settings = {"federation__num_rounds": 3, "federation__local_steps": 8, "federation__min_available_clients": 1}
+    run = town(2, starts=False, **settings, **PATIENT)
+    for name in ("server", "clinic-0"):
+        run.start(name)
+    wait_for_steps(run, "clinic-0", 9)
+    freeze(run, "clinic-0")  # in the middle of the second round
+    run.start("clinic-1")
+    run.wait_for("client_joined", 2)
+    thaw(run, "clinic-0")
+    assert_all_end_well(run)
+    assert trainers(run) == [["clinic-0"], ["clinic-0"], ["clinic-0", "clinic-1"]]
+    assert steps_of(run, "clinic-1") == list(range(17, 25))  # of the run's schedule
+    loaded = [event["round"] for event in run.events("loaded") if event["client_id"] == "clinic-1"]
+    assert loaded == [1, 2, 3]  # when it joined, when its first round opened, and at that round's end
+    assert run.verdict().problems == []
+    assert run.differs_from_replay() == []
+
+
+def test_what_a_leaver_has_done_in_the_round_is_not_merged(town: Callable[..., Town]) -> None:
+    run = town(3, federation__num_rounds=1, federation__local_steps=60)
+    wait_for_steps(run, "clinic-1", 5)
+    run.processes["clinic-1"].send_signal(signal.SIGINT)
+    assert run.end_of("clinic-1", timeout_s=20)[0] == 130
+    assert [run.end_of(name)[0] for name in ("server", "clinic-0", "clinic-2")] == [0, 0, 0]
+    (merge,) = run.report()["merges"]
+    assert merge["absent"] == ["clinic-1"]
+    assert merge["clients"] == {"clinic-0": 30, "clinic-2": 30}
+    assert merge["equal"]
+    assert run.differs_from_replay() == []  # which weighs the two alone
+
+
+def straggling(town: Callable[..., Town], **settings: Any) -> Town:
+    """Two clients that need not wait for each other, of which one stops in the middle of the first round."""
+    independent = {"federation__server_mode": "frozen", "federation__num_rounds": 2, "federation__local_steps": 16}
+    run = town(2, **independent, **PATIENT, federation__round_timeout=8, **settings)
+    wait_for_steps(run, "clinic-1", 4)
+    freeze(run, "clinic-1")
+    return run
+
+
+def test_a_straggler_is_left_out_at_round_timeout_and_goes_on_in_the_next_round(town: Callable[..., Town]) -> None:
+    run = straggling(town)
+    run.wait_for("merged", 1)
+    thaw(run, "clinic-1")
+    assert_all_end_well(run)
+    first, second = run.report()["merges"]
+    assert (first["absent"], first["clients"]) == (["clinic-1"], {"clinic-0": 30})
+    assert (second["absent"], second["clients"]) == ([], {"clinic-0": 30, "clinic-1": 30})
+    assert run.events("last_call") == []
+
+
+def test_a_stragglers_finished_steps_are_merged_by_their_share(town: Callable[..., Town]) -> None:
+    run = straggling(town, federation__partial_work="accept")
+    run.wait_for("last_call", 1)
+    thaw(run, "clinic-1")
+    assert_all_end_well(run)
+    first, second = run.report()["merges"]
+    done = [step for step in steps_of(run, "clinic-1") if step <= 16]
+    assert 4 <= len(done) < 16
+    assert (first["absent"], second["absent"]) == ([], [])
+    assert first["clients"] == {"clinic-0": 30, "clinic-1": 30 * len(done) / 16}
+    assert second["clients"] == {"clinic-0": 30, "clinic-1": 30}
+    assert run.verdict().problems == []
+    assert run.differs_from_replay() == []
+
+
+def test_a_server_that_dies_after_the_last_call_merges_the_same_work(town: Callable[..., Town]) -> None:
+    run = straggling(town, federation__partial_work="accept", crash={"server": "upload-after-record:2"})
+    run.wait_for("last_call", 1)
+    thaw(run, "clinic-1")
+    assert run.end_of("server")[0] == 137
+    run.start("server")
+    assert_all_end_well(run)
+    first, _ = run.report()["merges"]
+    done = [step for step in steps_of(run, "clinic-1") if step <= 16]
+    assert first["clients"] == {"clinic-0": 30, "clinic-1": 30 * len(done) / 16}
+    assert run.verdict().problems == []
+    assert run.differs_from_replay() == []
+
+
+def test_who_is_drawn_to_train_does_not_depend_on_a_restart(town: Callable[..., Town]) -> None:
+    run = town(4, federation__num_rounds=4, federation__local_steps=4, federation__fraction_train=0.5)
+    run.wait_for("merged", 2)
+    run.processes["server"].send_signal(signal.SIGTERM)
+    assert run.end_of("server")[0] == 0
+    run.start("server")
+    assert_all_end_well(run)
+    draw = FedAvg(FederationSection(fraction_train=0.5), StrategySection(), seed=42).configure_train
+    # a round that was open when the server was stopped is not announced again
+    drawn = {event["round"]: event["trainers"] for event in run.events("round_opened")}
+    assert drawn == {number: draw(number, run.names) for number in (1, 2, 3, 4)}
