@@ -232,7 +232,9 @@ class TestFrozen:
         assert gate.commit("a", commit(1), 0.0) == []
 
 
-@pytest.mark.parametrize("gate", [shared("a", "b"), sequential("a", "b"), FrozenGate()], ids=lambda gate: type(gate).__name__)
+@pytest.mark.parametrize(
+    "gate", [shared("a", "b"), sequential("a", "b"), FrozenGate()], ids=lambda gate: type(gate).__name__
+)
 def test_whoever_comes_back_after_the_round_has_closed_applies_nothing(gate: Gate) -> None:
     gate.round_closed()
     gate.returned("a")
