@@ -235,7 +235,9 @@ class Engine:
 
     def _spool_for(self, buffer: BufferedMerger, client_id: str, upload: Upload) -> Spooled:
         """Keep layers with what they began with, or drop them by rule; either way the client's turn is over."""
-        turn = self.ledger.state.turns[client_id]
+        turn = self.ledger.state.turns.get(client_id)
+        if turn is None:  # they came while the last merge was made
+            return Spooled(name="", objection="the run's last merge came first")
         begun, name = turn.number - 1, f"{client_id}@{turn.first_step}"
         objection = self._objection_to(buffer, begun)
         if objection:

@@ -201,8 +201,8 @@ class TestRanges:
             ),
             (
                 [*BUFFERED, "storage.durability=snapshot", "federation.fraction_train=0.5"],
-                r'"snapshot" takes all clients back to one merge, .* set it to "redo"; federation\.fraction_train = 0\.5'
-                r" is of rounds that all clients share: leave it out",
+                r'"snapshot" takes all clients back to one merge, .* "redo"; federation\.fraction_train = 0\.5 is of'
+                r" rounds that all clients share: leave it out",
             ),
             (
                 [*BUFFERED, "federation.partial_work=accept"],

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from faults.town import Town
 
-from splitfl.config import FederationSection, StrategySection
-from splitfl.federation.strategies.fed_avg import FedAvg
+from splitfl.telemetry.metrics import read_events
 
 pytestmark = pytest.mark.slow
 
@@ -126,14 +125,84 @@ def test_a_server_that_dies_after_the_last_call_merges_the_same_work(town: Calla
     assert run.differs_from_replay() == []
 
 
-def test_who_is_drawn_to_train_does_not_depend_on_a_restart(town: Callable[..., Town]) -> None:
-    run = town(4, federation__num_rounds=4, federation__local_steps=4, federation__fraction_train=0.5)
-    run.wait_for("merged", 2)
-    run.processes["server"].send_signal(signal.SIGTERM)
-    assert run.end_of("server")[0] == 0
-    run.start("server")
+BUFFERED = {
+    "federation__strategy": "FedBuff",
+    "federation__server_mode": "sequential",
+    "optimizer__lr_scheduler_type": "constant",
+    "federation__local_steps": 4,
+    "strategy__buffer_size": 2,
+}
+
+
+def uploads(run: Town) -> list[list[tuple[str, int]]]:
+    """Return who is in each merge, and how stale."""
+    return [[(each["client_id"], each["staleness"]) for each in event["uploads"]] for event in run.events("merged")]
+
+
+def with_a_slow_client(town: Callable[..., Town], num_merges: int, **settings: Any) -> Town:
+    """FedBuff with a client that stops in its first turn while the other goes on, on a backbone that does not learn."""
+    independent = {**BUFFERED, "federation__server_mode": "frozen", "federation__num_rounds": num_merges}
+    run = town(2, **{**independent, **PATIENT, **settings})
+    wait_for_steps(run, "clinic-1", 1)
+    freeze(run, "clinic-1")
+    return run
+
+
+def test_fed_buff_does_not_wait_for_a_slow_client_and_counts_it_less(town: Callable[..., Town]) -> None:
+    run = with_a_slow_client(town, 40)
+    run.wait_for("merged", 3)
+    thaw(run, "clinic-1")
     assert_all_end_well(run)
-    draw = FedAvg(FederationSection(fraction_train=0.5), StrategySection(), seed=42).configure_train
-    # a round that was open when the server was stopped is not announced again
-    drawn = {event["round"]: event["trainers"] for event in run.events("round_opened")}
-    assert drawn == {number: draw(number, run.names) for number in (1, 2, 3, 4)}
+    found = uploads(run)
+    assert found[:3] == [[("clinic-0", 0), ("clinic-0", 0)]] * 3
+    assert len(found) == 40
+    stale = [staleness for merge in found for name, staleness in merge if name == "clinic-1"]
+    assert stale[0] >= 3
+    shares = [sum(name == client for merge in found for name, _ in merge) for client in ("clinic-0", "clinic-1")]
+    assert shares[0] > shares[1] > 0
+    assert run.verdict().problems == []
+    assert run.differs_from_replay() == []  # which scales each change by its staleness
+
+
+def test_fed_buff_drops_what_is_too_stale_and_says_so(town: Callable[..., Town]) -> None:
+    run = with_a_slow_client(town, 40, strategy__max_staleness=1)
+    run.wait_for("merged", 3)
+    thaw(run, "clinic-1")
+    assert_all_end_well(run)
+    dropped = run.events("upload_dropped")[0]
+    assert dropped["client_id"] == "clinic-1"
+    assert dropped["reason"].endswith("merges ago, strategy.max_staleness = 1")
+    told = [event for event in read_events(run.client_dir("clinic-1") / "metrics.jsonl") if event["event"] == "loaded"]
+    assert (told[0]["accepted"], told[0]["reason"]) == (False, dropped["reason"])
+    assert any(name == "clinic-1" for merge in uploads(run) for name, _ in merge)  # its next ones are in time
+    assert run.differs_from_replay() == []
+
+
+@pytest.mark.parametrize(
+    "crash",
+    [
+        {"server": "upload-after-record:1"},  # between two uploads
+        {"server": "upload-after-record:2"},  # the merge is due
+        {"server": "merge-before-record:2"},
+        {"server": "merge-after-record:1"},
+        {"clinic-1": "step-acknowledged:6"},
+    ],
+    ids=lambda crash: ":".join(*crash.items()),
+)
+def test_fed_buff_goes_on_after_a_crash_with_the_same_bits(town: Callable[..., Town], crash: dict[str, str]) -> None:
+    run = town(2, **BUFFERED, federation__num_rounds=6, crash=crash)
+    run.keep_alive(timeout_s=150)
+    assert all(merge["equal"] for merge in run.report()["merges"])
+    assert [len(merge) for merge in uploads(run)] == [2] * 6
+    assert run.verdict().problems == []
+    assert run.differs_from_replay() == []
+
+
+def test_fed_buff_goes_on_when_a_client_leaves(town: Callable[..., Town]) -> None:
+    run = town(2, **BUFFERED, federation__num_rounds=30)
+    run.wait_for("merged", 2)
+    run.processes["clinic-1"].send_signal(signal.SIGINT)
+    assert run.end_of("clinic-1", timeout_s=20)[0] == 130
+    assert [run.end_of(name)[0] for name in ("server", "clinic-0")] == [0, 0]
+    assert len(run.events("merged")) == 30
+    assert run.differs_from_replay() == []
