@@ -63,6 +63,21 @@ def test_a_late_joiner_gets_the_merged_layers_and_trains_from_the_next_round_on(
     assert run.differs_from_replay() == []
 
 
+def test_one_that_comes_in_the_last_round_gets_its_merge_and_ends(town: Callable[..., Town]) -> None:
+    settings = {"federation__num_rounds": 1, "federation__local_steps": 8, "federation__min_available_clients": 1}
+    run = town(2, starts=False, **settings, **PATIENT)
+    for name in ("server", "clinic-0"):
+        run.start(name)
+    wait_for_steps(run, "clinic-0", 2)
+    freeze(run, "clinic-0")
+    run.start("clinic-1")
+    run.wait_for("client_joined", 2)
+    thaw(run, "clinic-0")
+    assert_all_end_well(run)
+    assert trainers(run) == [["clinic-0"]]
+    assert sorted(run.report()["merges"][0]["client_digests"]) == ["clinic-0", "clinic-1"]
+
+
 def test_what_a_leaver_has_done_in_the_round_is_not_merged(town: Callable[..., Town]) -> None:
     run = town(3, federation__num_rounds=1, federation__local_steps=60)
     wait_for_steps(run, "clinic-1", 5)
