@@ -208,7 +208,8 @@ def test_fed_buff_goes_on_after_a_crash_with_the_same_bits(town: Callable[..., T
     run = town(2, **BUFFERED, federation__num_rounds=6, crash=crash)
     run.keep_alive(timeout_s=150)
     assert all(merge["equal"] for merge in run.report()["merges"])
-    assert [len(merge) for merge in uploads(run)] == [2] * 6
+    assert {event["round"] for event in run.events("merged")} >= {2, 3, 4, 5, 6}  # one is made before it can be told of
+    assert {len(merge) for merge in uploads(run)} == {2}
     assert run.verdict().problems == []
     assert run.differs_from_replay() == []
 
