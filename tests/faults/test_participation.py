@@ -94,7 +94,7 @@ def test_what_a_leaver_has_done_in_the_round_is_not_merged(town: Callable[..., T
 def straggling(town: Callable[..., Town], **settings: Any) -> Town:
     """Two clients that need not wait for each other, of which one stops in the middle of the first round."""
     independent = {"federation__server_mode": "frozen", "federation__num_rounds": 2, "federation__local_steps": 16}
-    run = town(2, **independent, **PATIENT, federation__round_timeout=8, **settings)
+    run = town(2, **{**independent, **PATIENT, **settings}, federation__round_timeout=8)
     wait_for_steps(run, "clinic-1", 4)
     freeze(run, "clinic-1")
     return run
@@ -121,6 +121,21 @@ def test_a_stragglers_finished_steps_are_merged_by_their_share(town: Callable[..
     assert 4 <= len(done) < 16
     assert (first["absent"], second["absent"]) == ([], [])
     assert first["clients"] == {"clinic-0": 30, "clinic-1": 30 * len(done) / 16}
+    assert second["clients"] == {"clinic-0": 30, "clinic-1": 30}
+    assert run.verdict().problems == []
+    assert run.differs_from_replay() == []
+
+
+def test_a_step_that_all_share_is_given_up_at_the_last_call(town: Callable[..., Town]) -> None:
+    """One client waits for the acknowledgement of a step that the other has stopped in."""
+    run = straggling(town, federation__partial_work="accept", federation__server_mode="shared")
+    run.wait_for("last_call", 1)
+    thaw(run, "clinic-1")
+    assert_all_end_well(run)
+    first, second = run.report()["merges"]
+    done = [step for step in steps_of(run, "clinic-1") if step <= 16]
+    assert done == [step for step in steps_of(run, "clinic-0") if step <= 16]
+    assert first["clients"] == {"clinic-0": 30 * len(done) / 16, "clinic-1": 30 * len(done) / 16}
     assert second["clients"] == {"clinic-0": 30, "clinic-1": 30}
     assert run.verdict().problems == []
     assert run.differs_from_replay() == []

@@ -184,6 +184,23 @@ class TestMergerWithEveryStrategy:
         assert merger.merge("abcde") == {"a": 3, "b": 3, "c": 3}
         assert merger.layers()["x"].item() == 1.0
 
+    @pytest.mark.parametrize(
+        ("weight_by", "share", "weight"),
+        [
+            ("num_examples", 1.0, 30),
+            ("num_examples", 0.25, 7.5),
+            ("num_tokens", 0.25, 11),
+            ("uniform", 1.0, 1),
+            ("uniform", 0.25, 1),
+        ],
+    )
+    def test_what_weighs_an_upload(self, weight_by: Any, share: float, weight: float, tmp_path: Path) -> None:
+        """With the share of the round's steps behind it; tokens are those of finished steps anyway."""
+        merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, max_rms=1e30)
+        frames = (describe(torch.ones(1), 1 << 10),)
+        upload = Upload(round_number=1, num_examples=30, num_tokens=11, layers=frames)
+        assert merger.spool("a", upload, share) == weight
+
     @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
     def test_a_restart_changes_nothing(self, name: StrategyName, tmp_path: Path) -> None:
         def merger() -> Merger:
