@@ -135,7 +135,7 @@ def test_a_step_that_all_share_is_given_up_at_the_last_call(town: Callable[..., 
     first, second = run.report()["merges"]
     done = [step for step in steps_of(run, "clinic-1") if step <= 8]
     assert done == [step for step in steps_of(run, "clinic-0") if step <= 8]
-    assert first["clients"] == {"clinic-0": 30 * len(done) / 8, "clinic-1": 30 * len(done) / 16}
+    assert first["clients"] == {"clinic-0": 30 * len(done) / 8, "clinic-1": 30 * len(done) / 8}
     assert second["clients"] == {"clinic-0": 30, "clinic-1": 30}
     assert run.verdict().problems == []
     assert run.differs_from_replay() == []
