@@ -7,7 +7,7 @@ Where it begins is the session's affair: `train` may be called again after a los
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -142,24 +142,3 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
     committed = link.commit(num_label_tokens=num_label_tokens, loss=loss, norms_P=edge.optimizer.norms())
     journal.acknowledged(commit_number=committed.commit_number, clip_coefficient=committed.clip_coefficient)
     return Step(step=step, loss=loss, num_label_tokens=num_label_tokens)
-
-
-def evaluate(edge: Edge, link: Link, batches: Iterable[Batch]) -> float:
-    """Return the mean loss per label token; the server keeps no graph, uses no dropout and counts no step."""
-    total, num_label_tokens = 0.0, 0
-    under_way: dict[int, Batch] = {}
-
-    def take_one() -> None:
-        nonlocal total
-        request_id, hidden_BSD, _ = link.receive()
-        if hidden_BSD is not None:
-            total += edge.evaluate_top(under_way.pop(request_id), hidden_BSD)
-
-    for batch in batches:
-        if not link.session.has_credit:
-            take_one()
-        under_way[link.send_forward(edge.evaluate_bottom(batch), batch.lengths_B, step=0, micro_batch=0)] = batch
-        num_label_tokens += batch.num_label_tokens
-    while under_way:
-        take_one()
-    return total / num_label_tokens if num_label_tokens else float("nan")

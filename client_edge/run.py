@@ -1,6 +1,7 @@
 """One client's whole part in a run: what `splitfl client` does."""
 
 import collections
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from client_edge.data import Dataset, TrainBatches, eval_batches, hold_out, read_examples
+from client_edge.data import Dataset, TrainBatches, hold_out, read_examples
 from client_edge.edge import Edge
+from client_edge.evaluation import Answerer, Evaluator, Exam, Tokenizer
+from client_edge.generation import FarGenerator
 from client_edge.journal import Journal
 from client_edge.link import Link
-from client_edge.loop import Step, evaluate, report_layers, train
+from client_edge.loop import Step, report_layers, train
 from client_edge.received import fetch_description, fetch_layers
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
@@ -27,6 +30,7 @@ from splitfl.models.source import read_config
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
+from splitfl.telemetry.measures import ALSO, event_of
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.device import open_device
@@ -43,6 +47,9 @@ class _Text:
     train: Dataset
     held_out: Dataset | None
     also: dict[str, Dataset]
+    exam: Exam
+    """What is asked of the model about the held-out text."""
+    tokenizer: Tokenizer
 
 
 def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
@@ -103,7 +110,11 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
         )
         for note in journal.recover():
             metrics.emit("note", text=note)
-        part = Participation(config, link, edge, journal, text, metrics, begun_s)
+        answerer = None
+        if text.exam.to_answer:
+            answerer = Answerer(cut.client_model(FarGenerator(link)), text.tokenizer, run)
+        evaluator = Evaluator(run, edge, link, text.exam, answerer)
+        part = Participation(config, link, edge, journal, text, evaluator, metrics, begun_s)
         try:
             part.run()
         except KeyboardInterrupt:
@@ -131,6 +142,7 @@ class Participation:
         edge: Edge,
         journal: Journal,
         text: _Text,
+        evaluator: Evaluator,
         metrics: MetricsLog,
         begun_s: float,
     ) -> None:
@@ -140,6 +152,7 @@ class Participation:
         self._edge = edge
         self._journal = journal
         self._text = text
+        self._evaluator = evaluator
         self._metrics = metrics
         self._begun_s = begun_s
         self._federation = link.run.federation
@@ -272,24 +285,15 @@ class Participation:
     def _evaluate(self, phase: str) -> None:
         if self._text.held_out is None:
             return
-        batch_size = self._federation.per_device_eval_batch_size
-        loss = evaluate(self._edge, self._link, eval_batches(self._text.held_out, batch_size))
+        measured = self._evaluator.measure(self._text.held_out)
         also = {
-            name: evaluate(self._edge, self._link, eval_batches(dataset, batch_size))
+            name: self._evaluator.loss(dataset)
             for name, dataset in (self._text.also.items() if phase == "after" else ())
         }
-        num_examples, round_number = len(self._text.held_out), self._journal.place.held_round
-        measured = {"eval_loss": loss, "num_eval_examples": float(num_examples)}
-        measured |= {f"also:{name}": other for name, other in also.items()}
-        self._link.report("evaluated", phase=phase, round_number=round_number, metrics=measured)
-        self._emit(
-            "evaluated",
-            phase=phase,
-            round=round_number,
-            eval_loss=loss,
-            num_eval_examples=num_examples,
-            also=also,
-        )
+        round_number = self._journal.place.held_round
+        beside = {ALSO + name: loss for name, loss in also.items() if math.isfinite(loss)}
+        self._link.report("evaluated", phase=phase, round_number=round_number, metrics=measured | beside)
+        self._emit("evaluated", phase=phase, round=round_number, **event_of(measured), also=also)
 
     def _say_goodbye(self) -> None:
         totals = {
@@ -333,16 +337,18 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
 
     dataset = read(section.path)
     if section.eval_path is not None:
-        return _Text(
-            train=dataset,
-            held_out=read(section.eval_path),
-            also={name: read(path) for name, path in section.also_evaluate.items()},
-        )
-    if not section.eval_fraction:
-        return _Text(train=dataset, held_out=None, also={})
-    train_set, held_out = hold_out(dataset, section.eval_fraction, run.seed)
-    also = {name: read(path) for name, path in section.also_evaluate.items()}
-    return _Text(train=train_set, held_out=held_out, also=also)
+        train_set, held_out = dataset, read(section.eval_path)
+    elif section.eval_fraction:
+        train_set, held_out = hold_out(dataset, section.eval_fraction, run.seed)
+    else:
+        return _Text(train=dataset, held_out=None, also={}, exam=Exam(), tokenizer=tokenizer)
+    return _Text(
+        train=train_set,
+        held_out=held_out,
+        also={name: read(path) for name, path in section.also_evaluate.items()},
+        exam=Exam.of(run, tokenizer, train_set, held_out),
+        tokenizer=tokenizer,
+    )
 
 
 @contextmanager

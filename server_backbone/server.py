@@ -70,6 +70,7 @@ from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 from splitfl.telemetry.history import History
+from splitfl.telemetry.measures import ALSO, event_of
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.optimizer import NO_GRADIENT
 from splitfl.transport.keys import AllowList
@@ -339,14 +340,13 @@ class Server:
                 "loaded", client_id=member.client_id, round=report.round_number, digest=report.digest[:64]
             )
             return
-        also = {name.removeprefix("also:"): v for name, v in report.metrics.items() if name.startswith("also:")}
+        also = {name.removeprefix(ALSO): value for name, value in report.metrics.items() if name.startswith(ALSO)}
         self.metrics.emit(
             "evaluated",
             client_id=member.client_id,
-            phase=report.phase[:16],
+            phase=report.phase,
             round=report.round_number,
-            eval_loss=report.metrics.get("eval_loss"),
-            num_eval_examples=int(report.metrics.get("num_eval_examples", 0)),
+            **event_of(report.metrics),
             also=also,
         )
 
