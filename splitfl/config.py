@@ -249,7 +249,7 @@ class FederationSection(Section):
         if self.compares_rounds and (self.evaluate != "rounds" or not self.num_rounds):
             asks = "early_stopping_patience" if self.early_stopping_patience else "load_best_model_at_end"
             raise ValueError(
-                f"{asks} compares rounds, and no round is evaluated: set federation.evaluate to \"rounds\""
+                f'{asks} compares rounds, and no round is evaluated: set federation.evaluate to "rounds"'
                 + (" and num_rounds to 1 or more" if not self.num_rounds else "")
             )
         if self.early_stopping_threshold and not self.early_stopping_patience:

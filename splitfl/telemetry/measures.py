@@ -26,9 +26,7 @@ class Measure:
 
 MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
-        "eval_loss": Measure(
-            title="loss", counted_by="num_eval_tokens", highest=math.inf, greater_is_better=False
-        ),
+        "eval_loss": Measure(title="loss", counted_by="num_eval_tokens", highest=math.inf, greater_is_better=False),
         "perplexity": Measure(
             title="perplexity", counted_by="num_eval_tokens", highest=math.inf, greater_is_better=False
         ),

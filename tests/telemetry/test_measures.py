@@ -57,6 +57,16 @@ def test_a_measure_has_a_range(name: str) -> None:
     assert bool(objection({name: 1.5})) == (MEASURES[name].highest == 1.0)
 
 
-@pytest.mark.parametrize("measured", [{"text": 1.0}, {"num_eval_tokens": 1.5}, {"num_eval_tokens": -1.0}, {"also:x": -1.0}, {"also:" + "x" * 90: 1.0}, {"num_generated": math.nan}])
+@pytest.mark.parametrize(
+    "measured",
+    [
+        {"text": 1.0},
+        {"num_eval_tokens": 1.5},
+        {"num_eval_tokens": -1.0},
+        {"also:x": -1.0},
+        {"also:" + "x" * 90: 1.0},
+        {"num_generated": math.nan},
+    ],
+)
 def test_other_numbers_are_refused(measured: dict[str, float]) -> None:
     assert objection(measured)
