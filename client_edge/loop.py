@@ -15,7 +15,7 @@ from client_edge.data import Batch, TrainBatches
 from client_edge.edge import Edge, MicroBatch
 from client_edge.journal import Journal
 from client_edge.link import Link, RoundClosed, StepClosed
-from splitfl.protocol.messages import Merged, RoundOpened
+from splitfl.protocol.messages import Merged, RoundOpened, RoundsEnded
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ class Observer(Protocol):
     def round_opened(self, round_: RoundOpened) -> None:
         """A round has begun."""
 
+    def rounds_ended(self, ended: RoundsEnded) -> None:
+        """There is no further round; the layers to end with are loaded."""
+
     def stepped(self, step: Step) -> None:
         """A step is committed."""
 
@@ -56,6 +59,9 @@ def train(
         if round_ is None:
             observer.between_rounds()
             round_ = link.open_round(num_examples)
+            if isinstance(round_, RoundsEnded):
+                _end_rounds(edge, link, journal, round_, observer)
+                return
             if round_.layers:
                 journal.loaded(link.realise(round_.layers), round_.round_number - 1)
             observer.round_opened(round_)
@@ -78,6 +84,13 @@ def report_layers(edge: Edge, link: Link, round_number: int) -> str:
     digest = edge.merged_digest()
     link.report("loaded", phase="round", round_number=round_number, metrics={}, digest=digest)
     return digest
+
+
+def _end_rounds(edge: Edge, link: Link, journal: Journal, ended: RoundsEnded, observer: Observer) -> None:
+    if ended.layers:
+        journal.loaded(link.realise(ended.layers), ended.round_number)
+        report_layers(edge, link, ended.round_number)
+    observer.rounds_ended(ended)
 
 
 def _train_round(

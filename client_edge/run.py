@@ -27,7 +27,7 @@ from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, DataError, ModelError, PeerGone, RemoteProtocolError, SplitflError
 from splitfl.federation.records import read_file
 from splitfl.models.source import read_config
-from splitfl.protocol.messages import Merged, Resumed, RoundOpened
+from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
 from splitfl.telemetry.measures import ALSO, event_of
@@ -224,6 +224,8 @@ class Participation:
             digest = report_layers(self._edge, self._link, resumed.held_round)
             self._emit("loaded", round=resumed.held_round, accepted=True, reason="", digest=digest)
         self._round_number = resumed.round_number or self._round_number
+        if self._federation.compares_rounds and not resumed.round_number:
+            self._journal.evaluates_again()
 
     def _ask_where(self) -> Resumed:
         place, pending = self._journal.place, self._journal.pending
@@ -264,6 +266,10 @@ class Participation:
             first_step=round_.first_step,
             num_steps=round_.num_steps,
         )
+
+    def rounds_ended(self, ended: RoundsEnded) -> None:
+        """Log why, and which round's layers these are."""
+        self._emit("rounds_ended", reason=ended.reason, best_round=ended.best_round)
 
     def stepped(self, step: Step) -> None:
         """Log the step."""

@@ -38,7 +38,7 @@ from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog, read_events
-from splitfl.telemetry.report import build_report, summary_table, write_report
+from splitfl.telemetry.report import build_report, measures_table, summary_table, write_report
 from splitfl.training.device import open_device
 from splitfl.training.terms import merged_layers, terms_of
 from splitfl.transport.keys import AllowList, read_key_pair
@@ -371,4 +371,11 @@ def _report(run_dir: Path, console: Console, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(report) + "\n")
         return
     console.print(summary_table(report))
+    measures = measures_table(report)
+    if measures is not None:
+        console.print(measures)
+    if report["stopped_early"]:
+        console.print(f"stopped early: {report['stopped_early']}", markup=False, soft_wrap=True)
+    if report["best_round"]:
+        console.print(f"ended with the best round: {report['best_round']}", markup=False)
     console.print(f"run: {run_dir}", markup=False, soft_wrap=True)

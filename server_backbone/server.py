@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from server_backbone.caches import CacheBook
-from server_backbone.engine import Decided, Engine, MergedLayers
+from server_backbone.engine import Decided, Engine, MergedLayers, Verdict
 from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
 from server_backbone.jobs import Jobs
 from server_backbone.members import Connection, Member, Members
 from server_backbone.provisions import Provisions
-from server_backbone.rounds import Decision, End, Merge, Open, Rounds
+from server_backbone.rounds import Decision, End, Judge, Merge, Open, Rounds, Stop
 from server_backbone.worker import Contribution, Scaling
 from splitfl.config import NAME_PATTERN, RunConfig
 from splitfl.durability.crash import crash_point
@@ -57,6 +57,7 @@ from splitfl.protocol.messages import (
     Resume,
     Resumed,
     RoundOpened,
+    RoundsEnded,
     Shutdown,
     TensorFrames,
     Upload,
@@ -70,7 +71,7 @@ from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 from splitfl.telemetry.history import History
-from splitfl.telemetry.measures import ALSO, event_of
+from splitfl.telemetry.measures import ALSO, Measured, complete, event_of, federated
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.optimizer import NO_GRADIENT
 from splitfl.transport.keys import AllowList
@@ -114,6 +115,9 @@ class Server:
         self._strikes: dict[str, int] = {}
         self._layers: tuple[TensorFrames, ...] = ()
         self._merge_number = 0
+        self._have_rounds_ended = False
+        self._evaluated: dict[tuple[str, int], dict[str, Measured]] = {}
+        self._unsaid: set[tuple[str, int]] = set()
         self._is_over = False
         self._waiting_said = ("", 0.0)
 
@@ -155,7 +159,8 @@ class Server:
     def recover(self) -> None:
         """Go on where the ledger's log ends: every client is expected back."""
         state, now_s = self.engine.ledger.state, time.monotonic()
-        self._merge_number = state.num_merged
+        self._merge_number = state.held_round
+        self._have_rounds_ended = state.has_ended
         self._layers = self.engine.describe_layers() if state.num_merged else ()
         open_round = state.round
         opened = None
@@ -188,6 +193,8 @@ class Server:
             open_round.uploaded if open_round else (),
             open_round.out if open_round else (),
             num_merged=state.num_merged,
+            num_judged=state.standing.judged_round,
+            has_stopped=state.has_ended,
         )
         self._decide(self._rounds.resumed([member.client_id for member in self._members], now_s), now_s)
 
@@ -264,7 +271,10 @@ class Server:
         match message:
             case Ready():
                 member.held_round, member.num_examples = message.round_number, message.num_examples
-                self._decide(self._rounds.ready(client_id), now_s)
+                if self._have_rounds_ended:
+                    self._say_ended(member)  # it was evaluating still
+                else:
+                    self._decide(self._rounds.ready(client_id), now_s)
             case Forward(step=0):
                 self._compute(member, partial(self.engine.evaluate, message))
             case Decode():
@@ -340,15 +350,40 @@ class Server:
                 "loaded", client_id=member.client_id, round=report.round_number, digest=report.digest[:64]
             )
             return
+        if report.round_number > self._merge_number:
+            raise RemoteProtocolError(f"a measurement of round {report.round_number}, which is not merged")
+        if report.phase != "after":
+            measured = {name: value for name, value in report.metrics.items() if not name.startswith(ALSO)}
+            self._jobs.submit(partial(self.engine.measured, member.client_id, report.round_number, measured), _nothing)
         also = {name.removeprefix(ALSO): value for name, value in report.metrics.items() if name.startswith(ALSO)}
+        round_number = self.engine.ledger.state.ends_with if self._is_of_the_best(report) else report.round_number
+        self._evaluated.setdefault((report.phase, round_number), {})[member.client_id] = complete(report.metrics)
+        self._unsaid.add((report.phase, round_number))
         self.metrics.emit(
             "evaluated",
             client_id=member.client_id,
             phase=report.phase,
-            round=report.round_number,
+            round=round_number,
             **event_of(report.metrics),
             also=also,
         )
+
+    def _say_federated(self) -> None:
+        """Say what clients have measured, all together, where that has changed since it was last said."""
+        for (phase, round_number), clients in self._evaluated.items():
+            if (phase, round_number) in self._unsaid:
+                self.metrics.emit(
+                    "federated",
+                    phase=phase,
+                    round=round_number,
+                    num_clients=len(clients),
+                    measures=federated(clients),
+                )
+        self._unsaid.clear()
+
+    def _is_of_the_best(self, report: Report) -> bool:
+        """Tell whether a report is of the round that the run ends with, whose number clients do not know."""
+        return self._have_rounds_ended and report.phase == "after" and self.engine.ledger.state.ends_with > 0
 
     # who comes in
 
@@ -666,13 +701,19 @@ class Server:
                 case Merge():
                     self._gate.round_closed()
                     self._jobs.submit(partial(self.engine.merge, decision), partial(self._merged, decision))
+                case Judge(round_number=number):
+                    self._jobs.submit(partial(self.engine.judge, number), self._judged)
+                case Stop(reason=reason):
+                    self._jobs.submit(partial(self.engine.end_rounds, reason), self._rounds_ended)
                 case End(reason=reason):
+                    self._say_federated()
                     self.reason = reason
                     self._is_over = True
 
     def _open_round(self, round_: Open, _: None) -> None:
         """Tell everybody of a round that is written down."""
         self._gate.round_opened(round_.trainers, round_.first_step)
+        self._say_federated()
         self.metrics.emit(
             "round_opened",
             round=round_.round_number,
@@ -689,6 +730,52 @@ class Server:
             if member.is_out:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
         self._rounds.opened(time.monotonic())
+
+    def _judged(self, verdict: Verdict) -> None:
+        """Say what the verdict on the last merge is, and go on as it asks."""
+        standing = verdict.standing
+        self._say_federated()
+        self.metrics.emit(
+            "judged",
+            round=standing.judged_round,
+            metric=self.run.federation.metric_for_best_model,
+            value=verdict.value,
+            best_round=standing.best_round,
+            best_value=standing.best_value if standing.best_round else None,
+            rounds_without_improvement=standing.rounds_without_improvement,
+        )
+        now_s = time.monotonic()
+        self._decide(self._rounds.judged(verdict.reason, now_s), now_s)
+
+    def _rounds_ended(self, note: str) -> None:
+        """Tell everybody who waits for the next round that there is none."""
+        state = self.engine.ledger.state
+        self._have_rounds_ended = True
+        if note:
+            self.metrics.emit("note", text=note)
+        self.metrics.emit("rounds_ended", reason=state.end_reason, round=state.num_merged, best_round=state.ends_with)
+        if state.held_round != self._merge_number:
+            self._merge_number, self._layers = state.held_round, self.engine.describe_layers()
+        for member in self._members:
+            if member.session.phase is Phase.READY:
+                self._say_ended(member)
+        now_s = time.monotonic()
+        self._decide(self._rounds.stopped(now_s), now_s)
+
+    def _say_ended(self, member: Member) -> None:
+        state = self.engine.ledger.state
+        layers = () if member.held_round == self._merge_number else self._layers
+        member.session.rounds_ended()
+        member.held_round = self._merge_number
+        self._tell(
+            member,
+            RoundsEnded(
+                round_number=self._merge_number,
+                best_round=state.ends_with,
+                reason=state.end_reason,
+                layers=layers,
+            ),
+        )
 
     def _opening(self, round_: Open, client_id: str) -> RoundOpened:
         member = self._members[client_id]

@@ -287,6 +287,13 @@ class ServerSession:
         self.round_number = merge.round_number
         self._num_reports = 0
 
+    def rounds_ended(self) -> None:
+        """Take note that this client is told that there is no further round."""
+        if self.phase is not Phase.READY:
+            raise LocalProtocolError(f"the rounds end for a client that is {self.phase.name}")
+        self.phase = Phase.IDLE
+        self._num_reports = 0
+
     def _require(self, message: Message, *phases: Phase) -> None:
         if self.phase not in phases:
             raise RemoteProtocolError(f"{type(message).__name__} while {self.phase.name}")
