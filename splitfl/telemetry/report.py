@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from splitfl.telemetry.measures import MEASURES, federated, measured_in
+from splitfl.telemetry.figures import measure_rows
+from splitfl.telemetry.measures import federated, measured_in
 from splitfl.telemetry.metrics import Event, jsonable
 from splitfl.telemetry.page import render_page
-from splitfl.telemetry.units import format_bytes, format_change, format_loss, format_measure, printable
+from splitfl.telemetry.units import format_bytes, format_change, format_loss, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,34 +110,6 @@ def measures_table(report: Report) -> "Table | None":
         cells = [row["title"], row["before"] or "-", row["after"] or "-", row["mean"] or "-", worst]
         table.add_row(*map(Text, cells))
     return table
-
-
-def measure_rows(report: Report) -> list[dict[str, Any]]:
-    """Return, for each measure that there is, its figures over all clients as text; mean and worst are the last ones."""
-    before, after = (_figures(report, phase) for phase in ("before", "after"))
-    last = after or before
-    return [
-        {
-            "title": measure.title,
-            "before": _figure(before, name, "value"),
-            "after": _figure(after, name, "value"),
-            "mean": _figure(last, name, "mean"),
-            "worst": _figure(last, name, "worst"),
-            "worst_client": last.get(name, {}).get("worst_client"),
-        }
-        for name, measure in MEASURES.items()
-        if name in before or name in after
-    ]
-
-
-def _figures(report: Report, phase: str) -> dict[str, dict[str, Any]]:
-    found = [group["measures"] for group in report["federated"] if group["phase"] == phase]
-    # clients that join late evaluate before they train, but not the layers that the others began with
-    return (found[0] if phase == "before" else found[-1]) if found else {}
-
-
-def _figure(figures: dict[str, dict[str, Any]], name: str, which: str) -> str | None:
-    return format_measure(name, figures[name][which]) if name in figures else None
 
 
 def _cells(name: str, row: dict[str, Any], *, unknown: str = "-") -> list["Text"]:
