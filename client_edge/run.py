@@ -41,7 +41,7 @@ STATE_DIR = "state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Text:
+class Text:
     """The client's examples."""
 
     train: Dataset
@@ -141,7 +141,7 @@ class Participation:
         link: Link,
         edge: Edge,
         journal: Journal,
-        text: _Text,
+        text: Text,
         evaluator: Evaluator,
         metrics: MetricsLog,
         begun_s: float,
@@ -319,7 +319,7 @@ class Participation:
         self._metrics.emit(event, client_id=self._client_id, **fields)
 
 
-def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
+def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
     """Read this client's examples with the tokenizer that came with the welcome."""
     from transformers import AutoTokenizer
 
@@ -347,8 +347,8 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
     elif section.eval_fraction:
         train_set, held_out = hold_out(dataset, section.eval_fraction, run.seed)
     else:
-        return _Text(train=dataset, held_out=None, also={}, exam=Exam(), tokenizer=tokenizer)
-    return _Text(
+        return Text(train=dataset, held_out=None, also={}, exam=Exam(), tokenizer=tokenizer)
+    return Text(
         train=train_set,
         held_out=held_out,
         also={name: read(path) for name, path in section.also_evaluate.items()},
@@ -390,7 +390,7 @@ def check_files(config: ClientConfig) -> None:
             collections.deque(read_file(path), maxlen=0)  # all of it, keeping nothing
 
 
-def describe(text: _Text, run: RunConfig) -> str:
+def describe(text: Text, run: RunConfig) -> str:
     """Say how many examples there are, and what became of long ones."""
     held_out = f"{len(text.held_out)} held out" if text.held_out is not None else "none held out"
     limit = f"longer than max_seq_length = {run.text.max_seq_length}"

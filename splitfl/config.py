@@ -206,8 +206,8 @@ class FederationSection(Section):
     """Evaluate each client's held-out text before and after the run, or after every round as well."""
 
     metric_for_best_model: MeasureName = "eval_loss"
-    """The measure by which rounds are compared, over all clients' held-out text (docs/evaluation.md); whether more of it
-    is better follows from its name."""
+    """The measure by which rounds are compared, over all clients' held-out text (docs/evaluation.md); its name decides
+    whether more is better."""
 
     early_stopping_patience: int = Field(0, ge=0)
     """Rounds in a row without improvement after which the run ends, as in transformers; 0 never ends it early. Needs
@@ -217,8 +217,8 @@ class FederationSection(Section):
     """How much better than the best round so far a round must be to count as an improvement."""
 
     load_best_model_at_end: bool = False
-    """Whether the run ends with the layers and the backbone of its best round, on all clients and in the exported model,
-    and not with those of its last. Needs `evaluate = "rounds"`."""
+    """Whether the run ends with the layers and the backbone of its best round, and not with those of its last: on all
+    clients and in the exported model. Needs `evaluate = "rounds"`."""
 
     wait_timeout: float = Field(600.0, gt=0)
     """Seconds to wait for `min_available_clients` before the run is given up."""

@@ -254,7 +254,7 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
             return "step", _say_step(event, progress)
         case "evaluated":
             return "evaluated", _say_evaluation(event, progress)
-        case "federated":
+        case "federated" if event["num_clients"] > 1:
             return "together", _say_federated(event)
         case "judged":
             return "compared", _say_judgement(event)
@@ -301,12 +301,17 @@ def _say_evaluation(event: Event, progress: RunProgress) -> str:
 
 def _say_federated(event: Event) -> str:
     phase = f"after round {event['round']}" if event["phase"] == "round" else f"{event['phase']} training"
-    said = [
-        f"{MEASURES[name].title} {format_measure(name, found['value'])}"
-        f" (worst {format_measure(name, found['worst'])}, {found['worst_client']})"
-        for name, found in event["measures"].items()
-    ]
-    return f"{event['num_clients']} clients {phase}: {', '.join(said)}"
+    said = [f"{MEASURES[name].title} {format_measure(name, found['value'])}" for name, found in _in_order(event)]
+    worst = "".join(
+        f"; worst {MEASURES[name].title} {format_measure(name, found['worst'])} ({found['worst_client']})"
+        for name, found in _in_order(event)[:1]
+    )
+    return f"{event['num_clients']} clients {phase}: {', '.join(said)}{worst}"
+
+
+def _in_order(event: Event) -> list[tuple[str, dict[str, Any]]]:
+    """Return what was measured of all clients' text, the loss first."""
+    return [(name, event["measures"][name]) for name in MEASURES if name in event["measures"]]
 
 
 def _say_judgement(event: Event) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Finished, write_text
+from conftest import Finished
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -153,37 +153,3 @@ def test_measures_that_are_not_asked_for_are_not_there(run: Callable[..., tuple[
 def test_prompts_are_bounded_and_spread_over_the_file(run: Callable[..., tuple[Finished, Path]]) -> None:
     finished, _ = run({"evaluation": {"measures": ["rouge_l"], "num_examples": 3, "max_new_tokens": 2}})
     assert evaluated(finished, "clinic-1", "before")["num_generated"] == 3
-
-
-@pytest.mark.parametrize(
-    ("measures", "data", "why"),
-    [
-        (["rouge_l"], "text", "needs held-out prompts with completions"),
-        (["accuracy"], "many", "different texts, where labels are 2 to 64"),
-        (["accuracy"], "other", "5 of 5 held-out completions are none of the 2 in evaluation.label_words"),
-    ],
-)
-def test_text_that_does_not_fit_stops_the_client_with_a_sentence(
-    run: Callable[..., tuple[Finished, Path]], tmp_path: Path, measures: list[str], data: str, why: str
-) -> None:
-    def text(number: int) -> dict[str, Any]:
-        if data == "text":
-            return {"path": write_text(tmp_path / f"{number}.txt", num_lines=12, seed=number), "eval_fraction": 0.5}
-        words = [f"{n:03}" for n in range(500)] if data == "many" else ["other"]
-        path = tmp_path / f"{number}.jsonl"
-        return {
-            "path": write_questions(path, num=90, seed=number, words=words),
-            "eval_path": write_questions(tmp_path / f"held-{number}.jsonl", num=5, seed=3, words=words),
-        }
-
-    words = ["yes", "no"] if data == "other" else []
-    finished, _ = run(
-        {
-            "evaluation": {"measures": measures, "label_words": words},
-            "federation": {"num_rounds": 1, "local_steps": 1, "per_device_train_batch_size": 2, "wait_timeout": 3.0},
-        },
-        data=text,
-    )
-    error = str(finished.errors["clinic-0"])
-    assert why in error
-    assert "other" not in error.replace("other measures", "")
