@@ -72,7 +72,7 @@ def test_labels_are_the_completions_of_all_examples(tmp_path: Path) -> None:
     train = questions(tmp_path, [("a", " no"), ("b", " may be")])
     exam = exam_of(run_with(measures=["accuracy"]), questions(tmp_path, [("c", " yes"), ("d", " no")]), train)
     tokenizer = tiny_tokenizer()
-    wanted = {tuple(tokenizer(word)["input_ids"]) + (2,) for word in (" no", " may be", " yes")}
+    wanted = {(*tokenizer(word)["input_ids"], 2) for word in (" no", " may be", " yes")}
     assert set(exam.labels) == wanted
     assert len(exam.to_classify) == 2
 
