@@ -58,10 +58,11 @@ def train(
         round_ = link.session.open_round
         if round_ is None:
             observer.between_rounds()
-            round_ = link.open_round(num_examples)
-            if isinstance(round_, RoundsEnded):
-                _end_rounds(edge, link, journal, round_, observer)
+            answer = link.open_round(num_examples)
+            if isinstance(answer, RoundsEnded):
+                _end_rounds(edge, link, journal, answer, observer)
                 return
+            round_ = answer
             if round_.layers:
                 journal.loaded(link.realise(round_.layers), round_.round_number - 1)
             observer.round_opened(round_)

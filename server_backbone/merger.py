@@ -19,7 +19,6 @@ from splitfl.models.export import TRAINED_FILE
 from splitfl.protocol.messages import Upload
 from splitfl.protocol.tensors import realise
 
-
 _BEST_FILES = "best-*.safetensors"
 
 

@@ -10,7 +10,7 @@ Report: TypeAlias = Mapping[str, Any]
 
 
 def measure_rows(report: Report) -> list[dict[str, Any]]:
-    """Return, for each measure that there is, its figures over all clients as text; mean and worst are the last ones."""
+    """Return, for each measure that there is, its figures over all clients as text; mean and worst are the last."""
     before, after = (_figures(report, phase) for phase in ("before", "after"))
     last = after or before
     return [
