@@ -119,8 +119,8 @@ def _labels(run: RunConfig, tokenizer: Tokenizer, questions: Iterable[Question])
     if not 2 <= len(found) <= _MAX_LABELS:
         raise DataError(
             f"evaluation.measures classifies by label words, and the completions are {len(found)} different texts,"
-            f" where labels are 2 to {_MAX_LABELS}: name them in evaluation.label_words on the server, or leave accuracy"
-            " and macro_f1 out"
+            f" where labels are 2 to {_MAX_LABELS}: name them in evaluation.label_words on the server, or leave"
+            " accuracy and macro_f1 out"
         )
     return tuple(found)
 
