@@ -77,6 +77,11 @@ class Exam:
             _check_labels(questions, labels)
         longest = max(map(len, labels), default=0)
         fitting = [each for each in questions if len(each.prompt_ids) + longest <= run.text.max_seq_length]
+        if wanted.classifies and not fitting:
+            raise DataError(
+                f"no held-out prompt leaves room for the longest label word, which has {longest} tokens, within"
+                f" text.max_seq_length = {run.text.max_seq_length}: shorten the prompts, or raise that on the server"
+            )
         return cls(
             to_answer=_spread(questions, wanted.num_examples) if wanted.generates else (),
             to_classify=tuple(fitting) if wanted.classifies else (),

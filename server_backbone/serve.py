@@ -146,6 +146,8 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
         metrics.emit(
             "note", text=f"the layers that {client_id} had uploaded cannot be read: it is asked for them again"
         )
+    if state.has_ended:
+        engine.merger.forget_other_bests(0)  # it may have ended before that
     if state.round is None and state.num_merged:
         engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
     server.recover()

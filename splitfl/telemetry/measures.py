@@ -96,14 +96,14 @@ def federated(by_client: Mapping[str, Measured]) -> dict[str, dict[str, float | 
             if total
             else _mean(values.values()),
         }
-    if "perplexity" in found:
+    if "perplexity" in found and "eval_loss" in found:
         found["perplexity"]["value"] = perplexity(float(found["eval_loss"]["value"]))
     return found
 
 
 def complete(measured: Measured) -> dict[str, float]:
     """Return the numbers that are known and finite, perplexity among them where there is a loss."""
-    known = {name: value for name, value in measured.items() if _is_known(value)}
+    known = {name: value for name, value in measured.items() if name != "perplexity" and _is_known(value)}
     if "eval_loss" in known:
         known["perplexity"] = perplexity(known["eval_loss"])
     return {name: value for name, value in known.items() if math.isfinite(value)}

@@ -121,3 +121,8 @@ class TestRefused:
         with pytest.raises(DataError, match="1 of 2 held-out completions are none of the 2") as refused:
             exam_of(run, held_out)
         assert "planted" not in str(refused.value)
+
+    def test_no_room_for_the_longest_label(self, tmp_path: Path) -> None:
+        train = questions(tmp_path, [("a", "b" * 10), ("a", "c")])
+        with pytest.raises(DataError, match="no held-out prompt leaves room for the longest label word, which has 11"):
+            exam_of(run_with(measures=["accuracy"]), questions(tmp_path, [("a" * 8, "c")]), train)

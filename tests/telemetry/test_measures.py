@@ -49,6 +49,12 @@ def test_what_is_not_finite_is_left_out() -> None:
     assert perplexity(1e4) == math.inf
 
 
+def test_a_perplexity_that_is_not_the_losss_counts_for_nothing() -> None:
+    assert complete({"perplexity": 2.0}) == {}
+    assert complete({"perplexity": 2.0, "eval_loss": 0.0})["perplexity"] == 1.0
+    assert federated({"a": {"perplexity": 2.0}})["perplexity"]["value"] == 2.0
+
+
 @pytest.mark.parametrize("name", MEASURES)
 def test_a_measure_has_a_range(name: str) -> None:
     assert objection({name: 0.5, "num_eval_examples": 3.0}) == ""
