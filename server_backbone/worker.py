@@ -244,6 +244,14 @@ class Worker:
         """Return a copy of what trains here, by its name in the whole model."""
         return {name: p.detach().to("cpu", copy=True) for name, p in self._trainable.items()}
 
+    def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+        """Take over what `trained` has returned; nothing is trained behind that."""
+        self._slots.clear()
+        self._version += 1
+        with torch.no_grad():
+            for name, parameter in self._trainable.items():
+                parameter.copy_(trained[name])
+
     def _run_blocks(self, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool) -> Tensor:
         side: Literal["left", "right"] = "left" if left_padded else "right"
         mask_BS = mask_of(lengths_B, hidden_BSD.shape[1], side, self._device)
