@@ -59,7 +59,8 @@ class _Quiet:
         self.edges = {each.client.client_id: self._edge(each, model.directory, files) for each in clients}
         self.batches = {each.client.client_id: self._batches(each, model.directory) for each in clients}
         self.strategy = strategy_for(self.run.federation, self.run.strategy, self.run.seed)
-        self.merged = Folded(layers=next(iter(self.edges.values())).layers())
+        first = next(iter(self.edges.values())).layers()
+        self.merged = Folded(layers=first | self.worker.before_merge())
         self.replayed = Replayed(clients={name: {} for name in self.edges})
 
     def _edge(self, config: ClientConfig, directory: Path, files: Mapping[str, Path]) -> Edge:
@@ -82,6 +83,8 @@ class _Quiet:
     def follow(self, entry: Record) -> None:
         """Do what an entry of the log says was done."""
         match entry.kind:
+            case "round":
+                self.worker.begin_round(entry.fields["clients"])
             case "commit":
                 self._commit(entry.fields)
             case "merge":
@@ -93,7 +96,7 @@ class _Quiet:
         if coefficient != fields["clip_coefficient"]:
             self.replayed.problems.append(f"commit {fields['number']}: another clip coefficient")
         self.worker.apply()
-        self.replayed.server[fields["number"]] = self.worker.digest()
+        self.replayed.server[fields["number"]] = self.worker.digest(contributions[0].slot)
         for client_id, step in fields["members"]:
             self.edges[client_id].step(step, coefficient)
             self.replayed.clients[client_id][step] = self.edges[client_id].digest()
@@ -125,12 +128,15 @@ class _Quiet:
         return Contribution(slot=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
 
     def _merge(self, entry: Record) -> None:
-        if entry.fields["accepted"]:
+        is_accepted = entry.fields["accepted"]
+        if is_accepted:
             weights = sorted(entry.fields["weights"].items())
-            updates = [(self.edges[name].layers(), weight) for name, weight in weights]
+            updates = [(self.edges[name].layers() | self.worker.to_merge(name), weight) for name, weight in weights]
             self.merged = self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state)
-        layers = self.merged.layers
-        tensors = [*layers.values(), *self.merged.state.values()]  # as the record has them, in this order
+        backbone = {name: self.merged.layers[name] for name in self.worker.before_merge()}
+        layers = {name: layer for name, layer in self.merged.layers.items() if name not in backbone}
+        # as the record has them, in this order
+        tensors = [*layers.values(), *self.merged.state.values(), *(backbone.values() if is_accepted else ())]
         if digest_of(tensors) != digest_of(entry.tensors.values()):
             self.replayed.problems.append(
                 f"merge of round {entry.fields['round']}: other layers or strategy state than in the log"
@@ -138,6 +144,7 @@ class _Quiet:
         self.replayed.merges[entry.fields["round"]] = digest_of(layers.values())
         for edge in self.edges.values():
             edge.load(list(layers.values()))
+        self.worker.merged(backbone)
 
 
 def quiet_replay(run_dir: Path, clients: Sequence[ClientConfig]) -> Replayed:

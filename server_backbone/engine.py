@@ -68,10 +68,11 @@ class Engine:
 
     # micro-batches
 
-    def evaluate(self, message: Forward) -> ForwardDone:
+    def evaluate(self, client_id: str, message: Forward) -> ForwardDone:
         """Run a micro-batch of an evaluation."""
         self._check_adapters(message)
         hidden_BSD = self.worker.evaluate(
+            client_id,
             self._realise(message.hidden_BSD),
             message.lengths_B,
             message.left_padded,
@@ -148,7 +149,7 @@ class Engine:
                 members=[
                     {"client_id": c.slot, "step": c.step, "num_label_tokens": c.num_label_tokens} for c in contributions
                 ],
-                digest=self.worker.digest(),
+                digest=self.worker.digest(contributions[0].slot),
             )
         return self.snapshot() if self.ledger.is_due else ""
 
@@ -174,6 +175,7 @@ class Engine:
             clients=list(round_.clients),
             trainers=list(round_.trainers),
         )
+        self.worker.begin_round(round_.clients)
         self._history.note(
             "round_opened",
             round=round_.round_number,
@@ -197,18 +199,20 @@ class Engine:
     def merge(self, merge: Merge) -> MergedLayers:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""
         reason = merge.reason or self.merger.objection(merge.uploaded)
-        weights = {} if reason else self.merger.merge(merge.uploaded)
-        layers = self.merger.layers()
+        weights = {} if reason else self.merger.merge(merge.uploaded, self.worker)
+        layers, backbone = self.merger.layers(), self.merger.backbone()
         crash_point("merge-before-record")
         self.ledger.merged(
             layers,
             self.merger.state(),
+            backbone,
             round=merge.round_number,
             accepted=not reason,
             reason=reason,
             weights=weights,
         )
         crash_point("merge-after-record")
+        self.worker.merged(backbone)
         self.merger.save(self.worker.trained())
         note = self.snapshot()
         self.merger.forget_uploads()

@@ -1,6 +1,6 @@
 """When a step may begin and when it is applied, for each `server_mode`: pure state, time comes in as a number.
 
-The one rule behind all three: weights never move under a live graph. Whatever a gate returns is put on the worker's
+The one rule behind all four: weights never move under a live graph. Whatever a gate returns is put on the worker's
 queue in that order, and the worker does one thing at a time.
 """
 
@@ -219,6 +219,40 @@ class SequentialGate:
         return [Compute(client_id=client_id, message=message) for message in mine]
 
 
+class PerClientGate:
+    """Each client trains a backbone of its own, so nobody waits for anybody (SplitFed-V1)."""
+
+    def __init__(self) -> None:
+        self._is_open = False
+
+    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        self._is_open = True
+
+    def round_closed(self) -> None:
+        self._is_open = False  # what still comes was computed with weights that the merge has replaced
+
+    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        return [Compute(client_id=client_id, message=message)] if self._is_open else []
+
+    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        return [Apply(members=((client_id, message),))] if self._is_open else []
+
+    def finished(self, client_id: str, now_s: float) -> list[Action]:
+        return []
+
+    def lost(self, client_id: str, now_s: float) -> list[Action]:
+        return []
+
+    def returned(self, client_id: str) -> int:
+        return 0
+
+    def ticked(self, now_s: float) -> list[Action]:
+        return []
+
+    def waiting_for(self) -> Sequence[str]:
+        return []
+
+
 class FrozenGate:
     """No weight of the server moves, so nobody waits for anybody."""
 
@@ -257,5 +291,7 @@ def gate_for(server_mode: str, step_timeout: float, *, is_patient: bool = False)
             return SharedGate(step_timeout)
         case "sequential":
             return SequentialGate(step_timeout, is_patient=is_patient)
+        case "per_client":
+            return PerClientGate()
         case _:
             return FrozenGate()

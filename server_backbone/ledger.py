@@ -20,6 +20,7 @@ from splitfl.session.server import Applied
 _LAYERS = "layers/"
 _STRATEGY = "strategy/"
 _WORKER = "worker/"
+_BACKBONE = "backbone/"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -150,10 +151,10 @@ class Ledger:
         self.state.fingerprint = fingerprint
         self.snapshot(worker)
 
-    def recover(self, worker: Worker, redone: Callable[[int], None]) -> list[str]:
+    def recover(self, worker: Worker, redone: Callable[[int, str], None]) -> list[str]:
         """Bring state and worker to where the log ends; return notes for the operator.
 
-        `redone` is told the number of each commit that was applied again, when it is.
+        `redone` is told the number of each commit that was applied again, and a member of it, when it is.
         """
         recovered = self._store.recover()
         snapshot = recovered.snapshot
@@ -164,7 +165,7 @@ class Ledger:
             if self._keeps_records or entry.kind in ("joined", "finished"):
                 self.redo(entry, worker)
                 if entry.kind == "commit":
-                    redone(self.state.commit_number)
+                    redone(self.state.commit_number, entry.fields["members"][0][0])
         last_kept = max(self._store.kept(), default=0)
         has_lost = last_kept > self.state.commit_number
         self.state.commit_number = max(self.state.commit_number, last_kept)  # a number names one state for ever
@@ -188,13 +189,22 @@ class Ledger:
     def redo(self, entry: Record, worker: Worker) -> None:
         """Do again what an entry says."""
         self.state.fold(entry.kind, entry.fields)
-        if entry.kind == "merge":
+        if entry.kind == "round":
+            worker.begin_round(entry.fields["clients"])
+        elif entry.kind == "merge":
             self.merged_layers = _without(_LAYERS, entry.tensors)
             self.strategy_state = _without(_STRATEGY, entry.tensors)
+            worker.merged(_without(_BACKBONE, entry.tensors))
         elif entry.kind == "commit":
             self._commits_since_snapshot += 1
             fields = entry.fields
-            worker.redo(fields["step"], fields["clip_coefficient"], entry.tensors, fields["learning_rate"])
+            worker.redo(
+                fields["members"][0][0],
+                fields["step"],
+                fields["clip_coefficient"],
+                entry.tensors,
+                fields["learning_rate"],
+            )
         elif entry.kind == "went_back":
             worker.load(entry.tensors)
 
@@ -229,10 +239,20 @@ class Ledger:
         """Write that a round opens."""
         self._write(Record(kind="round", fields=entry), durable=True)
 
-    def merged(self, layers: Mapping[str, Tensor], strategy_state: Mapping[str, Tensor], **entry: Any) -> None:
-        """Write a merge: number, layers and round are one entry, durable before any client hears of it."""
+    def merged(
+        self,
+        layers: Mapping[str, Tensor],
+        strategy_state: Mapping[str, Tensor],
+        backbone: Mapping[str, Tensor],
+        **entry: Any,
+    ) -> None:
+        """Write a merge: number, layers and round are one entry, durable before any client hears of it.
+
+        `backbone` is what it has made of the clients' copies, if there are any.
+        """
         self.merged_layers, self.strategy_state = layers, strategy_state
-        self._write(Record(kind="merge", fields=entry, tensors=self._tensors_of_the_merge()), durable=True)
+        tensors = self._tensors_of_the_merge() | _with(_BACKBONE, backbone)
+        self._write(Record(kind="merge", fields=entry, tensors=tensors), durable=True)
 
     def snapshot(self, worker: Worker) -> None:
         """Write state and tensors of this moment; raise `StorageError` and keep what there was if that fails."""

@@ -4,15 +4,17 @@ Uploads are spooled so that memory does not grow with the number of clients; the
 clients' ids, one tensor at a time, so the order in which they arrived never matters.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from splitfl.errors import ModelError
 from splitfl.federation.strategy import Strategy
+from splitfl.federation.updates import Update
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.export import TRAINED_FILE
@@ -37,6 +39,35 @@ class FirstLayers(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class Backbones(Protocol):
+    """Clients' copies of what trains of the backbone, all of the same names; none where the clients share one."""
+
+    def before_merge(self) -> Mapping[str, Tensor]:
+        """Return what they began with."""
+        ...
+
+    def to_merge(self, slot: str) -> Mapping[str, Tensor]:
+        """Return one client's."""
+        ...
+
+
+class _Joined(Mapping[str, Tensor]):
+    """Two mappings without common names as one, each tensor read when it is asked for."""
+
+    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+        self._both = (first, second)
+
+    def __getitem__(self, name: str) -> Tensor:
+        first, second = self._both
+        return second[name] if name in second else first[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(*self._both)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._both))
+
+
 class Merger:
     """Keeps the client-side layers that are everyone's."""
 
@@ -57,6 +88,7 @@ class Merger:
         self._max_rms = max_rms
         self._weights: dict[str, float] = {}
         self._state: Mapping[str, Tensor] = {}
+        self._backbone: Mapping[str, Tensor] = {}
 
     def restore(
         self, layers: Mapping[str, Tensor] | None, state: Mapping[str, Tensor], weights: Mapping[str, float]
@@ -87,22 +119,38 @@ class Merger:
         """Say why these clients' layers cannot be merged, "" if they can."""
         return self.strategy.objection(list(self._weights_of(clients).values()))
 
-    def merge(self, clients: Sequence[str]) -> dict[str, float]:
-        """Fold these clients' layers into everyone's; return the weights used."""
+    def merge(self, clients: Sequence[str], backbones: Backbones | None = None) -> dict[str, float]:
+        """Fold these clients' layers into everyone's, and their copies of the backbone; return the weights used.
+
+        The strategy sees a client's layers and its copy as one update.
+        """
         weights = self._weights_of(clients)
-        updates = [(TensorFile(self._spooled(client_id)), weight) for client_id, weight in weights.items()]
-        folded = self.strategy.aggregate_train(updates, self._layers, self._state)
+        updates: list[Update] = [
+            (self._update_of(client_id, backbones), weight) for client_id, weight in weights.items()
+        ]
+        before = backbones.before_merge() if backbones is not None else {}
+        folded = self.strategy.aggregate_train(updates, _Joined(self._layers, before), self._state)
+        self._backbone = {name: folded.layers.pop(name) for name in before}
         self._layers, self._state = folded.layers, folded.state
         return weights
+
+    def _update_of(self, client_id: str, backbones: Backbones | None) -> Mapping[str, Tensor]:
+        layers = TensorFile(self._spooled(client_id))
+        return layers if backbones is None else _Joined(layers, backbones.to_merge(client_id))
 
     def forget_uploads(self) -> None:
         """Remove what was spooled, merged or not."""
         self._weights = {}
+        self._backbone = {}
         shutil.rmtree(self._spool_dir, ignore_errors=True)
 
     def layers(self) -> Mapping[str, Tensor]:
         """Return everyone's layers, in the model's order; they are never written to again."""
         return self._layers
+
+    def backbone(self) -> Mapping[str, Tensor]:
+        """Return what the merge has made of the clients' copies of the backbone, until its uploads are forgotten."""
+        return self._backbone
 
     def state(self) -> Mapping[str, Tensor]:
         """Return what the strategy wants to be given at the next merge; never written to again."""

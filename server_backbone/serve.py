@@ -126,9 +126,9 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
     engine, begun_s = server.engine, time.monotonic()
     ledger = engine.ledger
 
-    def redone(commit_number: int) -> None:
+    def redone(commit_number: int, client_id: str) -> None:
         if history.is_on:
-            history.note("redone", commit_number=commit_number, digest=engine.worker.digest())
+            history.note("redone", commit_number=commit_number, digest=engine.worker.digest(client_id))
 
     notes = ledger.recover(engine.worker, redone) if is_resumed else []
     if not ledger.state.fingerprint:  # new, or ended before its first snapshot

@@ -265,7 +265,7 @@ class Server:
                 member.held_round, member.num_examples = message.round_number, message.num_examples
                 self._decide(self._rounds.ready(client_id), now_s)
             case Forward(step=0):
-                self._compute(member, partial(self.engine.evaluate, message))
+                self._compute(member, partial(self.engine.evaluate, client_id, message))
             case Decode():
                 self._decode(member, message, now_s)
             case EndCache():

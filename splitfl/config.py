@@ -147,9 +147,10 @@ class OptimizerSection(Section):
 class FederationSection(Section):
     """Rounds, who takes part in them, and how the backbone and the merges treat several clients."""
 
-    server_mode: Literal["shared", "sequential", "frozen"] = "shared"
+    server_mode: Literal["shared", "sequential", "per_client", "frozen"] = "shared"
     """`shared`: one backbone step from all clients' gradients; `sequential`: a step per client, one client at a time;
-    `frozen`: the backbone does not learn."""
+    `per_client`: each client trains a copy of the backbone's adapters (or weights) of its own, merged with the round;
+    `frozen`: the backbone does not learn. docs/server-modes.md compares them."""
 
     num_rounds: int = Field(3, ge=0)
     """Rounds in the run; each ends with a merge of the client-side layers. 0 means no rounds and no merges: each client

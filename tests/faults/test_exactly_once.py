@@ -66,7 +66,7 @@ def test_a_client_that_dies_at_a_point(town: Callable[..., Town], point: str) ->
     assert len(run.events("client_returned")) >= 1
 
 
-@pytest.mark.parametrize("server_mode", ["shared", "sequential"])
+@pytest.mark.parametrize("server_mode", ["shared", "sequential", "per_client"])
 def test_kills_at_random(town: Callable[..., Town], server_mode: str) -> None:
     draw = random.Random(server_mode)
     run = town(2, **SMALL, federation__server_mode=server_mode)
