@@ -114,9 +114,17 @@ class Copies:
             if all(map(is_moment, tensors)):
                 self._moments[client_id] = {name: value.clone() for name, value in tensors.items()}
                 continue
-            copy = self.training(client_id)
-            copy.optimizer.load_state(tensors)
-            self.moved(copy)
+            self.load_own(client_id, tensors)
+
+    def load_own(self, client_id: str, state: Mapping[str, Tensor]) -> None:
+        """Go back to what one client's optimizer has returned as its `state`."""
+        copy = self.training(client_id)
+        copy.optimizer.load_state(state)
+        self.moved(copy)
+
+    def owners(self) -> Sequence[str]:
+        """Name the clients whose own copies have moved."""
+        return sorted(client_id for client_id, copy in self._own.items() if copy.has_learned)
 
     def _state_of(self, client_id: str) -> Mapping[str, Tensor]:
         copy = self._own.get(client_id)

@@ -237,18 +237,18 @@ class Engine:
         self.worker.discard(client_id)
         self._history.note("step_discarded", client_id=client_id, step=step)
 
-    def keep(self) -> Kept | Declined:
+    def keep(self, client_id: str) -> Kept | Declined:
         """Keep a snapshot of the backbone that a client's checkpoint can name."""
         try:
-            return Kept(commit_number=self.ledger.keep(self.worker, self._run.storage.keep_named))
+            return Kept(commit_number=self.ledger.keep(client_id, self.worker, self._run.storage.keep_named))
         except StorageError as error:
             return Declined(request_id=0, reason=f"the server could not keep a snapshot: {error}")
 
     def go_back(self, client_id: str, commit_number: int) -> WentBack | Declined:
         """Bring the backbone back to a kept snapshot, for a client that nobody else has trained beside since."""
-        if not self.ledger.is_where(client_id, commit_number):
+        if not self.ledger.is_where(client_id, commit_number, self.worker):
             try:
-                reason = self.ledger.objection_to_going_back(client_id, commit_number)
+                reason = self.ledger.objection_to_going_back(client_id, commit_number, self.worker)
             except Damaged as error:
                 reason = str(error)
             if reason:
@@ -259,7 +259,10 @@ class Engine:
 
     def save_trained(self) -> None:
         """Write what the backbone has learned, in a run without merges, where exporting finds it."""
-        self.merger.save(self.worker.trained())
+        if not self.worker.has_copies:
+            self.merger.save(self.worker.trained())
+        for client_id in self.worker.owners():
+            self.merger.save(self.worker.trained(client_id), client_id)
 
     def _describe(self, tensor: Tensor) -> TensorFrames:
         return describe(tensor, self._run.link.frame_bytes)

@@ -206,7 +206,7 @@ class Ledger:
                 fields["learning_rate"],
             )
         elif entry.kind == "went_back":
-            worker.load(entry.tensors)
+            worker.go_back(entry.fields["client_id"], entry.tensors)
 
     def note(self, kind: str, **entry: Any) -> None:
         """Write an entry that need not be on disk before anything else happens."""
@@ -262,22 +262,27 @@ class Ledger:
 
     # snapshots that clients' checkpoints name
 
-    def keep(self, worker: Worker, limit: int) -> int:
+    def keep(self, client_id: str, worker: Worker, limit: int) -> int:
         """Keep state and tensors of this moment beside the log, if they are not kept yet; return their commit.
 
         At most `limit` are kept; the oldest go.
         """
-        number = self.state.weights_of
+        # a client's own copy has the weights of its own last commit, which is nobody else's
+        number = self._member(client_id).commit_number if worker.has_copies else self.state.weights_of
         if number not in self._store.kept():
-            self._store.keep(number, Record(kind="kept", fields=self.state.to_fields(), tensors=worker.state()), limit)
+            kept = Record(kind="kept", fields=self.state.to_fields(), tensors=worker.to_keep(client_id))
+            self._store.keep(number, kept, limit)
         return number
 
-    def is_where(self, client_id: str, commit_number: int) -> bool:
-        """Tell whether backbone and client are where they were after a commit."""
-        member = self.state.members.get(client_id, MemberState())
-        return self.state.weights_of == commit_number == member.commit_number
+    def is_where(self, client_id: str, commit_number: int, worker: Worker) -> bool:
+        """Tell whether the client, and the backbone that it trains, are where they were after a commit."""
+        is_backbone_there = worker.has_copies or self.state.weights_of == commit_number
+        return is_backbone_there and self._member(client_id).commit_number == commit_number
 
-    def objection_to_going_back(self, client_id: str, commit_number: int) -> str:
+    def _member(self, client_id: str) -> MemberState:
+        return self.state.members.get(client_id, MemberState())
+
+    def objection_to_going_back(self, client_id: str, commit_number: int, worker: Worker) -> str:
         """Say why the backbone cannot go back to a commit for this client, "" when it can."""
         kept = self._store.kept()
         if commit_number not in kept:
@@ -287,6 +292,9 @@ class Ledger:
                 " how many)"
             )
         then = RunState.from_fields(self._store.kept_at(commit_number).fields)
+        if worker.has_copies:
+            is_mine = then.members.get(client_id, MemberState()).commit_number == commit_number
+            return "" if is_mine else f"commit {commit_number} is another client's, whose copy of the backbone it moved"
         others = sorted(
             name
             for name, member in self.state.members.items()
@@ -310,7 +318,7 @@ class Ledger:
         place = asdict(member) | {"commit_number": commit_number}
         fields = {"client_id": client_id, "commit_number": commit_number, "member": place}
         self._write(Record(kind="went_back", fields=fields, tensors=kept.tensors), durable=True)
-        worker.load(kept.tensors)
+        worker.go_back(client_id, kept.tensors)
         if not self._keeps_records:
             self.snapshot(worker)
 

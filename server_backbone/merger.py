@@ -17,7 +17,7 @@ from splitfl.federation.strategy import Strategy
 from splitfl.federation.updates import Update
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import TensorFile
-from splitfl.models.export import TRAINED_FILE
+from splitfl.models.export import trained_file
 from splitfl.protocol.messages import Upload
 from splitfl.protocol.tensors import realise
 
@@ -156,9 +156,12 @@ class Merger:
         """Return what the strategy wants to be given at the next merge; never written to again."""
         return self._state
 
-    def save(self, backbone: Mapping[str, Tensor]) -> None:
-        """Write all that is trained, both sides of one moment in one file, which replaces the last one whole."""
-        checkpoint.save_tensors(self._run_dir / TRAINED_FILE, {**self._layers, **backbone})
+    def save(self, backbone: Mapping[str, Tensor], client_id: str = "") -> None:
+        """Write all that is trained, both sides of one moment in one file, which replaces the last one whole.
+
+        With a client's name it is that client's alone.
+        """
+        checkpoint.save_tensors(self._run_dir / trained_file(client_id), {**self._layers, **backbone})
 
     def _weights_of(self, clients: Sequence[str]) -> dict[str, float]:
         """Return the weights of those that weigh anything: rules that know no weights must not count the others."""

@@ -238,21 +238,26 @@ class Worker:
         copy.optimizer.step(step, clip_coefficient, learning_rate)
         self._copies.moved(copy)
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether each client trains a copy of its own."""
+        return self._copies.are_per_client
+
     def begin_round(self, clients: Sequence[str]) -> None:
         """Forget what is kept of other clients than these from one round to the next."""
         self._copies.begin_round(clients)
 
     def to_merge(self, slot: str) -> Mapping[str, Tensor]:
         """Return what this client's steps have made of the backbone, to be merged; {} where all share one."""
-        return _values(self._copies.serving(slot)) if self._copies.are_per_client else {}
+        return _values(self._copies.serving(slot)) if self.has_copies else {}
 
     def before_merge(self) -> Mapping[str, Tensor]:
         """Return what the clients' copies have begun with, by the names of `to_merge`."""
-        return _values(self._copies.common) if self._copies.are_per_client else {}
+        return _values(self._copies.common) if self.has_copies else {}
 
     def merged(self, weights: Mapping[str, Tensor]) -> None:
         """Have every client go on from these weights, from those of the last merge if there are none."""
-        if self._copies.are_per_client:
+        if self.has_copies:
             self._copies.merge_into(weights)
 
     def state(self) -> dict[str, Tensor]:
@@ -263,6 +268,18 @@ class Worker:
         """Go back to what `state` has returned."""
         self._slots.clear()
         self._copies.load(state)
+
+    def to_keep(self, slot: str) -> dict[str, Tensor]:
+        """Return what this client has to find again when it goes back: its copy, or what all share."""
+        return self._copies.serving(slot).optimizer.state() if self.has_copies else self.state()
+
+    def go_back(self, slot: str, kept: Mapping[str, Tensor]) -> None:
+        """Bring this client back to what `to_keep` has returned."""
+        if not self.has_copies:
+            self.load(kept)
+            return
+        self.discard(slot)
+        self._copies.load_own(slot, kept)
 
     def digest(self, slot: str = "") -> str:
         """Return the SHA-256 (hex) over what trains here, in the model's order: of one client's copy if it has one."""
@@ -276,9 +293,13 @@ class Worker:
         """Free a slot's graphs and gradients."""
         self._slots.pop(slot, None)
 
-    def trained(self) -> dict[str, Tensor]:
-        """Return a copy of what trains here, by its name in the whole model; of clients' copies the last merge."""
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._copies.common.parameters.items()}
+    def owners(self) -> Sequence[str]:
+        """Name the clients that have trained a copy of their own since the last merge."""
+        return self._copies.owners()
+
+    def trained(self, slot: str = "") -> dict[str, Tensor]:
+        """Return a copy of what trains here, by its name in the whole model: of one client's copy if it has one."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._copies.serving(slot).parameters.items()}
 
     def _run_blocks(self, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool) -> Tensor:
         side: Literal["left", "right"] = "left" if left_padded else "right"

@@ -217,7 +217,7 @@ class FederationSection(Section):
         if self.num_rounds == 0 and self.server_mode == "shared":
             raise ValueError(
                 "num_rounds = 0 lets each client train in a loop of its own, so there is no step that all share: set"
-                ' server_mode to "sequential" or "frozen"'
+                ' server_mode to "sequential", "per_client" or "frozen"'
             )
         return self
 
