@@ -39,7 +39,9 @@ class Copies:
         """Take a filled backbone and those of its parameters that train; they become the common ones."""
         self._run = run
         self._last_version = 0
-        self.are_per_client = run.federation.server_mode == "per_client" and bool(trainable)
+        self.are_per_client = run.has_copies
+        self.most_held = 0
+        """Clients whose copies or moments were held at once, at most."""
         self.common = Copy(parameters=dict(trainable), optimizer=self._optimizer_of(trainable))
         self._places = _places_of(backbone, trainable)
         self._own: dict[str, Copy] = {}
@@ -51,6 +53,7 @@ class Copies:
             return self.common
         if client_id not in self._own:
             self._own[client_id] = self._made(self._moments.pop(client_id, {}))
+            self.most_held = max(self.most_held, len(self._own) + len(self._moments))
         return self._own[client_id]
 
     def serving(self, client_id: str) -> Copy:

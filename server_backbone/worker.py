@@ -243,6 +243,11 @@ class Worker:
         """Whether each client trains a copy of its own."""
         return self._copies.are_per_client
 
+    @property
+    def most_copies(self) -> int:
+        """How many clients' copies were held at once at most."""
+        return self._copies.most_held
+
     def begin_round(self, clients: Sequence[str]) -> None:
         """Forget what is kept of other clients than these from one round to the next."""
         self._copies.begin_round(clients)

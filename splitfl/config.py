@@ -561,6 +561,11 @@ class RunConfig(Config):
         return self.federation.server_mode != "frozen" and self.train.backbone != "none"
 
     @property
+    def has_copies(self) -> bool:
+        """Whether each client trains a copy of the backbone's trainable tensors of its own."""
+        return self.federation.server_mode == "per_client" and self.backbone_trains
+
+    @property
     def bottom_trains(self) -> bool:
         """Whether anything below the first cut trains, so that its gradient must be sent back."""
         return self.train.embeddings or (self.train.bottom != "none" and self.model.bottom_layers > 0)

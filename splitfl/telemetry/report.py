@@ -44,6 +44,7 @@ def build_report(events: Sequence[Event]) -> Report:
         "eval_loss_after": after,
         "clients": clients,
         "server": {name: finished.get(name) for name in _SERVER_FIELDS},
+        "copies": _copies(started, finished),
         "merges": merges,
         "curves": {client["client_id"]: _curve(client["client_id"], events) for client in clients},
         "evaluations": [_without_envelope(event) for event in _named(events, "evaluated")],
@@ -120,6 +121,13 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
             "left": None if done else _last(own, "client_left").get("reason"),
         }
     )
+
+
+def _copies(started: Event, finished: Event) -> dict[str, int] | None:
+    """Return what the server held for each client by itself, None where all share one backbone."""
+    if not started.get("bytes_per_copy"):
+        return None
+    return {"bytes_each": started["bytes_per_copy"], "most_at_once": finished.get("most_copies")}
 
 
 def _merge(event: Event, events: Sequence[Event]) -> dict[str, Any]:
