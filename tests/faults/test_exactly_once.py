@@ -84,13 +84,6 @@ def test_nobody_waits_for_a_client_with_a_copy_of_its_own(town: Callable[..., To
     assert [sorted(merge["clients"]) for merge in run.events("merged")] == [run.names] * 2
 
 
-def test_clients_that_sit_out_keep_their_optimizer(town: Callable[..., Town]) -> None:
-    settings = SMALL | {"federation__num_rounds": 4, "federation__local_steps": 4}
-    run = town(3, crash={"server": "merge-after-record:2"}, **settings, **PER_CLIENT, federation__fraction_train=0.67)
-    settle(run, all_steps=False)
-    assert len({tuple(event["trainers"]) for event in run.events("round_opened")}) > 1
-
-
 @pytest.mark.parametrize(
     "point",
     [

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+from benchmarks.replay import quiet_replay
 from client_edge.data import Batch, TrainBatches, read_examples
-from splitfl.config import DataSection, RunConfig
+from server_backbone.replay import replay
+from splitfl.config import ClientConfig, DataSection, RunConfig
 from splitfl.models.trainable import first_adapter_values
 from splitfl.telemetry.metrics import read_events
 
@@ -215,8 +217,55 @@ def test_a_client_sees_nothing_of_the_others_before_the_merge(
     assert together.errors == alone.errors == {}
 
     def losses(finished: Finished) -> list[float]:
-        events = read_events(finished.run_dir / "metrics.jsonl")
-        return [e["loss"] for e in events if e["event"] == "step" and e["client_id"] == "ash"]
+        return [event["loss"] for event in steps_of(finished) if event["client_id"] == "ash"]
 
     assert losses(together)[:STEPS] == losses(alone)[:STEPS]
     assert losses(together)[STEPS:] != losses(alone)[STEPS:]
+
+
+@pytest.mark.parametrize(
+    ("train", "sections"),
+    [
+        ("lora", {"federation": {"fraction_train": 0.67}}),
+        ("full", {"federation": {"fraction_train": 0.67, "optimizer_state": "reset", "strategy": "FedAvgM"}}),
+        ("lora", {"federation": {"strategy": "Krum", "weight_by": "num_tokens"}, "merge": {"parts": []}}),
+    ],
+    ids=["sitting-out", "momentum", "krum-and-personal-ends"],
+)
+def test_log_and_texts_lead_to_the_same_bits(
+    train: str,
+    sections: dict[str, Any],
+    make_model: Callable[..., Path],
+    federate: Callable[..., Finished],
+    tmp_path: Path,
+) -> None:
+    """The log done again meets every snapshot, in the middle of a round too; trained again, every merge is the same."""
+    directory = make_model("llama")
+    data = {
+        name: {"path": write_text(tmp_path / f"{name}.txt", num_lines=number, seed=number), "eval_fraction": 0.0}
+        for name, number in CLIENTS.items()
+    }
+    federation = {"num_rounds": 3, "min_available_clients": len(CLIENTS)} | sections["federation"]
+    tree = settings(directory, train, **federation) | {
+        "merge": sections.get("merge", {}),
+        "storage": {"snapshot_steps": 2, "keep_snapshots": 0, "fsync": "never"},
+    }
+    finished = federate(tree, data)
+    assert finished.errors == {}
+    found = replay(finished.run_dir)
+    assert (found.problems, found.commits) == ([], len(steps_of(finished)))
+    assert found.snapshots_equal > 6
+    trees = [{"client": {"client_id": name}, "data": data[name]} for name in CLIENTS]
+    replayed = quiet_replay(finished.run_dir, [ClientConfig.from_tree(each, source="test") for each in trees])
+    assert replayed.problems == []
+    assert len(replayed.merges) == 3
+    if "merge" in sections:
+        assert all(".layers.1." in name or ".layers.2." in name for name in found_in(finished))
+
+
+def found_in(finished: Finished) -> Trained:
+    return load_file(finished.run_dir / "trained.safetensors")
+
+
+def steps_of(finished: Finished) -> list[dict[str, Any]]:
+    return [event for event in read_events(finished.run_dir / "metrics.jsonl") if event["event"] == "step"]
