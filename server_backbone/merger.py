@@ -14,7 +14,6 @@ from torch import Tensor
 
 from splitfl.errors import ModelError
 from splitfl.federation.strategy import Strategy
-from splitfl.federation.updates import Update
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.export import trained_file
@@ -51,15 +50,28 @@ class Backbones(Protocol):
         ...
 
 
+class _Shared:
+    """One backbone for all: there is nothing of it to merge."""
+
+    def before_merge(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def to_merge(self, slot: str) -> Mapping[str, Tensor]:
+        return {}
+
+
+_SHARED = _Shared()
+
+
 class _Joined(Mapping[str, Tensor]):
-    """Two mappings without common names as one, each tensor read when it is asked for."""
+    """A client's layers and its copy of the backbone as one, each tensor brought here when it is asked for."""
 
     def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
         self._both = (first, second)
 
     def __getitem__(self, name: str) -> Tensor:
         first, second = self._both
-        return second[name] if name in second else first[name]
+        return second[name].cpu() if name in second else first[name]
 
     def __iter__(self) -> Iterator[str]:
         return itertools.chain(*self._both)
@@ -119,24 +131,25 @@ class Merger:
         """Say why these clients' layers cannot be merged, "" if they can."""
         return self.strategy.objection(list(self._weights_of(clients).values()))
 
-    def merge(self, clients: Sequence[str], backbones: Backbones | None = None) -> dict[str, float]:
+    def merge(self, clients: Sequence[str], backbones: Backbones = _SHARED) -> dict[str, float]:
         """Fold these clients' layers into everyone's, and their copies of the backbone; return the weights used.
 
         The strategy sees a client's layers and its copy as one update.
         """
         weights = self._weights_of(clients)
-        updates: list[Update] = [
-            (self._update_of(client_id, backbones), weight) for client_id, weight in weights.items()
+        before = backbones.before_merge()
+        updates = [
+            (_Joined(self._update_of(client_id), backbones.to_merge(client_id)), weight)
+            for client_id, weight in weights.items()
         ]
-        before = backbones.before_merge() if backbones is not None else {}
         folded = self.strategy.aggregate_train(updates, _Joined(self._layers, before), self._state)
         self._backbone = {name: folded.layers.pop(name) for name in before}
         self._layers, self._state = folded.layers, folded.state
         return weights
 
-    def _update_of(self, client_id: str, backbones: Backbones | None) -> Mapping[str, Tensor]:
-        layers = TensorFile(self._spooled(client_id))
-        return layers if backbones is None else _Joined(layers, backbones.to_merge(client_id))
+    def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
+        """Return the layers that a strategy folds, read as they are asked for."""
+        return TensorFile(self._spooled(client_id))
 
     def forget_uploads(self) -> None:
         """Remove what was spooled, merged or not."""

@@ -63,6 +63,7 @@ class _Generation:
 
     cache: BackboneCache
     version: int
+    adapters_off: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +106,25 @@ class Worker:
             return self._run_blocks(hidden_BSD.to(self._device), lengths_B, left_padded)
 
     def decode(
-        self, slot: str, cache_id: int, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
+        self,
+        slot: str,
+        cache_id: int,
+        hidden_BSD: Tensor,
+        lengths_B: tuple[int, ...],
+        beams_B: tuple[int, ...],
+        *,
+        adapters_off: bool = False,
     ) -> Tensor | str:
         """Run new positions of a generation behind its cache, a new one if there is none; or return why not.
 
-        Raises `RemoteProtocolError` for rows padded behind a token, `ModelError` where no cache can be kept.
+        A generation keeps the adapters with which it began. Raises `RemoteProtocolError` for rows padded behind a
+        token, `ModelError` where no cache can be kept.
         """
         copy = self._copies.serving(slot)
         generation = self._generations.get((slot, cache_id))
         if generation is None:
-            generation = _Generation(cache=self._backbone.new_cache(), version=copy.version)
+            cache = self._backbone.new_cache()
+            generation = _Generation(cache=cache, version=copy.version, adapters_off=adapters_off)
             self._generations[slot, cache_id] = generation
         if generation.version != copy.version:
             self.end_cache(slot, cache_id)
@@ -122,7 +132,7 @@ class Worker:
         self._copies.use(copy)
         self._backbone.eval()
         try:
-            with self.compute.running(), torch.inference_mode():
+            with self.compute.running(), self._adapters(off=generation.adapters_off), torch.inference_mode():
                 return self._backbone.decode(generation.cache, hidden_BSD.to(self._device), lengths_B, beams_B)
         except DataError as error:
             raise RemoteProtocolError(str(error)) from None
@@ -253,7 +263,7 @@ class Worker:
         self._copies.begin_round(clients)
 
     def to_merge(self, slot: str) -> Mapping[str, Tensor]:
-        """Return what this client's steps have made of the backbone, to be merged; {} where all share one."""
+        """Return what this client's steps have made of the backbone, the live tensors; {} where all share one."""
         return _values(self._copies.serving(slot)) if self.has_copies else {}
 
     def before_merge(self) -> Mapping[str, Tensor]:
@@ -349,7 +359,7 @@ class Worker:
 
 
 def _values(copy: Copy) -> dict[str, Tensor]:
-    return {name: parameter.detach().cpu() for name, parameter in copy.parameters.items()}
+    return {name: parameter.detach() for name, parameter in copy.parameters.items()}
 
 
 @contextmanager
