@@ -200,7 +200,7 @@ class Worker:
             total = sum(c.num_label_tokens for c in contributions)
             shares = [c.num_label_tokens / total if total else 1.0 / len(contributions) for c in contributions]
             copy = self._copies.training(contributions[0].slot)  # several members have it in common
-            slots = [self._slots.pop(c.slot, None) or _Slot(copy=copy) for c in contributions]
+            slots = [self._slots.pop(c.slot, _Slot(copy=copy)) for c in contributions]
             limit = self._member_limit(len(slots))
             scales = [share * _tamed(slot, limit) for slot, share in zip(slots, shares, strict=True)]
             _sum_gradients(copy, list(zip(slots, scales, strict=True)))
