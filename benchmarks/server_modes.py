@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.material import Shape, write_lines, write_model
+from benchmarks.material import TINY, Shape, write_lines, write_model
 from benchmarks.processes import Watch, python_module, wait_for
 from splitfl.commands.fleet import free_port
 from splitfl.config import ClientConfig, ServerConfig, to_toml
@@ -44,22 +45,33 @@ SHAPE = Shape(
 _ROUNDS, _STEPS = 2, 6
 
 
-def measure(
-    modes: Sequence[str], counts: Sequence[int], train: str, folder: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is compared."""
+
+    modes: Sequence[str]
+    counts: Sequence[int]
+    """Numbers of clients."""
+    train: str
+    """What trains, on both sides: lora or full."""
+    shape: Shape
+
+
+def measure(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Run every mode with every number of clients; `folder` takes the model, the texts and the runs."""
-    write_model(folder / "model", SHAPE)
-    for number in range(max(counts)):
-        write_lines(folder / f"{number}.txt", SHAPE, num_lines=_STEPS * _ROUNDS * SHAPE.batch_size, seed=number)
-    write_lines(folder / "held-out.txt", SHAPE, num_lines=32, seed=-1)
+    write_model(folder / "model", plan.shape)
+    for number in range(max(plan.counts)):
+        num_lines = _STEPS * _ROUNDS * plan.shape.batch_size
+        write_lines(folder / f"{number}.txt", plan.shape, num_lines=num_lines, seed=number)
+    write_lines(folder / "held-out.txt", plan.shape, num_lines=32, seed=-1)
     found = []
-    for clients in counts:
-        for mode in modes:
+    for clients in plan.counts:
+        for mode in plan.modes:
             say(f"{mode}, {clients} clients")
-            found.append({"server_mode": mode, "clients": clients} | _run(mode, clients, train, folder))
+            found.append({"server_mode": mode, "clients": clients} | _run(mode, clients, plan, folder))
     return {
         "runs": found,
-        "train": train,
+        "train": plan.train,
         "rounds": _ROUNDS,
         "local_steps": _STEPS,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,11 +80,11 @@ def measure(
     }
 
 
-def _run(mode: str, clients: int, train: str, shared: Path) -> dict[str, Any]:
+def _run(mode: str, clients: int, plan: Plan, shared: Path) -> dict[str, Any]:
     folder = shared / f"{mode}-{clients}"
     folder.mkdir()
     address = f"tcp://127.0.0.1:{free_port()}"
-    _write(folder, "server", ServerConfig.from_tree(_server(mode, clients, train, shared, address), source="benchmark"))
+    _write(folder, "server", ServerConfig.from_tree(_server(mode, clients, plan, shared, address), source="benchmark"))
     for number in range(clients):
         config = ClientConfig.from_tree(_client(number, shared, folder, address), source="benchmark")
         _write(folder, f"client-{number}", config)
@@ -100,20 +112,20 @@ def _run(mode: str, clients: int, train: str, shared: Path) -> dict[str, Any]:
     }
 
 
-def _server(mode: str, clients: int, train: str, shared: Path, address: str) -> dict[str, Any]:
+def _server(mode: str, clients: int, plan: Plan, shared: Path, address: str) -> dict[str, Any]:
     return {
         "model": {"model_name_or_path": str(shared / "model")},
-        "train": dict.fromkeys(("bottom", "top", "backbone"), train),
-        "optimizer": {"learning_rate": 1e-2 if train == "lora" else 1e-3, "lr_scheduler_type": "constant"},
+        "train": dict.fromkeys(("bottom", "top", "backbone"), plan.train),
+        "optimizer": {"learning_rate": 1e-2 if plan.train == "lora" else 1e-3, "lr_scheduler_type": "constant"},
         "federation": {
             "server_mode": mode,
             "num_rounds": _ROUNDS,
             "local_steps": _STEPS,
-            "per_device_train_batch_size": SHAPE.micro_batch_size,
-            "gradient_accumulation_steps": SHAPE.micro_batches,
+            "per_device_train_batch_size": plan.shape.micro_batch_size,
+            "gradient_accumulation_steps": plan.shape.micro_batches,
             "min_available_clients": clients,
         },
-        "text": {"max_seq_length": SHAPE.seq_length},
+        "text": {"max_seq_length": plan.shape.seq_length},
         "server": {
             "address": address,
             "run_id": "run",
@@ -169,18 +181,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=[2, 4, 8], metavar="N")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE")
     parser.add_argument("--train", choices=("lora", "full"), default="lora", help="what trains, on both sides")
+    parser.add_argument("--tiny", action="store_const", dest="shape", const=TINY, default=SHAPE, help="does it run?")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the result")
     arguments = parser.parse_args(argv)
     console = Console()
     disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="splitfl-modes-") as folder:
-        result = measure(
-            arguments.modes,
-            arguments.clients,
-            arguments.train,
-            Path(folder),
-            lambda text: console.print(text, markup=False),
-        )
+        plan = Plan(modes=arguments.modes, counts=arguments.clients, train=arguments.train, shape=arguments.shape)
+        result = measure(plan, Path(folder), lambda text: console.print(text, markup=False))
     console.print(summary(result))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
