@@ -88,12 +88,15 @@ class SharedGate:
         self._asked: dict[str, Commit] = {}
         self._deadline_s = float("inf")
         self._step = 0
+        self._is_open = False
 
     def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        self._is_open = True
         self._expected = set(trainers)
         self._step = first_step
 
     def round_closed(self) -> None:
+        self._is_open = False
         self._expected = set()
         self._asked = {}
         self._deadline_s = float("inf")
@@ -120,7 +123,8 @@ class SharedGate:
         return []
 
     def returned(self, client_id: str) -> int:
-        self._expected.add(client_id)
+        if self._is_open:
+            self._expected.add(client_id)
         return self._step
 
     def ticked(self, now_s: float) -> list[Action]:
@@ -219,8 +223,8 @@ class SequentialGate:
         return [Compute(client_id=client_id, message=message) for message in mine]
 
 
-class PerClientGate:
-    """Each client trains a backbone of its own, so nobody waits for anybody (SplitFed-V1)."""
+class FrozenGate:
+    """No weight of the server moves, so nobody waits for anybody."""
 
     def __init__(self) -> None:
         self._is_open = False
@@ -229,44 +233,13 @@ class PerClientGate:
         self._is_open = True
 
     def round_closed(self) -> None:
-        self._is_open = False  # what still comes was computed with weights that the merge has replaced
-
-    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
-        return [Compute(client_id=client_id, message=message)] if self._is_open else []
-
-    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
-        return [Apply(members=((client_id, message),))] if self._is_open else []
-
-    def finished(self, client_id: str, now_s: float) -> list[Action]:
-        return []
-
-    def lost(self, client_id: str, now_s: float) -> list[Action]:
-        return []
-
-    def returned(self, client_id: str) -> int:
-        return 0
-
-    def ticked(self, now_s: float) -> list[Action]:
-        return []
-
-    def waiting_for(self) -> Sequence[str]:
-        return []
-
-
-class FrozenGate:
-    """No weight of the server moves, so nobody waits for anybody."""
-
-    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
-        pass
-
-    def round_closed(self) -> None:
-        pass
+        self._is_open = False
 
     def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
         return [Compute(client_id=client_id, message=message)]
 
     def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
-        return [Apply(members=((client_id, message),))]
+        return [Apply(members=((client_id, message),))] if self._is_open else []  # the round closed before it came
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
         return []
@@ -282,6 +255,13 @@ class FrozenGate:
 
     def waiting_for(self) -> Sequence[str]:
         return []
+
+
+class PerClientGate(FrozenGate):
+    """Each client moves weights of its own, so nobody waits for anybody (SplitFed-V1).
+
+    A step that comes behind its round was computed with weights that the merge has replaced, and is dropped as well.
+    """
 
 
 def gate_for(server_mode: str, step_timeout: float, *, is_patient: bool = False) -> Gate:

@@ -219,7 +219,6 @@ class TestSequential:
 class TestPerClient:
     def test_nobody_waits_while_a_round_is_open(self) -> None:
         gate = PerClientGate()
-        assert gate.forward("a", forward(1, 1), 0.0) == []
         gate.round_opened(["a", "b"], 1)
         assert told(gate.forward("a", forward(1, 1), 0.0)) == [("compute", "a", 1)]
         assert told(gate.forward("b", forward(11, 1), 0.0)) == [("compute", "b", 11)]
@@ -235,7 +234,6 @@ class TestPerClient:
         gate.forward("a", forward(1, 1), 0.0)
         gate.round_closed()
         assert gate.commit("a", commit(1), 0.0) == []
-        assert gate.forward("a", forward(2, 2), 0.0) == []
 
 
 class TestFrozen:
@@ -247,7 +245,21 @@ class TestFrozen:
         assert gate.finished("a", 0.0) == []
         assert gate.ticked(1e9) == []
         assert gate.waiting_for() == []
+
+    def test_a_commit_that_comes_after_the_round_is_applied_nowhere(self) -> None:
+        gate = FrozenGate()
+        gate.round_opened(["a"], 1)
         gate.round_closed()
+        assert gate.commit("a", commit(1), 0.0) == []
+
+
+@pytest.mark.parametrize(
+    "gate", [shared("a", "b"), sequential("a", "b"), FrozenGate()], ids=lambda gate: type(gate).__name__
+)
+def test_whoever_comes_back_after_the_round_has_closed_applies_nothing(gate: Gate) -> None:
+    gate.round_closed()
+    gate.returned("a")
+    assert gate.commit("a", commit(1), 0.0) == []
 
 
 @pytest.mark.parametrize(
