@@ -60,6 +60,8 @@ class _Quiet:
         self.batches = {each.client.client_id: self._batches(each, model.directory) for each in clients}
         self.strategy = strategy_for(self.run.federation, self.run.strategy, self.run.seed)
         self.merged = Folded(layers=next(iter(self.edges.values())).layers())
+        self.rates = dict.fromkeys(self.edges, 0.0)
+        self.known: set[str] = set()
         self.replayed = Replayed(clients={name: {} for name in self.edges})
 
     def _edge(self, config: ClientConfig, directory: Path, files: Mapping[str, Path]) -> Edge:
@@ -82,6 +84,8 @@ class _Quiet:
     def follow(self, entry: Record) -> None:
         """Do what an entry of the log says was done."""
         match entry.kind:
+            case "round":
+                self.known |= set(entry.fields["clients"])
             case "commit":
                 self._commit(entry.fields)
             case "merge":
@@ -96,6 +100,7 @@ class _Quiet:
         self.replayed.server[fields["number"]] = self.worker.digest()
         for client_id, step in fields["members"]:
             self.edges[client_id].step(step, coefficient)
+            self.rates[client_id] += self.edges[client_id].optimizer.learning_rate(step) * coefficient
             self.replayed.clients[client_id][step] = self.edges[client_id].digest()
 
     def _compute(self, client_id: str, step: int) -> Contribution:
@@ -121,6 +126,7 @@ class _Quiet:
             edge.bottom_backward(micro_batch, back)
         edge.finish_gradients()
         edge.add_proximal_term()
+        edge.add_controls()
         norms = edge.optimizer.norms().tolist()
         return Contribution(slot=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
 
@@ -128,7 +134,18 @@ class _Quiet:
         if entry.fields["accepted"]:
             weights = sorted(entry.fields["weights"].items())
             updates = [(self.edges[name].layers(), weight) for name, weight in weights]
-            self.merged = self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state)
+            before, self.merged = self.merged, self.strategy.aggregate_train(
+                updates, self.merged.layers, self.merged.state
+            )
+            self.merged.state.update(
+                self.strategy.aggregate_controls(
+                    updates,
+                    before.layers,
+                    before.state,
+                    rates=[self.rates[name] for name, _ in weights],
+                    num_clients=len(self.known),
+                )
+            )
         layers = self.merged.layers
         tensors = [*layers.values(), *self.merged.state.values()]  # as the record has them, in this order
         if digest_of(tensors) != digest_of(entry.tensors.values()):
@@ -136,8 +153,10 @@ class _Quiet:
                 f"merge of round {entry.fields['round']}: other layers or strategy state than in the log"
             )
         self.replayed.merges[entry.fields["round"]] = digest_of(layers.values())
-        for edge in self.edges.values():
-            edge.load(list(layers.values()))
+        controls = self.strategy.controls(layers, self.merged.state)
+        for name, edge in self.edges.items():
+            edge.load([*layers.values(), *controls], counted=name in entry.fields["weights"])
+        self.rates = dict.fromkeys(self.edges, 0.0)
 
 
 def quiet_replay(run_dir: Path, clients: Sequence[ClientConfig]) -> Replayed:

@@ -125,7 +125,12 @@ class Engine:
         clip_coefficient, gradients = self.worker.reduce(contributions)
         crash_point("commit-before-record")
         try:
-            number = self.ledger.commit(contributions, clip_coefficient, gradients)
+            number = self.ledger.commit(
+                contributions,
+                gradients,
+                clip_coefficient=clip_coefficient,
+                learning_rate=self.worker.learning_rate_of(contributions[0]),
+            )
         except StorageError:
             self.worker.withdraw()
             raise
@@ -197,7 +202,9 @@ class Engine:
     def merge(self, merge: Merge) -> MergedLayers:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""
         reason = merge.reason or self.merger.objection(merge.uploaded)
-        weights = {} if reason else self.merger.merge(merge.uploaded)
+        state = self.ledger.state
+        rates = state.round.rates if state.round else {}
+        weights = {} if reason else self.merger.merge(merge.uploaded, rates=rates, num_clients=state.num_clients)
         layers = self.merger.layers()
         crash_point("merge-before-record")
         self.ledger.merged(
@@ -223,8 +230,8 @@ class Engine:
         return MergedLayers(layers=self.describe_layers(), reason=reason, digest=digest, weights=weights, note=note)
 
     def describe_layers(self) -> tuple[TensorFrames, ...]:
-        """Describe everyone's layers: those of the last merge, or what every client starts with."""
-        return tuple(self._describe(layer) for layer in self.merger.layers().values())
+        """Describe everyone's layers: those of the last merge, or what every client starts with; and their controls."""
+        return tuple(self._describe(layer) for layer in (*self.merger.layers().values(), *self.merger.controls()))
 
     # loops of clients' own
 

@@ -37,6 +37,8 @@ class RoundState:
     """Weights of the uploads on disk, by client."""
     out: list[str] = field(default_factory=list)
     """Clients that the round goes on without."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Sum of what each client's gradients of this round were multiplied by: learning rate times clip coefficient."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,6 +51,8 @@ class MemberState:
     next_step: int = 0
     has_finished: bool = False
     num_examples: int = 0
+    counted_round: int = 0
+    """The last merge that its layers are in."""
 
     @property
     def applied(self) -> Applied:
@@ -69,6 +73,11 @@ class RunState:
     members: dict[str, MemberState] = field(default_factory=dict)
     durable_step: int = 0
     """Last step of the last merged round: what `durability = "snapshot"` keeps."""
+
+    @property
+    def num_clients(self) -> int:
+        """Clients that have been in a round; who has joined and was never ready only looks on."""
+        return sum(member.next_step > 0 for member in self.members.values())
 
     def fold(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Take in one entry."""
@@ -95,6 +104,8 @@ class RunState:
                 self.durable_step = self.round.first_step + self.round.num_steps - 1 if self.round else 0
                 self.num_merged = entry["round"]
                 self.round = None
+                for client_id in entry["weights"]:
+                    self.members[client_id].counted_round = entry["round"]
             case "finished":
                 self.members[entry["client_id"]].has_finished = True
             case "went_back":
@@ -109,6 +120,8 @@ class RunState:
             member.commit_number, member.clip_coefficient = entry["number"], entry["clip_coefficient"]
             if self.round is not None:
                 self.round.step = max(self.round.step, step + 1)
+                rate = entry["learning_rate"] * entry["clip_coefficient"]
+                self.round.rates[client_id] = self.round.rates.get(client_id, 0.0) + rate
 
     def to_fields(self) -> dict[str, Any]:
         """Write the state as plain values."""
@@ -203,18 +216,22 @@ class Ledger:
         self._write(Record(kind=kind, fields=entry), durable=False)
 
     def commit(
-        self, contributions: Sequence[Contribution], clip_coefficient: float, gradients: Mapping[str, Tensor]
+        self,
+        contributions: Sequence[Contribution],
+        gradients: Mapping[str, Tensor],
+        *,
+        clip_coefficient: float,
+        learning_rate: float,
     ) -> int:
         """Write a decided step, to be applied next, and return its number; durable when this returns."""
         number = self.state.commit_number + 1
-        scaling = contributions[0].scaling
         fields = {
             "number": number,
             "step": contributions[0].step,
             "members": [[each.slot, each.step] for each in contributions],
             "tokens": [each.num_label_tokens for each in contributions],
             "clip_coefficient": clip_coefficient,
-            "learning_rate": None if scaling is None else scaling.learning_rate,
+            "learning_rate": learning_rate,
         }
         tensors = gradients if self._keeps_records else {}
         self._write(Record(kind="commit", fields=fields, tensors=tensors), durable=self._keeps_records)

@@ -87,12 +87,25 @@ class Merger:
         """Say why these clients' layers cannot be merged, "" if they can."""
         return self.strategy.objection(list(self._weights_of(clients).values()))
 
-    def merge(self, clients: Sequence[str]) -> dict[str, float]:
-        """Fold these clients' layers into everyone's; return the weights used."""
+    def merge(
+        self, clients: Sequence[str], *, rates: Mapping[str, float] | None = None, num_clients: int = 0
+    ) -> dict[str, float]:
+        """Fold these clients' layers into everyone's; return the weights used.
+
+        For control variates: `rates` by client and `num_clients` as in `Strategy.aggregate_controls`; whom `rates`
+        does not name has taken no step.
+        """
         weights = self._weights_of(clients)
         updates = [(TensorFile(self._spooled(client_id)), weight) for client_id, weight in weights.items()]
         folded = self.strategy.aggregate_train(updates, self._layers, self._state)
-        self._layers, self._state = folded.layers, folded.state
+        controls = self.strategy.aggregate_controls(
+            updates,
+            self._layers,
+            self._state,
+            rates=[(rates or {}).get(client_id, 0.0) for client_id in weights],
+            num_clients=max(num_clients, len(weights)),
+        )
+        self._layers, self._state = folded.layers, {**folded.state, **controls}
         return weights
 
     def forget_uploads(self) -> None:
@@ -103,6 +116,10 @@ class Merger:
     def layers(self) -> Mapping[str, Tensor]:
         """Return everyone's layers, in the model's order; they are never written to again."""
         return self._layers
+
+    def controls(self) -> list[Tensor]:
+        """Return the control variates that go with the layers, [] if the strategy has none."""
+        return self.strategy.controls(self._layers, self._state)
 
     def state(self) -> Mapping[str, Tensor]:
         """Return what the strategy wants to be given at the next merge; never written to again."""

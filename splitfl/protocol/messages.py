@@ -18,7 +18,7 @@ from typing import TypeAlias
 Buffer: TypeAlias = bytes | memoryview
 
 # Must match exactly before 1.0; add one whenever a message changes.
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 # Bytes an element takes, for the types that may cross.
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"f32": 4, "bf16": 2, "u8": 1})
@@ -260,7 +260,10 @@ class Merged:
     accepted: bool
     reason: str
     is_last: bool
+    counted: bool
+    """Whether your layers are among those that were merged."""
     layers: tuple[TensorFrames, ...]
+    """In the model's order; behind them their controls, where the strategy has any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -329,6 +332,8 @@ class Resumed:
     held_round: int
     """The last merge: `layers` are its, where yours are older."""
     layers: tuple[TensorFrames, ...]
+    counted_round: int
+    """The last merge that your layers are in, 0 for none."""
     round_number: int
     """The open round you take part in, 0 for none."""
     first_step: int

@@ -206,7 +206,7 @@ class ClientSession:
             case RoundOpened():
                 self._require_asked(message)
                 if message.layers:
-                    self.terms.check_layers(message.layers)
+                    self.terms.check_merged(message.layers)
                 self._waits_for = None
                 self.open_round = message
                 self.next_step = message.first_step
@@ -214,7 +214,7 @@ class ClientSession:
             case Merged():
                 if self.open_round is None or message.round_number != self.open_round.round_number:
                     raise RemoteProtocolError(f"layers of round {message.round_number}, which is not open here")
-                self.terms.check_layers(message.layers)
+                self.terms.check_merged(message.layers)
                 self.abandon_step(self.next_step)
                 self._waits_for = None
                 self.open_round = None
@@ -230,7 +230,7 @@ class ClientSession:
         if message.verdict not in ("go", "rewind", "anew"):
             raise RemoteProtocolError(f"resumed with verdict {message.verdict!r:.20}")
         if message.layers:
-            self.terms.check_layers(message.layers)
+            self.terms.check_merged(message.layers)
         self._waits_for = None
         if message.verdict == "rewind":
             return

@@ -203,10 +203,19 @@ class ServerSession:
         """Go on at this step: the others have gone on meanwhile."""
         self.next_step = max(self.next_step, next_step)
 
-    def resume(self, claim: Resume, *, held_round: int, layers: tuple[TensorFrames, ...], is_parting: bool) -> Resumed:
+    def resume(
+        self,
+        claim: Resume,
+        *,
+        held_round: int,
+        layers: tuple[TensorFrames, ...],
+        counted_round: int = 0,
+        is_parting: bool,
+    ) -> Resumed:
         """Compare where the client says it is with what was applied, and say where it goes on.
 
-        `held_round` is the last merge and `layers` are its. A client that is behind leaves its open round.
+        `held_round` is the last merge and `layers` are its; `counted_round` is the last that this client's layers are
+        in. A client that is behind leaves its open round.
         """
         verdict, reason = self._compare(claim, held_round)
         if verdict == "anew" and self.phase is Phase.TRAINING:  # layers that it uploaded stay in the round
@@ -221,6 +230,7 @@ class ServerSession:
             clip_coefficient=self.applied.clip_coefficient,
             held_round=held_round,
             layers=layers if is_older else (),
+            counted_round=counted_round,
             round_number=self.round_number if takes_part else 0,
             first_step=self._first_step if takes_part else 0,
             num_steps=self.last_step - self._first_step + 1 if takes_part else 0,

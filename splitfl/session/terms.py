@@ -27,6 +27,8 @@ class Terms:
     layer_shapes: tuple[tuple[int, ...], ...]
     """Shapes of those that are merged, in the model's order."""
     layer_dtypes: tuple[str, ...]
+    has_controls: bool
+    """Whether a control variate (f32) for each of them comes behind them when the server sends them."""
 
     @property
     def element_bytes(self) -> int:
@@ -50,6 +52,12 @@ class Terms:
             math.prod(shape) * DTYPE_BYTES[dtype]
             for shape, dtype in zip(self.layer_shapes, self.layer_dtypes, strict=True)
         )
+
+    @property
+    def merged_bytes(self) -> int:
+        """Bytes of what the server sends after a merge: the layers, and the controls where there are any."""
+        controls = sum(math.prod(shape) * DTYPE_BYTES["f32"] for shape in self.layer_shapes)
+        return self.layers_bytes + (controls if self.has_controls else 0)
 
     def check_activations(self, tensor: TensorFrames, lengths_B: Sequence[int]) -> None:
         """Raise unless the tensor is activations BSD within the bounds, with a length for each row."""
@@ -82,6 +90,14 @@ class Terms:
         self._check_hidden(tensor)
         if tensor.shape != shape:
             raise RemoteProtocolError(f"a tensor of shape {tensor.shape} in answer to one of {shape}")
+
+    def check_merged(self, layers: Sequence[TensorFrames]) -> None:
+        """Raise unless these are a client's merged tensors as the server sends them, with a control for each."""
+        num_layers = len(self.layer_shapes)
+        self.check_layers(layers[:num_layers])
+        controls = [(control.shape, control.dtype) for control in layers[num_layers:]]
+        if controls != [(shape, "f32") for shape in self.layer_shapes if self.has_controls]:
+            raise RemoteProtocolError(f"{len(controls)} controls behind the layers that are not those of this run")
 
     def check_layers(self, layers: Sequence[TensorFrames]) -> None:
         """Raise unless these are all client-side tensors that are merged, in order."""
