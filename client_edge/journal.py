@@ -129,6 +129,7 @@ class Journal:
 
     def loaded(self, layers: Iterable[Tensor], held_round: int, *, counted: bool = False) -> None:
         """Take over merged layers, and take a snapshot of this moment; `counted` as in `Edge.load`."""
+        crash_point("merge-heard")
         self._edge.discard()
         self._edge.load(list(layers), counted=counted)
         self.pending = None
