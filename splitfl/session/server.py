@@ -411,8 +411,12 @@ class ServerSession:
             raise RemoteProtocolError("layers in the middle of a step")
         if self.next_step <= self.last_step:
             raise RemoteProtocolError(f"layers at step {self.next_step}, before the round's last, {self.last_step}")
-        if message.num_examples < 1 or message.num_tokens < 0:
-            raise RemoteProtocolError("layers from no examples")
+        if message.num_examples < 1:
+            raise RemoteProtocolError(
+                f"layers from {message.num_examples} examples: an upload needs at least one behind it"
+            )
+        if message.num_tokens < 0:
+            raise RemoteProtocolError(f"layers from {message.num_tokens} label tokens: there cannot be less than 0")
         self.terms.check_layers(message.layers)
         self.phase = Phase.MERGING
         return message

@@ -101,8 +101,14 @@ class Terms:
 
     def check_layers(self, layers: Sequence[TensorFrames]) -> None:
         """Raise unless these are all client-side tensors that are merged, in order."""
-        if tuple(layer.shape for layer in layers) != self.layer_shapes:
-            raise RemoteProtocolError(f"{len(layers)} layers whose shapes are not those of this run's merged layers")
+        shapes = tuple(layer.shape for layer in layers)
+        if shapes != self.layer_shapes:
+            differing = [pair for pair in zip(shapes, self.layer_shapes, strict=False) if pair[0] != pair[1]]
+            detail = f": the first that differs is {differing[0][0]} where {differing[0][1]} belongs" if differing else ""
+            raise RemoteProtocolError(
+                f"{len(layers)} layers whose shapes are not those of this run's {len(self.layer_shapes)} merged"
+                f" layers{detail}"
+            )
         if tuple(layer.dtype for layer in layers) != self.layer_dtypes:
             raise RemoteProtocolError("layers whose types are not those of this run's merged layers")
 

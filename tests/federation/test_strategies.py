@@ -223,6 +223,17 @@ class TestObjections:
         )
 
     @pytest.mark.parametrize("name", STRATEGIES)
+    def test_one_client_alone_is_merged_or_refused_in_a_sentence(self, name: StrategyName) -> None:
+        rule = strategy(name)
+        if name in CHOOSERS:
+            assert rule.objection([7.0]) == f"1 clients finished, {name} with num_malicious_clients = 0 needs 3"
+            return
+        assert rule.objection([7.0]) == ""
+        own = near(layers(0), 1, 1e-2)
+        folded = rule.aggregate_train([(own, 7.0)], layers(0), {})
+        assert all(tensor.isfinite().all() for tensor in folded.layers.values())
+
+    @pytest.mark.parametrize("name", STRATEGIES)
     def test_no_weight_at_all(self, name: StrategyName) -> None:
         assert "no upload weighs anything" in strategy(name).objection([0.0, 0.0, 0.0])
         assert strategy(name).objection([0.0, 1.0, 0.0]) == ""
