@@ -126,7 +126,7 @@ def test_all_clients_go(train: Callable[..., Finished], monkeypatch: pytest.Monk
         return send(self, hidden_BSD, lengths_B, **more)
 
     monkeypatch.setattr(Link, "send_forward", gone)
-    finished = train("ash", "birch", wait_timeout=1.0)
+    finished = train("ash", "birch", num_rounds=2, wait_timeout=1.0)
     assert isinstance(finished.errors["server"], Incomplete)
     assert "ended before its last round: waited 1 s (federation.wait_timeout) for 2 clients; ready: none" in str(
         finished.errors["server"]
