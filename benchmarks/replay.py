@@ -134,8 +134,9 @@ class _Quiet:
         if entry.fields["accepted"]:
             weights = sorted(entry.fields["weights"].items())
             updates = [(self.edges[name].layers(), weight) for name, weight in weights]
-            before, self.merged = self.merged, self.strategy.aggregate_train(
-                updates, self.merged.layers, self.merged.state
+            before, self.merged = (
+                self.merged,
+                self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state),
             )
             self.merged.state.update(
                 self.strategy.aggregate_controls(

@@ -104,7 +104,9 @@ class Terms:
         shapes = tuple(layer.shape for layer in layers)
         if shapes != self.layer_shapes:
             differing = [pair for pair in zip(shapes, self.layer_shapes, strict=False) if pair[0] != pair[1]]
-            detail = f": the first that differs is {differing[0][0]} where {differing[0][1]} belongs" if differing else ""
+            detail = (
+                f": the first that differs is {differing[0][0]} where {differing[0][1]} belongs" if differing else ""
+            )
             raise RemoteProtocolError(
                 f"{len(layers)} layers whose shapes are not those of this run's {len(self.layer_shapes)} merged"
                 f" layers{detail}"

@@ -272,9 +272,7 @@ class TestUnlikeClients:
 
 class TestWhatOutlivesARestart:
     def test_a_restarted_server_goes_on_with_the_same_bits(self, tmp_path: Path) -> None:
-        through, restarted = (
-            Federation(tmp_path / name, LOSSES[:3]) for name in "ab"
-        )
+        through, restarted = (Federation(tmp_path / name, LOSSES[:3]) for name in "ab")
         for federation in (through, restarted):
             federation.round((0, 2), (0.1, 0.1))
         before = restarted.merger
