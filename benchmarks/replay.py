@@ -26,6 +26,7 @@ from splitfl.config import ClientConfig, RunConfig, ServerConfig
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
 from splitfl.federation.strategies import strategy_for
+from splitfl.federation.strategies.fed_buff import Rebased
 from splitfl.federation.strategy import Folded
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, empty_cut, weights_of
@@ -62,6 +63,10 @@ class _Quiet:
         self.merged = Folded(layers=next(iter(self.edges.values())).layers())
         self.rates = dict.fromkeys(self.edges, 0.0)
         self.known: set[str] = set()
+        self.versions = {0: self.merged.layers}
+        """Where clients have rounds of their own: everyone's layers after each merge."""
+        self.uploads: dict[str, tuple[dict[str, Tensor], int]] = {}
+        """And the uploads by name, with the merge that each began with."""
         self.replayed = Replayed(clients={name: {} for name in self.edges})
 
     def _edge(self, config: ClientConfig, directory: Path, files: Mapping[str, Path]) -> Edge:
@@ -90,6 +95,12 @@ class _Quiet:
                 self._commit(entry.fields)
             case "merge":
                 self._merge(entry)
+            case "turn":
+                (client_id,) = entry.fields["clients"]
+                self.edges[client_id].load(list(self.merged.layers.values()))
+            case "buffered":
+                layers = self.edges[entry.fields["client_id"]].layers()
+                self.uploads[entry.fields["name"]] = layers, entry.fields["begun"]
 
     def _commit(self, fields: Mapping[str, Any]) -> None:
         contributions = [self._compute(client_id, step) for client_id, step in fields["members"]]
@@ -133,7 +144,7 @@ class _Quiet:
     def _merge(self, entry: Record) -> None:
         if entry.fields["accepted"]:
             weights = sorted(entry.fields["weights"].items())
-            updates = [(self.edges[name].layers(), weight) for name, weight in weights]
+            updates = [(self._update_of(name, entry.fields["round"]), weight) for name, weight in weights]
             before, self.merged = (
                 self.merged,
                 self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state),
@@ -143,7 +154,7 @@ class _Quiet:
                     updates,
                     before.layers,
                     before.state,
-                    rates=[self.rates[name] for name, _ in weights],
+                    rates=[self.rates.get(name, 0.0) for name, _ in weights],
                     num_clients=len(self.known),
                 )
             )
@@ -154,10 +165,19 @@ class _Quiet:
                 f"merge of round {entry.fields['round']}: other layers or strategy state than in the log"
             )
         self.replayed.merges[entry.fields["round"]] = digest_of(layers.values())
-        controls = self.strategy.controls(layers, self.merged.state)
-        for name, edge in self.edges.items():
-            edge.load([*layers.values(), *controls], counted=name in entry.fields["weights"])
-        self.rates = dict.fromkeys(self.edges, 0.0)
+        self.versions[entry.fields["round"]] = layers
+        if entry.fields.get("closes", True):
+            controls = self.strategy.controls(layers, self.merged.state)
+            for name, edge in self.edges.items():
+                edge.load([*layers.values(), *controls], counted=name in entry.fields["weights"])
+            self.rates = dict.fromkeys(self.edges, 0.0)
+
+    def _update_of(self, name: str, number: int) -> Mapping[str, Tensor]:
+        """Return a client's layers now, or those of an upload of that name as they count in this merge."""
+        if not self.run.is_buffered:
+            return self.edges[name].layers()
+        layers, begun = self.uploads.pop(name)
+        return Rebased(layers, self.versions[begun], self.merged.layers, number - 1 - begun)
 
 
 def quiet_replay(run_dir: Path, clients: Sequence[ClientConfig]) -> Replayed:

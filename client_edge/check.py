@@ -67,7 +67,8 @@ def _data(config: ClientConfig, run: RunConfig, directory: Path) -> Finding:
         sentences=(
             f"{describe(text, run)}.",
             f"{num_tokens:,} tokens in the training examples; {steps} steps of {batch} examples go through them"
-            f" {steps * batch / len(text.train):.2f} times.",
+            f" {steps * batch / len(text.train):.2f} times"
+            + (", and how many steps this client comes to depends on its speed." if run.is_buffered else "."),
         ),
         numbers={
             "examples": len(text.train),

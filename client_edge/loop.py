@@ -58,6 +58,7 @@ def train(
             round_ = link.open_round(num_examples)
             if round_.layers:
                 journal.loaded(link.realise(round_.layers), round_.round_number - 1)
+                report_layers(edge, link, round_.round_number - 1)
             observer.round_opened(round_)
 
         # local steps, then everyone's layers in place of ours

@@ -39,6 +39,18 @@ class RoundState:
     """Clients that the round goes on without."""
     rates: dict[str, float] = field(default_factory=dict)
     """Sum of what each client's gradients of this round were multiplied by: learning rate times clip coefficient."""
+    finished: dict[str, int] = field(default_factory=dict)
+    """Steps of the round that each client has finished."""
+
+
+@dataclass(slots=True, kw_only=True)
+class BufferedUpload:
+    """Layers on disk that wait for a merge, where merges are made as uploads come in."""
+
+    client_id: str
+    begun: int
+    """The merge whose layers their client began with."""
+    weight: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +82,10 @@ class RunState:
     """The commit whose weights the backbone has: the last one, or an earlier one that a client has gone back to."""
     num_merged: int = 0
     round: RoundState | None = None
+    turns: dict[str, RoundState] = field(default_factory=dict)
+    """Open rounds that a client has for itself, by client: see `server_backbone.turns`."""
+    buffer: dict[str, BufferedUpload] = field(default_factory=dict)
+    """Uploads of such rounds by their names, in the order in which they came in."""
     members: dict[str, MemberState] = field(default_factory=dict)
     durable_step: int = 0
     """Last step of the last merged round: what `durability = "snapshot"` keeps."""
@@ -78,6 +94,24 @@ class RunState:
     def num_clients(self) -> int:
         """Clients that have been in a round; who has joined and was never ready only looks on."""
         return sum(member.next_step > 0 for member in self.members.values())
+
+    @property
+    def uploaded(self) -> dict[str, float]:
+        """Weights of the uploads on disk: by client in an open round, by name in a buffer."""
+        if self.round is not None:
+            return self.round.uploaded
+        return {name: upload.weight for name, upload in self.buffer.items()}
+
+    def round_of(self, client_id: str) -> RoundState | None:
+        """Return the open round that a client is in: its own, or everybody's if it was there when that opened."""
+        if self.round is not None and client_id in self.round.clients:
+            return self.round
+        return self.turns.get(client_id)
+
+    def next_step_of(self, client_id: str) -> int:
+        """Return where a client's next turn begins."""
+        turn, member = self.turns.get(client_id), self.members[client_id]
+        return turn.first_step + turn.num_steps if turn is not None else member.next_step
 
     def fold(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Take in one entry."""
@@ -96,6 +130,19 @@ class RunState:
                 self.round.uploaded[entry["client_id"]] = entry["weight"]
             case "upload_lost" if self.round is not None:
                 self.round.uploaded.pop(entry["client_id"], None)
+            case "turn":
+                client_id = entry["clients"][0]
+                self.turns[client_id] = RoundState(**entry, step=entry["first_step"])
+                self.members[client_id].next_step = entry["first_step"]
+            case "buffered":
+                self.turns.pop(entry["client_id"])
+                self.buffer[entry["name"]] = BufferedUpload(
+                    client_id=entry["client_id"], begun=entry["begun"], weight=entry["weight"]
+                )
+            case "turn_ended":
+                self.turns.pop(entry["client_id"], None)
+            case "upload_lost":
+                self.buffer.pop(entry["client_id"], None)
             case "left" if self.round is not None:
                 self.round.out.append(entry["client_id"])
             case "returned" if self.round is not None:
@@ -104,8 +151,12 @@ class RunState:
                 self.durable_step = self.round.first_step + self.round.num_steps - 1 if self.round else 0
                 self.num_merged = entry["round"]
                 self.round = None
-                for client_id in entry["weights"]:
+                for client_id in entry["weights"].keys() & self.members.keys():  # a buffer has names of its own
                     self.members[client_id].counted_round = entry["round"]
+                for name in entry.get("taken", ()):
+                    self.buffer.pop(name)
+                if entry.get("closes", True):
+                    self.turns, self.buffer = {}, {}
             case "finished":
                 self.members[entry["client_id"]].has_finished = True
             case "went_back":
@@ -122,6 +173,7 @@ class RunState:
                 self.round.step = max(self.round.step, step + 1)
                 rate = entry["learning_rate"] * entry["clip_coefficient"]
                 self.round.rates[client_id] = self.round.rates.get(client_id, 0.0) + rate
+                self.round.finished[client_id] = self.round.finished.get(client_id, 0) + 1
 
     def to_fields(self) -> dict[str, Any]:
         """Write the state as plain values."""
@@ -135,6 +187,8 @@ class RunState:
             **{
                 **fields,
                 "round": None if round_ is None else RoundState(**round_),
+                "turns": {name: RoundState(**turn) for name, turn in fields.get("turns", {}).items()},
+                "buffer": {name: BufferedUpload(**upload) for name, upload in fields.get("buffer", {}).items()},
                 "members": {name: MemberState(**member) for name, member in fields["members"].items()},
             }
         )
@@ -242,9 +296,13 @@ class Ledger:
         """Write that a client's layers are on disk."""
         self._write(Record(kind="uploaded", fields={"client_id": client_id, "weight": weight}), durable=True)
 
-    def opened(self, **entry: Any) -> None:
-        """Write that a round opens."""
-        self._write(Record(kind="round", fields=entry), durable=True)
+    def opened(self, *, alone: bool, **entry: Any) -> None:
+        """Write that a round opens, for everybody or for one client alone."""
+        self._write(Record(kind="turn" if alone else "round", fields=entry), durable=True)
+
+    def buffered(self, **entry: Any) -> None:
+        """Write that a client's layers are on disk, and its turn is over."""
+        self._write(Record(kind="buffered", fields=entry), durable=True)
 
     def merged(self, layers: Mapping[str, Tensor], strategy_state: Mapping[str, Tensor], **entry: Any) -> None:
         """Write a merge: number, layers and round are one entry, durable before any client hears of it."""

@@ -5,7 +5,7 @@ clients' ids, one tensor at a time, so the order in which they arrived never mat
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +51,7 @@ class Merger:
         """`first_layers` are what every client starts with, by name, in the model's order."""
         self.strategy = strategy
         self._names = list(first_layers)
-        self._layers = first_layers
+        self._first_layers = self._layers = first_layers
         self._run_dir = run_dir
         self._weight_by = weight_by
         self._max_rms = max_rms
@@ -68,8 +68,11 @@ class Merger:
         self._weights = {client_id: weight for client_id, weight in weights.items() if self._is_readable(client_id)}
         return sorted(weights.keys() - self._weights.keys())
 
-    def spool(self, client_id: str, upload: Upload) -> float:
-        """Write one client's layers to disk and return their weight; raise `RemoteProtocolError` for poison."""
+    def spool(self, client_id: str, upload: Upload, share: float = 1.0) -> float:
+        """Write one client's layers to disk and return their weight; raise `RemoteProtocolError` for poison.
+
+        `share` of the round's steps are behind them; tokens are counted step by step anyway.
+        """
         layers = {
             name: realise(frames, max_rms=self._max_rms)
             for name, frames in zip(self._names, upload.layers, strict=True)
@@ -77,7 +80,7 @@ class Merger:
         self._spool_dir.mkdir(exist_ok=True)
         checkpoint.save_tensors(self._spooled(client_id), layers)
         self._weights[client_id] = {
-            "num_examples": upload.num_examples,
+            "num_examples": upload.num_examples * share,
             "num_tokens": upload.num_tokens,
             "uniform": 1,
         }[self._weight_by]
@@ -96,7 +99,7 @@ class Merger:
         does not name has taken no step.
         """
         weights = self._weights_of(clients)
-        updates = [(TensorFile(self._spooled(client_id)), weight) for client_id, weight in weights.items()]
+        updates = [(self._update_of(client_id), weight) for client_id, weight in weights.items()]
         folded = self.strategy.aggregate_train(updates, self._layers, self._state)
         controls = self.strategy.aggregate_controls(
             updates,
@@ -108,10 +111,16 @@ class Merger:
         self._layers, self._state = folded.layers, {**folded.state, **controls}
         return weights
 
-    def forget_uploads(self) -> None:
-        """Remove what was spooled, merged or not."""
-        self._weights = {}
-        shutil.rmtree(self._spool_dir, ignore_errors=True)
+    def forget_uploads(self, waiting: Collection[str] = ()) -> None:
+        """Remove what was spooled, merged or not, but for those that wait for another merge."""
+        self._weights = {upload: weight for upload, weight in self._weights.items() if upload in waiting}
+        if not waiting:
+            shutil.rmtree(self._spool_dir, ignore_errors=True)
+            return
+        kept = {self._spooled(upload) for upload in waiting}
+        for path in self._spool_dir.iterdir():
+            if path not in kept:
+                path.unlink()
 
     def layers(self) -> Mapping[str, Tensor]:
         """Return everyone's layers, in the model's order; they are never written to again."""
@@ -132,6 +141,10 @@ class Merger:
     def _weights_of(self, clients: Sequence[str]) -> dict[str, float]:
         """Return the weights of those that weigh anything: rules that know no weights must not count the others."""
         return {client_id: self._weights[client_id] for client_id in sorted(clients) if self._weights[client_id] > 0}
+
+    def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
+        """Return the layers that a strategy folds, read as they are asked for."""
+        return TensorFile(self._spooled(client_id))
 
     def _is_readable(self, client_id: str) -> bool:
         try:

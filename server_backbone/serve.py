@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from server_backbone.buffered_merger import BufferedMerger
 from server_backbone.engine import Engine
 from server_backbone.ledger import Ledger
 from server_backbone.merger import FirstLayers, Merger
@@ -139,13 +140,9 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
     for note in notes:
         metrics.emit("note", text=note)
     state = ledger.state
-    for client_id in engine.merger.restore(
-        ledger.merged_layers, ledger.strategy_state, state.round.uploaded if state.round else {}
-    ):
-        ledger.note("upload_lost", client_id=client_id)
-        metrics.emit(
-            "note", text=f"the layers that {client_id} had uploaded cannot be read: it is asked for them again"
-        )
+    for name in engine.restore():
+        then = "they are in no merge" if config.run_config().is_buffered else "it is asked for them again"
+        metrics.emit("note", text=f"the layers that {name.partition('@')[0]} had uploaded cannot be read: {then}")
     if state.round is None and state.num_merged:
         engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
     server.recover()
@@ -242,7 +239,8 @@ def build_server(
 
     first_layers = FirstLayers(list(layers), read)
     strategy = strategy_for(run.federation, run.strategy, run.seed)
-    merger = Merger(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
+    kind = BufferedMerger if run.is_buffered else Merger
+    merger = kind(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
     ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
     terms = terms_of(run, cut)
     limits = limits_of(terms, run.link, clients=config.server.max_clients)

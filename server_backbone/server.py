@@ -9,17 +9,19 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from server_backbone.caches import CacheBook
-from server_backbone.engine import Decided, Engine, MergedLayers
+from server_backbone.engine import Decided, Engine, MergedLayers, Spooled
 from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
 from server_backbone.jobs import Jobs
+from server_backbone.ledger import RoundState
 from server_backbone.members import Connection, Member, Members
 from server_backbone.provisions import Provisions
-from server_backbone.rounds import Decision, End, Merge, Open, Rounds
+from server_backbone.rounds import Decision, End, LastCall, Merge, Open, Release, Rounds
+from server_backbone.turns import Turns
 from server_backbone.worker import Contribution, Scaling
 from splitfl.config import NAME_PATTERN, RunConfig
 from splitfl.durability.crash import crash_point
@@ -107,12 +109,16 @@ class Server:
         self._gate = gate_for(federation.server_mode, federation.step_timeout, is_patient=self.run.has_own_loops)
         if self.run.has_own_loops:
             self._gate.round_opened((), first_step=1)  # and never closed
-        self._rounds = Rounds(federation, self.engine.merger.strategy.configure_train, time.monotonic())
+        if self.run.is_buffered:
+            self._rounds: Rounds = Turns(federation, self.run.strategy.buffer_size, time.monotonic())
+        else:
+            self._rounds = Rounds(federation, self.engine.merger.strategy.configure_train, time.monotonic())
         self._members = Members()
         self._caches = CacheBook(self.run.link)
         self._strikes: dict[str, int] = {}
-        self._layers: tuple[TensorFrames, ...] = ()
+        self._layers = self._layers_of_all(0)
         self._merge_number = 0
+        self._last_merge: Merged | None = None
         self._is_over = False
         self._waiting_said = ("", 0.0)
 
@@ -155,40 +161,36 @@ class Server:
         """Go on where the ledger's log ends: every client is expected back."""
         state, now_s = self.engine.ledger.state, time.monotonic()
         self._merge_number = state.num_merged
-        self._layers = self.engine.describe_layers() if state.num_merged else ()
-        open_round = state.round
-        opened = None
-        if open_round is not None:
-            opened = Open(
-                round_number=open_round.number,
-                clients=tuple(open_round.clients),
-                trainers=tuple(open_round.trainers),
-                first_step=open_round.first_step,
-            )
-            self._gate.round_opened((), open_round.step)
+        self._layers = self._layers_of_all(state.num_merged)
+        if state.round is not None or state.turns:
+            self._gate.round_opened((), state.round.step if state.round is not None else 1)
         for client_id, known in state.members.items():
             if known.has_finished:
                 continue
             member = self._add(client_id)
             member.absent_since_s = now_s
-            in_round = open_round is not None and client_id in open_round.clients
+            round_ = state.round_of(client_id)
             member.session.restore(
                 applied=known.applied,
-                round_=self._opening(opened, client_id) if opened is not None and in_round else None,
+                round_=self._opening(_open_of(round_), client_id) if round_ is not None else None,
                 next_step=known.next_step,
-                awaits_merge=open_round is not None
-                and (client_id in open_round.uploaded or client_id not in open_round.trainers),
+                awaits_merge=round_ is not None and (client_id in round_.uploaded or client_id not in round_.trainers),
             )
-            is_expected = open_round is not None and client_id not in open_round.out
+            is_expected = state.round is not None and client_id not in state.round.out
             if is_expected and member.session.phase is Phase.TRAINING and not member.session.has_done_its_steps:
                 self._gate.returned(client_id)
         self._rounds.restore(
-            opened,
-            open_round.uploaded if open_round else (),
-            open_round.out if open_round else (),
+            _open_of(state.round) if state.round is not None else None,
+            state.uploaded,
+            state.round.out if state.round is not None else (),
             num_merged=state.num_merged,
+            next_steps={client_id: state.next_step_of(client_id) for client_id in state.members},
         )
         self._decide(self._rounds.resumed([member.client_id for member in self._members], now_s), now_s)
+
+    def _layers_of_all(self, num_merged: int) -> tuple[TensorFrames, ...]:
+        """Describe everyone's layers; the first ones only where a client comes back to them, since all begin so."""
+        return self.engine.describe_layers() if num_merged or self.run.is_buffered else ()
 
     def _add(self, client_id: str) -> Member:
         member = self._new_member(client_id)
@@ -264,6 +266,8 @@ class Server:
             case Ready():
                 member.held_round, member.num_examples = message.round_number, message.num_examples
                 self._decide(self._rounds.ready(client_id), now_s)
+                if self._rounds.is_parting:
+                    self._dismiss(member)
             case Forward(step=0):
                 self._compute(member, partial(self.engine.evaluate, message))
             case Decode():
@@ -280,7 +284,7 @@ class Server:
             case Upload():
                 self._spool(member, message)
             case Report():
-                self._note(member, message)
+                self._take_report(member, message)
             case Goodbye():
                 self._part(member, message)
             case Discard(step=step):
@@ -312,7 +316,7 @@ class Server:
 
     def _part(self, member: Member, message: Goodbye) -> None:
         self.metrics.emit("client_done", client_id=member.client_id, **_with_counts(message.metrics))
-        self._jobs.submit(partial(self.engine.ledger.note, "finished", client_id=member.client_id), _nothing)
+        self._note("finished", member)
         self._tell(member, Farewell())
         self._free_caches(member)
         if member.connection is not None:
@@ -333,7 +337,7 @@ class Server:
         )
         self._send_to(peer, connection, pong)
 
-    def _note(self, member: Member, report: Report) -> None:
+    def _take_report(self, member: Member, report: Report) -> None:
         if report.topic == "loaded":
             self.metrics.emit(
                 "loaded", client_id=member.client_id, round=report.round_number, digest=report.digest[:64]
@@ -487,7 +491,10 @@ class Server:
             self._take_back(member)
         self._send(connection, resumed)
         if was_training and member.session.phase is not Phase.TRAINING:
-            self._note_out(member)
+            if self.run.is_buffered:
+                self._note("turn_ended", member)
+            else:
+                self._note("left", member)
             self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
             self._decide(self._rounds.gave_up(member.client_id), now_s)
         elif member.session.phase is Phase.TRAINING and member.session.has_done_its_steps:
@@ -496,7 +503,7 @@ class Server:
     def _take_back(self, member: Member) -> None:
         takes_part = member.session.phase in (Phase.TRAINING, Phase.MERGING)
         if member.is_out and takes_part:
-            self._jobs.submit(partial(self.engine.ledger.note, "returned", client_id=member.client_id), _nothing)
+            self._note("returned", member)
         if member.is_out or member.absent_since_s is not None:
             self._rounds.joined(member.client_id, takes_part=takes_part)
             self.metrics.emit("client_returned", client_id=member.client_id, step=member.session.applied.step)
@@ -668,9 +675,15 @@ class Server:
                         partial(self.engine.opened, decision, self.run.federation.local_steps),
                         partial(self._open_round, decision),
                     )
+                case LastCall():
+                    self._gate.round_closed()  # what is decided is acknowledged before anybody is called
+                    self._jobs.submit(self.engine.last_call, partial(self._call_for_layers, decision))
                 case Merge():
-                    self._gate.round_closed()
+                    if decision.closes:
+                        self._gate.round_closed()
                     self._jobs.submit(partial(self.engine.merge, decision), partial(self._merged, decision))
+                case Release(client_id=client_id):
+                    self._release(client_id, "")
                 case End(reason=reason):
                     self.reason = reason
                     self._is_over = True
@@ -704,6 +717,19 @@ class Server:
             layers=() if member.held_round == self._merge_number else self._layers,
         )
 
+    def _call_for_layers(self, call: LastCall, able: set[str]) -> None:
+        """End the round's steps for those still at work; who has finished none has nothing to upload."""
+        self.metrics.emit("last_call", round=call.round_number, clients=sorted(able.intersection(call.clients)))
+        reason = f"the round closes after {self.run.federation.round_timeout:g} s (federation.round_timeout)"
+        now_s = time.monotonic()
+        for client_id in call.clients:
+            session = self._members[client_id].session
+            if client_id not in able:
+                self._decide(self._rounds.gave_up(client_id), now_s)
+            elif not session.has_done_its_steps:
+                end = session.last_step + 1
+                self._close_step(CloseStep(client_id=client_id, next_step=end, reason=reason), now_s)
+
     def _merged(self, merge: Merge, merged: MergedLayers) -> None:
         self._layers = merged.layers
         self._merge_number = merge.round_number
@@ -724,15 +750,52 @@ class Server:
             absent=merge.absent,
             num_tensors=len(self.terms.layer_shapes),
             digest=merged.digest,
+            **({} if merged.uploads is None else {"uploads": merged.uploads}),
         )
         self._said_of_snapshot(merged.note)
-        for member in self._members:
-            if member.session.phase in (Phase.TRAINING, Phase.COMMITTING, Phase.MERGING):
-                member.session.merged(message)
-                self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
-                self._tell(member, replace(message, counted=member.client_id in merged.weights))
+        if merge.closes:
+            self._close_round(message, merged.weights)
         now_s = time.monotonic()
         self._decide(self._rounds.merged(now_s), now_s)
+
+    def _close_round(self, message: Merged, weights: Mapping[str, float]) -> None:
+        """Tell everybody of the merge that ends their round."""
+        self._last_merge = message
+        for member in self._members:
+            if member.session.phase in (Phase.TRAINING, Phase.COMMITTING, Phase.MERGING):
+                self._end_round(member, replace(message, counted=member.client_id in weights))
+            elif message.is_last and member.session.phase is Phase.READY:
+                self._dismiss(member)
+
+    def _end_round(self, member: Member, message: Merged) -> None:
+        member.session.merged(message)
+        self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
+        self._tell(member, message)
+
+    def _dismiss(self, member: Member) -> None:
+        """Let a client that waits for another round sit the last one out, now that it is merged."""
+        if self._last_merge is None:
+            return  # no merge since this server began: it has been told that the run is parting
+        number, step = self._last_merge.round_number, max(1, member.session.next_step)
+        opened = RoundOpened(round_number=number, first_step=step, num_steps=0, layers=())
+        member.session.opened(opened)
+        self._tell(member, opened)
+        self._end_round(member, self._last_merge)
+
+    def _release(self, client_id: str, objection: str) -> None:
+        """Give a client that has uploaded the newest layers; it goes on with a round of its own."""
+        member = self._members[client_id]
+        if member.session.phase is not Phase.MERGING:
+            return  # the last merge came first
+        message = Merged(
+            round_number=self._merge_number,
+            accepted=not objection,
+            reason=objection,
+            is_last=False,
+            counted=False,
+            layers=self._layers,
+        )
+        self._end_round(member, message)
 
     # what the compute thread is asked for
 
@@ -782,8 +845,12 @@ class Server:
         self._jobs.submit(partial(self.engine.worker.end_caches, member.client_id), _nothing)
 
     def _spool(self, member: Member, upload: Upload) -> None:
-        def count(_: None) -> None:
-            self._decide(self._rounds.uploaded(member.client_id), time.monotonic())
+        def count(spooled: Spooled) -> None:
+            if spooled.objection:
+                self.metrics.emit("upload_dropped", client_id=member.client_id, reason=spooled.objection)
+                self._release(member.client_id, spooled.objection)
+            else:
+                self._decide(self._rounds.uploaded(member.client_id, spooled.name), time.monotonic())
 
         self._jobs.submit(
             partial(self.engine.spool, member.client_id, upload),
@@ -871,12 +938,13 @@ class Server:
         now_s = time.monotonic()
         member.absent_since_s, member.is_out = None, True
         self.metrics.emit("client_left", client_id=member.client_id, reason=reason)
-        self._note_out(member)
+        self._note("left", member)
         self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
         self._decide(self._rounds.left(member.client_id), now_s)
 
-    def _note_out(self, member: Member) -> None:
-        self._jobs.submit(partial(self.engine.ledger.note, "left", client_id=member.client_id), _nothing)
+    def _note(self, kind: str, member: Member) -> None:
+        """Write into the ledger that a member has come or gone."""
+        self._jobs.submit(partial(self.engine.ledger.note, kind, client_id=member.client_id), _nothing)
 
     # what goes out
 
@@ -913,6 +981,16 @@ class Server:
             self.listener.send(peer, codec.encode(message))
         except PeerGone:
             log.info("a peer had gone before it was told of %s", type(message).__name__)
+
+
+def _open_of(round_: RoundState) -> Open:
+    """Say again how a round opened."""
+    return Open(
+        round_number=round_.number,
+        clients=tuple(round_.clients),
+        trainers=tuple(round_.trainers),
+        first_step=round_.first_step,
+    )
 
 
 def _nothing(_: object) -> None:

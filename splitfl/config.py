@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard
@@ -25,6 +25,7 @@ StrategyName = Literal[
     "FedProx",
     "SCAFFOLD",
     "FedAvgM",
+    "FedBuff",
     "FedAdagrad",
     "FedAdam",
     "FedYogi",
@@ -153,8 +154,9 @@ class FederationSection(Section):
     `frozen`: the backbone does not learn."""
 
     num_rounds: int = Field(3, ge=0)
-    """Rounds in the run; each ends with a merge of the client-side layers. 0 means no rounds and no merges: each client
-    trains in a loop of its own (`client_edge.connect`), and the server runs until it is stopped."""
+    """Rounds in the run; each ends with a merge of the client-side layers (with FedBuff it is merges that are counted).
+    0 means no rounds and no merges: each client trains in a loop of its own (`client_edge.connect`), and the server
+    runs until it is stopped."""
 
     local_steps: int = Field(10, ge=1)
     """Optimizer steps of each client per round."""
@@ -197,7 +199,13 @@ class FederationSection(Section):
     """Seconds to wait for `min_available_clients` before the run is given up."""
 
     round_timeout: float = Field(3600.0, gt=0)
-    """Seconds after which a round closes with the clients that are done."""
+    """Seconds after which a round closes with the clients that are done; `partial_work` says what becomes of the
+    others' work."""
+
+    partial_work: Literal["drop", "accept"] = "drop"
+    """`drop`: clients still at work at `round_timeout` are left out of the merge; `accept`: they have `step_timeout`
+    more to upload what their finished steps have made, and a client's `num_examples` count by the share of the round's
+    steps that it has finished."""
 
     step_timeout: float = Field(120.0, gt=0)
     """Seconds after which a step goes on without a client that has not finished it, and a round without one whose
@@ -229,8 +237,10 @@ class StrategySection(Section):
 
     USED_BY: ClassVar[Mapping[str, frozenset[StrategyName]]] = {
         "proximal_mu": frozenset({"FedProx"}),
-        "server_learning_rate": frozenset({"FedAvgM", "SCAFFOLD"}),
+        "server_learning_rate": frozenset({"FedAvgM", "FedBuff", "SCAFFOLD"}),
         "server_momentum": frozenset({"FedAvgM"}),
+        "buffer_size": frozenset({"FedBuff"}),
+        "max_staleness": frozenset({"FedBuff"}),
         "eta": frozenset({"FedAdagrad", "FedAdam", "FedYogi"}),
         "beta_1": frozenset({"FedAdam", "FedYogi"}),
         "beta_2": frozenset({"FedAdam", "FedYogi"}),
@@ -245,10 +255,16 @@ class StrategySection(Section):
     """FedProx: how strongly a client's layers are pulled towards those of the last merge; 0 is FedAvg."""
 
     server_learning_rate: float = Field(1.0, gt=0)
-    """FedAvgM, SCAFFOLD: scale of the server's step."""
+    """FedAvgM, FedBuff, SCAFFOLD: scale of the server's step."""
 
     server_momentum: float = Field(0.9, ge=0, lt=1)
     """FedAvgM: share of the last step that is kept; 0 and `server_learning_rate = 1` is FedAvg."""
+
+    buffer_size: int = Field(2, ge=1)
+    """FedBuff: uploads in a merge (K), whoever they come from; `federation.num_rounds` counts these merges."""
+
+    max_staleness: int = Field(0, ge=0)
+    """FedBuff: an upload begun more merges ago than this is dropped; 0 means that none is."""
 
     eta: float = Field(0.1, gt=0)
     """FedAdagrad, FedAdam, FedYogi: the server's learning rate, about the largest change of a value in a merge."""
@@ -551,6 +567,11 @@ class RunConfig(Config):
         return self.federation.num_rounds == 0
 
     @property
+    def is_buffered(self) -> bool:
+        """Whether each client has rounds of its own, and layers are merged as they come in."""
+        return self.federation.strategy == "FedBuff"
+
+    @property
     def proximal_mu(self) -> float:
         """Weight of the proximal term in a client's gradients, 0 for every strategy but FedProx."""
         return self.strategy.proximal_mu if self.federation.strategy == "FedProx" else 0.0
@@ -605,6 +626,34 @@ class RunConfig(Config):
                 ' alike, so set weight_by to "uniform"'
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_what_fed_buff_needs(self) -> Self:
+        if self.is_buffered and (objections := list(self._objections_to_fed_buff())):
+            raise ValueError('federation.strategy = "FedBuff": ' + "; ".join(objections))
+        return self
+
+    def _objections_to_fed_buff(self) -> Iterator[str]:
+        federation, schedule = self.federation, self.optimizer.lr_scheduler_type
+        if federation.server_mode not in ("sequential", "frozen"):
+            yield (
+                f'federation.server_mode = "{federation.server_mode}" has clients wait for each other, and FedBuff has'
+                ' none wait: set it to "sequential" or "frozen"'
+            )
+        if not schedule.startswith("constant"):
+            yield (
+                f'optimizer.lr_scheduler_type = "{schedule}" needs a last step, and how many steps a client comes to is'
+                ' not known beforehand: set it to "constant" or "constant_with_warmup"'
+            )
+        if self.storage.durability != "redo":
+            yield (
+                f'storage.durability = "{self.storage.durability}" takes all clients back to one merge, and they are at'
+                ' different ones: set it to "redo"'
+            )
+        unused = {"fraction_train": 1.0, "min_train_clients": 1, "partial_work": "drop"}
+        for name, usual in unused.items():
+            if (value := getattr(federation, name)) != usual:
+                yield f"federation.{name} = {value} is of rounds that all clients share: leave it out"
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all values both roles must agree on."""

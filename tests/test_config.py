@@ -120,6 +120,13 @@ class TestUnknownSettings:
             loaded("lora.zzzzzzzzzzzzzzzzzzzz=1")
 
 
+BUFFERED = [
+    "federation.strategy=FedBuff",
+    "federation.server_mode=frozen",
+    "optimizer.lr_scheduler_type=constant",
+]
+
+
 class TestRanges:
     @pytest.mark.parametrize(
         "override",
@@ -138,7 +145,7 @@ class TestRanges:
             "federation.fraction_train=1.1",
             "federation.server_mode=per_client",
             "federation.round_timeout=0",
-            "federation.strategy=FedBuff",
+            "federation.strategy=FedNova",
             "strategy.proximal_mu=-0.1",
             "strategy.server_learning_rate=0",
             "strategy.server_learning_rate=nan",
@@ -152,6 +159,9 @@ class TestRanges:
             "strategy.num_malicious_clients=-1",
             "strategy.num_clients_to_keep=-1",
             "strategy.clipping_norm=0",
+            "strategy.buffer_size=0",
+            "strategy.max_staleness=-1",
+            "federation.partial_work=most",
             "merge.parts=middle",
             "text.max_seq_length=1",
             "link.max_in_flight=0",
@@ -205,6 +215,21 @@ class TestRanges:
             (
                 ["federation.strategy=SCAFFOLD", "strategy.proximal_mu=0.1"],
                 r"strategy\.proximal_mu = 0\.1 is an option of FedProx: leave",
+            ),
+            (["strategy.buffer_size=4"], r"is an option of FedBuff: leave it out"),
+            (
+                ["federation.strategy=FedBuff"],
+                r'FedBuff": federation\.server_mode = "shared" has clients wait for each other, and FedBuff has none'
+                r' wait: set it to "sequential" or "frozen"; optimizer\.lr_scheduler_type = "linear" needs a last step',
+            ),
+            (
+                [*BUFFERED, "storage.durability=snapshot", "federation.fraction_train=0.5"],
+                r'"snapshot" takes all clients back to one merge, .* "redo"; federation\.fraction_train = 0\.5 is of'
+                r" rounds that all clients share: leave it out",
+            ),
+            (
+                [*BUFFERED, "federation.partial_work=accept"],
+                r"partial_work = accept is of rounds that all clients share",
             ),
         ],
     )
@@ -307,7 +332,9 @@ def base_for(path: tuple[str, ...]) -> dict[str, Any]:
     """Return settings in which a setting may be changed: an option needs a strategy that uses it."""
     if path[0] != "strategy":
         return BASE
-    return merged(BASE, {"federation": {"strategy": sorted(StrategySection.USED_BY[path[1]])[0]}})
+    strategy = sorted(StrategySection.USED_BY[path[1]])[0]
+    needs = {"federation": {"server_mode": "frozen"}, "optimizer": {"lr_scheduler_type": "constant"}}
+    return merged(merged(BASE, needs if strategy == "FedBuff" else {}), {"federation": {"strategy": strategy}})
 
 
 def built(path: tuple[str, ...], annotation: Any, default: Any) -> ServerConfig:

@@ -218,7 +218,7 @@ class ClientSession:
                 self.next_step = message.first_step
                 return message
             case Merged():
-                if self.open_round is None or message.round_number != self.open_round.round_number:
+                if self.open_round is None or not self._ends(message, self.open_round):
                     raise RemoteProtocolError(f"layers of round {message.round_number}, which is not open here")
                 self.terms.check_merged(message.layers)
                 self.abandon_step(self.next_step)
@@ -231,6 +231,12 @@ class ClientSession:
                 self._waits_for = None
                 return message
         raise RemoteProtocolError(f"{type(message).__name__} is not a server's to send here")
+
+    def _ends(self, merge: Merged, round_: RoundOpened) -> bool:
+        """Tell whether a merge may end a round; one of its own ends with the newest layers there are."""
+        if self.terms.is_buffered:
+            return merge.round_number >= round_.round_number - 1
+        return merge.round_number == round_.round_number
 
     def _go_on(self, message: Resumed) -> None:
         if message.verdict not in ("go", "rewind", "anew"):

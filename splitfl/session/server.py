@@ -217,11 +217,16 @@ class ServerSession:
         `held_round` is the last merge and `layers` are its; `counted_round` is the last that this client's layers are
         in. A client that is behind leaves its open round.
         """
-        verdict, reason = self._compare(claim, held_round)
+        begun_with = self._begun_with(claim, held_round)
+        verdict, reason = self._compare(claim, begun_with)
         if verdict == "anew" and self.phase is Phase.TRAINING:  # layers that it uploaded stay in the round
             self.phase = Phase.IDLE
         takes_part = self.phase in (Phase.TRAINING, Phase.MERGING)
+        if takes_part and verdict != "anew":
+            held_round = begun_with
         is_older = verdict == "anew" or (verdict == "go" and claim.held_round < held_round)
+        if self.terms.is_buffered and not takes_part and verdict == "go" and claim.step:
+            is_older = True  # between two rounds of its own it may have trained on from layers that are still the last
         return Resumed(
             verdict=verdict,
             reason=reason,
@@ -238,6 +243,18 @@ class ServerSession:
             awaits_merge=self.phase is Phase.MERGING,
             is_parting=is_parting,
         )
+
+    def _begun_with(self, claim: Resume, held_round: int) -> int:
+        """Return the merge that the client should hold: the last, or in a round of its own the one it began with.
+
+        A round of its own that it never heard of is over: the layers to begin it with may be gone.
+        """
+        if not self.terms.is_buffered or self.phase not in (Phase.TRAINING, Phase.MERGING):
+            return held_round
+        if self.phase is Phase.TRAINING and claim.held_round < self.round_number - 1:
+            self.phase = Phase.IDLE
+            return held_round
+        return self.round_number - 1
 
     def _compare(self, claim: Resume, held_round: int) -> tuple[str, str]:
         mine, theirs = self.applied.step, claim.step

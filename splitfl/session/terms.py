@@ -29,6 +29,8 @@ class Terms:
     layer_dtypes: tuple[str, ...]
     has_controls: bool
     """Whether a control variate (f32) for each of them comes behind them when the server sends them."""
+    is_buffered: bool = False
+    """Whether each client has rounds of its own, and merges are made as uploads come in."""
 
     @property
     def element_bytes(self) -> int:

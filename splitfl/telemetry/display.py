@@ -248,6 +248,13 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
             return "evaluated", _say_evaluation(event, progress)
         case "merged":
             return "merged", _say_merge(event)
+        case "last_call":
+            return (
+                "closing",
+                f"round {event['round']} waits for the finished steps of {', '.join(event['clients']) or 'nobody'}",
+            )
+        case "upload_dropped":
+            return "dropped", f"{event['client_id']}: its layers, {event['reason']}"
         case "client_done":
             return "done", f"{_padded(event, progress)}  {event['num_examples']} examples  {_traffic(event)}"
         case "run_finished":

@@ -79,11 +79,16 @@ def steps_of(run: RunConfig) -> Finding:
     """Say how many steps the run has."""
     federation = run.federation
     examples = federation.per_device_train_batch_size * federation.gradient_accumulation_steps
+    rounds = f"{federation.num_rounds} rounds of {federation.local_steps} steps of each client: {run.total_steps} steps"
+    if run.is_buffered:
+        rounds = (
+            f"{federation.num_rounds} merges of {run.strategy.buffer_size} uploads of {federation.local_steps} steps,"
+            f" whoever they come from: {run.total_steps * run.strategy.buffer_size} steps of all clients together"
+        )
     return Finding(
         topic="steps",
         sentences=(
-            f"{federation.num_rounds} rounds of {federation.local_steps} steps of each client: {run.total_steps} steps,"
-            f" each from {examples} examples in {federation.gradient_accumulation_steps} micro-batches.",
+            f"{rounds}, each from {examples} examples in {federation.gradient_accumulation_steps} micro-batches.",
         ),
         numbers={"rounds": federation.num_rounds, "steps": run.total_steps, "examples_per_step": examples},
     )

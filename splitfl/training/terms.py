@@ -24,6 +24,7 @@ def terms_of(run: RunConfig, cut: Cut) -> Terms:
         layer_shapes=tuple(tuple(layer.shape) for layer in layers),
         layer_dtypes=tuple(wire_dtype(layer.dtype) for layer in layers),
         has_controls=run.has_controls,
+        is_buffered=run.is_buffered,
     )
 
 

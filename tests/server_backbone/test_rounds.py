@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server_backbone.rounds import Decision, End, Merge, Open, Rounds
+from server_backbone.rounds import Decision, End, LastCall, Merge, Open, Rounds
 from splitfl.config import FederationSection, StrategySection
 from splitfl.federation.strategies.fed_avg import FedAvg
 
@@ -168,6 +168,37 @@ class TestClosing:
         opened(rounds, "a", "b")
         uploaded(rounds, "a", "b")
         assert rounds.left("b") == []
+
+
+class TestPartialWork:
+    @pytest.fixture
+    def rounds(self) -> Rounds:
+        rounds = rounds_of("a", "b", "c", partial_work="accept", step_timeout=10.0)
+        opened(rounds, "a", "b", "c")
+        rounds.uploaded("b")
+        assert rounds.ticked(99.9) == []
+        assert rounds.ticked(100.0) == [LastCall(round_number=1, clients=("a", "c"))]
+        assert rounds.waiting_for() == "layers of a, c"
+        return rounds
+
+    def test_all_answer_the_call(self, rounds: Rounds) -> None:
+        assert rounds.uploaded("c") == []
+        assert rounds.uploaded("a") == [Merge(round_number=1, uploaded=("a", "b", "c"), absent=(), reason="")]
+
+    def test_the_round_closes_one_steps_time_after_the_call(self, rounds: Rounds) -> None:
+        rounds.uploaded("c")
+        assert rounds.ticked(109.9) == []
+        assert rounds.ticked(110.0) == [Merge(round_number=1, uploaded=("b", "c"), absent=("a",), reason="")]
+        assert rounds.uploaded("a") == []
+
+    def test_one_that_has_finished_no_step_is_not_waited_for(self, rounds: Rounds) -> None:
+        assert rounds.gave_up("a") == []
+        assert rounds.uploaded("c") == [Merge(round_number=1, uploaded=("b", "c"), absent=("a",), reason="")]
+
+    def test_one_that_leaves_or_comes_back_after_the_call_is_not_waited_for(self, rounds: Rounds) -> None:
+        assert rounds.left("a") == []
+        rounds.joined("a", takes_part=True)
+        assert rounds.uploaded("c") == [Merge(round_number=1, uploaded=("b", "c"), absent=("a",), reason="")]
 
 
 class TestFromRoundToRound:

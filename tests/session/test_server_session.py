@@ -566,6 +566,14 @@ class TestStepClosed:
             session.opened(opened(round_number=2, first_step=3))
             through(session, 11, 3, 0)
 
+    @pytest.mark.parametrize("state", CLOSABLE)
+    def test_at_a_last_call_the_client_uploads_what_it_has(self, state: Callable[[], ServerSession]) -> None:
+        session = state()
+        session.step_closed(session.last_step + 1, "the round closes")
+        assert session.receive(commit(1)) is None or isinstance(session.last_commit, StepRefused)
+        assert session.receive(upload()) is not None
+        assert session.phase is Phase.MERGING
+
     def test_a_refusal_is_no_step_of_the_clients(self) -> None:
         session = through_all()
         session.step_closed(2, "late")

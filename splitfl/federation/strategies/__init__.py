@@ -4,6 +4,7 @@ from splitfl.config import FederationSection, StrategyName, StrategySection
 from splitfl.federation.strategies.adaptive import FedAdagrad, FedAdam, FedYogi
 from splitfl.federation.strategies.fed_avg import FedAvg, FedProx
 from splitfl.federation.strategies.fed_avg_m import FedAvgM
+from splitfl.federation.strategies.fed_buff import FedBuff
 from splitfl.federation.strategies.krum import Krum, MultiKrum
 from splitfl.federation.strategies.median import FedMedian
 from splitfl.federation.strategies.norm_clipped_mean import NormClippedMean
@@ -16,6 +17,7 @@ STRATEGIES: dict[StrategyName, type[Strategy]] = {
     "FedProx": FedProx,
     "SCAFFOLD": SCAFFOLD,
     "FedAvgM": FedAvgM,
+    "FedBuff": FedBuff,
     "FedAdagrad": FedAdagrad,
     "FedAdam": FedAdam,
     "FedYogi": FedYogi,
