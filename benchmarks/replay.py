@@ -62,6 +62,8 @@ class _Quiet:
         self.strategy = strategy_for(self.run.federation, self.run.strategy, self.run.seed)
         first = next(iter(self.edges.values())).layers()
         self.merged = Folded(layers=first | self.worker.before_merge())
+        self.rates = dict.fromkeys(self.edges, 0.0)
+        self.known: set[str] = set()
         self.versions = {0: self.merged.layers}
         """Where clients have rounds of their own: everyone's layers after each merge."""
         self.uploads: dict[str, tuple[dict[str, Tensor], int]] = {}
@@ -90,6 +92,7 @@ class _Quiet:
         match entry.kind:
             case "round":
                 self.worker.begin_round(entry.fields["clients"])
+                self.known |= set(entry.fields["clients"])
             case "commit":
                 self._commit(entry.fields)
             case "merge":
@@ -110,6 +113,7 @@ class _Quiet:
         self.replayed.server[fields["number"]] = self.worker.digest(contributions[0].slot)
         for client_id, step in fields["members"]:
             self.edges[client_id].step(step, coefficient)
+            self.rates[client_id] += self.edges[client_id].optimizer.learning_rate(step) * coefficient
             self.replayed.clients[client_id][step] = self.edges[client_id].digest()
 
     def _compute(self, client_id: str, step: int) -> Contribution:
@@ -135,6 +139,7 @@ class _Quiet:
             edge.bottom_backward(micro_batch, back)
         edge.finish_gradients()
         edge.add_proximal_term()
+        edge.add_controls()
         norms = edge.optimizer.norms().tolist()
         return Contribution(slot=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
 
@@ -143,7 +148,19 @@ class _Quiet:
         if is_accepted:
             weights = sorted(entry.fields["weights"].items())
             updates = [(self._update_of(name, entry.fields["round"]), weight) for name, weight in weights]
-            self.merged = self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state)
+            before, self.merged = (
+                self.merged,
+                self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state),
+            )
+            self.merged.state.update(
+                self.strategy.aggregate_controls(
+                    updates,
+                    before.layers,
+                    before.state,
+                    rates=[self.rates.get(name, 0.0) for name, _ in weights],
+                    num_clients=len(self.known),
+                )
+            )
         backbone = {name: self.merged.layers[name] for name in self.worker.before_merge()}
         layers = {name: layer for name, layer in self.merged.layers.items() if name not in backbone}
         # as the record has them, in this order
@@ -155,8 +172,10 @@ class _Quiet:
         self.replayed.merges[entry.fields["round"]] = digest_of(layers.values())
         self.versions[entry.fields["round"]] = layers
         if entry.fields.get("closes", True):
-            for edge in self.edges.values():
-                edge.load(list(layers.values()))
+            controls = self.strategy.controls(layers, self.merged.state)
+            for name, edge in self.edges.items():
+                edge.load([*layers.values(), *controls], counted=name in entry.fields["weights"])
+            self.rates = dict.fromkeys(self.edges, 0.0)
         self.worker.merged(backbone)
 
     def _update_of(self, name: str, number: int) -> Mapping[str, Tensor]:

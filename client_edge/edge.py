@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from client_edge.controls import Controls
 from client_edge.data import Batch
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut, mask_of
@@ -69,6 +70,7 @@ class Edge:
         self._half_done: tuple[int, float, list[Tensor | None]] | None = None
         self.optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
         self.compute = Stopwatch()
+        self._controls = Controls(self._merged if run.has_controls else {})
         self._round_start: dict[str, Tensor] = {}
         self._mark_round_start()
 
@@ -141,6 +143,8 @@ class Edge:
         The gradient of mu/2 |w - w0|² (Li et al. 2020, arXiv:1812.06127, equation 2). Does nothing unless the strategy
         is FedProx.
         """
+        if not self._run.proximal_mu:
+            return
         self.finish_step()
         with torch.no_grad():
             for name, start in self._round_start.items():
@@ -148,12 +152,18 @@ class Edge:
                 pull = (parameter - start).mul_(self._run.proximal_mu)
                 parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
 
+    def add_controls(self) -> None:
+        """Add SCAFFOLD's c - c_i to a step's gradients, before norms are taken; nothing with any other strategy."""
+        self.finish_step()
+        self._controls.correct()
+
     def step(self, step: int, clip_coefficient: float) -> None:
         """Apply the gradients of a step that the server has acknowledged to the bottom, and keep the top's for later.
 
         The server waits for the next activations, which only the bottom makes; `finish_step` must follow.
         """
         self.finish_step()
+        self._controls.stepped(self.optimizer.learning_rate(step) * clip_coefficient)
         with self.compute.running():
             later = _take(self._only_top)
             self.optimizer.step(step, clip_coefficient)  # what has no gradient is left as it is
@@ -195,14 +205,15 @@ class Edge:
         """Return weights and optimizer state by name, to be written down before anything else happens here."""
         self.finish_step()
         starts = {_ROUND_START + name: start for name, start in self._round_start.items()}
-        return self.optimizer.state() | starts
+        return self.optimizer.state() | starts | self._controls.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go back to what `state` has returned."""
         self._half_done = None
-        self.optimizer.load_state({name: value for name, value in state.items() if not name.startswith(_ROUND_START)})
+        self.optimizer.load_state(state)
         for name, start in self._round_start.items():
             start.copy_(state[_ROUND_START + name])
+        self._controls.restore(state)
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) over what trains here, in the model's order."""
@@ -219,18 +230,23 @@ class Edge:
         self.finish_step()
         return {name: p.detach().to("cpu", copy=True) for name, p in self._merged.items()}
 
-    def load(self, layers: Sequence[Tensor]) -> None:
-        """Write merged layers over those here."""
+    def load(self, layers: Sequence[Tensor], *, counted: bool = False) -> None:
+        """Write merged layers over those here; behind them come their controls, where the strategy has any.
+
+        `counted` says whether the merge has taken what is here.
+        """
         self.finish_step()
+        self._controls.settle(self._round_start, counted=counted)
         with torch.no_grad():
-            for parameter, layer in zip(self._merged.values(), layers, strict=True):
+            for parameter, layer in zip(self._merged.values(), layers[: len(self._merged)], strict=True):
                 parameter.copy_(layer)
+        self._controls.load(layers[len(self._merged) :])
         self._mark_round_start()
         if self._run.federation.optimizer_state == "reset":
             self.optimizer.reset_state()
 
     def _mark_round_start(self) -> None:
-        if self._run.proximal_mu:
+        if self._run.proximal_mu or self._run.has_controls:
             self._round_start = {name: p.detach().clone() for name, p in self._merged.items()}
 
     def _mask(self, batch: Batch) -> Tensor | None:

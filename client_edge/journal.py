@@ -127,10 +127,11 @@ class Journal:
             self._history.note("refused", step=self.place.step + 1)
         self._edge.discard()
 
-    def loaded(self, layers: Iterable[Tensor], held_round: int) -> None:
-        """Take over merged layers, and take a snapshot of this moment."""
+    def loaded(self, layers: Iterable[Tensor], held_round: int, *, counted: bool = False) -> None:
+        """Take over merged layers, and take a snapshot of this moment; `counted` as in `Edge.load`."""
+        crash_point("merge-heard")
         self._edge.discard()
-        self._edge.load(list(layers))
+        self._edge.load(list(layers), counted=counted)
         self.pending = None
         self.place = replace(self.place, held_round=held_round, round_tokens=0)
         self.snapshot()

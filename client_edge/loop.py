@@ -75,7 +75,7 @@ def train(
             log.warning("round %s closed without this client: %s", round_.round_number, closed)
             journal.refused()
             merged = closed.merged
-        journal.loaded(link.realise(merged.layers), merged.round_number)
+        journal.loaded(link.realise(merged.layers), merged.round_number, counted=merged.counted)
 
         # every client says what it holds now, so that anyone can see that all hold the same
         observer.merged(merged, report_layers(edge, link, merged.round_number))
@@ -151,6 +151,8 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
     edge.finish_gradients()
     # FedProx: not further from the others than need be
     edge.add_proximal_term()
+    # SCAFFOLD: the way all would go, rather than our own
+    edge.add_controls()
 
     # commit: written down here, then both sides step, or neither
     journal.asking(step=step, num_label_tokens=num_label_tokens, loss=loss)

@@ -204,6 +204,7 @@ class Participation:
 
     def _resume(self) -> None:
         """Find out where this client and the server are, and bring this client there."""
+        counted = False
         resumed = self._ask_where()
         if resumed.verdict == "rewind":
             self._emit("rewound", step=resumed.step, reason=resumed.reason)
@@ -219,8 +220,9 @@ class Participation:
             self._journal.begin_at(resumed.step, resumed.commit_number, resumed.reason)
         else:
             self._settle(resumed)
+            counted = resumed.counted_round > self._journal.place.held_round
         if resumed.layers:
-            self._journal.loaded(self._link.realise(resumed.layers), resumed.held_round)
+            self._journal.loaded(self._link.realise(resumed.layers), resumed.held_round, counted=counted)
             digest = report_layers(self._edge, self._link, resumed.held_round)
             self._emit("loaded", round=resumed.held_round, accepted=True, reason="", digest=digest)
         self._round_number = resumed.round_number or self._round_number

@@ -18,7 +18,7 @@ from splitfl.durability.disk import make_private_dir
 from splitfl.errors import DataError, ModelError
 from splitfl.models.cut import Cut
 from splitfl.training.device import open_device
-from splitfl.training.terms import terms_of
+from splitfl.training.terms import merged_layers, terms_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +136,8 @@ def _take_merged_layers(link: Link, cut: Cut) -> None:
     resumed = link.resume(held_round=0, step=0, commit_number=0, pending_step=0)
     if not resumed.layers:
         return
+    merged = merged_layers(link.run, cut)
+    layers = link.realise(resumed.layers[: len(merged)])  # controls may come behind them
     with torch.no_grad():
-        for parameter, layer in zip(cut.trainable("client").values(), link.realise(resumed.layers), strict=True):
+        for parameter, layer in zip(merged.values(), layers, strict=True):
             parameter.copy_(layer)

@@ -160,7 +160,12 @@ class Engine:
         clip_coefficient, gradients = self.worker.reduce(contributions)
         crash_point("commit-before-record")
         try:
-            number = self.ledger.commit(contributions, clip_coefficient, gradients)
+            number = self.ledger.commit(
+                contributions,
+                gradients,
+                clip_coefficient=clip_coefficient,
+                learning_rate=self.worker.learning_rate_of(contributions[0]),
+            )
         except StorageError:
             self.worker.withdraw()
             raise
@@ -284,7 +289,11 @@ class Engine:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""
         uploads = self._retire(self._buffer, merge) if self._buffer is not None else None
         reason = merge.reason or self.merger.objection(merge.uploaded)
-        weights = {} if reason else self.merger.merge(merge.uploaded, self.worker)
+        state = self.ledger.state
+        weights: dict[str, float] = {}
+        if not reason:
+            rates = state.round.rates if state.round else {}
+            weights = self.merger.merge(merge.uploaded, self.worker, rates=rates, num_clients=state.num_clients)
         layers, backbone = self.merger.layers(), self.merger.backbone()
         crash_point("merge-before-record")
         self.ledger.merged(
@@ -379,8 +388,8 @@ class Engine:
         return note
 
     def describe_layers(self) -> tuple[TensorFrames, ...]:
-        """Describe everyone's layers: those of the last merge, or what every client starts with."""
-        return tuple(self._describe(layer) for layer in self.merger.layers().values())
+        """Describe everyone's layers: those of the last merge, or what every client starts with; and their controls."""
+        return tuple(self._describe(layer) for layer in (*self.merger.layers().values(), *self.merger.controls()))
 
     # loops of clients' own
 

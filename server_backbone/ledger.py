@@ -41,6 +41,8 @@ class RoundState:
     """Weights of the uploads on disk, by client."""
     out: list[str] = field(default_factory=list)
     """Clients that the round goes on without."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Sum of what each client's gradients of this round were multiplied by: learning rate times clip coefficient."""
     finished: dict[str, int] = field(default_factory=dict)
     """Steps of the round that each client has finished."""
 
@@ -65,6 +67,8 @@ class MemberState:
     next_step: int = 0
     has_finished: bool = False
     num_examples: int = 0
+    counted_round: int = 0
+    """The last merge that its layers are in."""
 
     @property
     def applied(self) -> Applied:
@@ -100,6 +104,11 @@ class RunState:
     """Why that is before the last round, "" if it is not."""
     ends_with: int = 0
     """The merge whose layers and backbone the run ends with, where that was asked for; else 0."""
+
+    @property
+    def num_clients(self) -> int:
+        """Clients that have been in a round; who has joined and was never ready only looks on."""
+        return sum(member.next_step > 0 for member in self.members.values())
 
     @property
     def uploaded(self) -> dict[str, float]:
@@ -158,6 +167,8 @@ class RunState:
                 self.num_merged = self.held_round = entry["round"]
                 self.measured = {}
                 self.round = None
+                for client_id in entry["weights"].keys() & self.members.keys():  # a buffer has names of its own
+                    self.members[client_id].counted_round = entry["round"]
                 for name in entry.get("taken", ()):
                     self.buffer.pop(name)
                 if entry.get("closes", True):
@@ -183,6 +194,8 @@ class RunState:
             member.commit_number, member.clip_coefficient = entry["number"], entry["clip_coefficient"]
             if self.round is not None:
                 self.round.step = max(self.round.step, step + 1)
+                rate = entry["learning_rate"] * entry["clip_coefficient"]
+                self.round.rates[client_id] = self.round.rates.get(client_id, 0.0) + rate
                 self.round.finished[client_id] = self.round.finished.get(client_id, 0) + 1
 
     def to_fields(self) -> dict[str, Any]:
@@ -293,18 +306,22 @@ class Ledger:
         self._write(Record(kind=kind, fields=entry), durable=False)
 
     def commit(
-        self, contributions: Sequence[Contribution], clip_coefficient: float, gradients: Mapping[str, Tensor]
+        self,
+        contributions: Sequence[Contribution],
+        gradients: Mapping[str, Tensor],
+        *,
+        clip_coefficient: float,
+        learning_rate: float,
     ) -> int:
         """Write a decided step, to be applied next, and return its number; durable when this returns."""
         number = self.state.commit_number + 1
-        scaling = contributions[0].scaling
         fields = {
             "number": number,
             "step": contributions[0].step,
             "members": [[each.slot, each.step] for each in contributions],
             "tokens": [each.num_label_tokens for each in contributions],
             "clip_coefficient": clip_coefficient,
-            "learning_rate": None if scaling is None else scaling.learning_rate,
+            "learning_rate": learning_rate,
         }
         tensors = gradients if self._keeps_records else {}
         self._write(Record(kind="commit", fields=fields, tensors=tensors), durable=self._keeps_records)

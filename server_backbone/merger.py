@@ -136,10 +136,18 @@ class Merger:
         """Say why these clients' layers cannot be merged, "" if they can."""
         return self.strategy.objection(list(self._weights_of(clients).values()))
 
-    def merge(self, clients: Sequence[str], backbones: Backbones = _SHARED) -> dict[str, float]:
+    def merge(
+        self,
+        clients: Sequence[str],
+        backbones: Backbones = _SHARED,
+        *,
+        rates: Mapping[str, float] | None = None,
+        num_clients: int = 0,
+    ) -> dict[str, float]:
         """Fold these clients' layers into everyone's, and their copies of the backbone; return the weights used.
 
-        The strategy sees a client's layers and its copy as one update.
+        The strategy sees a client's layers and its copy as one update. For control variates: `rates` by client and
+        `num_clients` as in `Strategy.aggregate_controls`; whom `rates` does not name has taken no step.
         """
         weights = self._weights_of(clients)
         before = backbones.before_merge()
@@ -147,9 +155,17 @@ class Merger:
             (_Joined(self._update_of(client_id), backbones.to_merge(client_id)), weight)
             for client_id, weight in weights.items()
         ]
-        folded = self.strategy.aggregate_train(updates, _Joined(self._layers, before), self._state)
+        old = _Joined(self._layers, before)
+        folded = self.strategy.aggregate_train(updates, old, self._state)
+        controls = self.strategy.aggregate_controls(
+            updates,
+            old,
+            self._state,
+            rates=[(rates or {}).get(client_id, 0.0) for client_id in weights],
+            num_clients=max(num_clients, len(weights)),
+        )
         self._backbone = {name: folded.layers.pop(name) for name in before}
-        self._layers, self._state = folded.layers, folded.state
+        self._layers, self._state = folded.layers, {**folded.state, **controls}
         return weights
 
     def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
@@ -175,6 +191,10 @@ class Merger:
     def backbone(self) -> Mapping[str, Tensor]:
         """Return what the merge has made of the clients' copies of the backbone, until its uploads are forgotten."""
         return self._backbone
+
+    def controls(self) -> list[Tensor]:
+        """Return the control variates that go with the layers, [] if the strategy has none."""
+        return self.strategy.controls(self._layers, self._state)
 
     def state(self) -> Mapping[str, Tensor]:
         """Return what the strategy wants to be given at the next merge; never written to again."""

@@ -9,8 +9,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from server_backbone.caches import CacheBook
@@ -506,9 +506,14 @@ class Server:
             claim,
             held_round=self._merge_number,
             layers=self._layers,
+            counted_round=self._counted_round(member.client_id),
             is_parting=self._rounds.is_parting,
         )
         self._let_go_on(connection, claim, resumed, was_training)
+
+    def _counted_round(self, client_id: str) -> int:
+        known = self.engine.ledger.state.members.get(client_id)
+        return known.counted_round if known is not None else 0
 
     def _joined(self, newcomer: Member) -> Member:
         """Take in a client that is new; before it resumes it has only looked, and nobody waits for it."""
@@ -683,16 +688,16 @@ class Server:
         )
 
     def _log_step(self, member: Member, commit: Commit, first: Contribution, decided: Decided) -> None:
-        scaling, scheduled = first.scaling, self.engine.worker.learning_rate(first.step)
+        is_own_loop = first.scaling is not None
         self.metrics.emit(
             "step",
             client_id=member.client_id,
             round=member.session.round_number,
             step=commit.step,
             commit_number=decided.commit_number,
-            loss=commit.loss if scaling is None else None,  # a client's own loop keeps it to itself
+            loss=None if is_own_loop else commit.loss,  # a client's own loop keeps it to itself
             num_label_tokens=commit.num_label_tokens,
-            learning_rate=scheduled if scaling is None else scaling.learning_rate,
+            learning_rate=self.engine.worker.learning_rate_of(first),
             clip_coefficient=decided.clip_coefficient,
             bytes_sent=member.received,
             bytes_received=member.sent,
@@ -833,6 +838,7 @@ class Server:
             accepted=not merged.reason,
             reason=merged.reason,
             is_last=self._rounds.is_last,
+            counted=False,
             layers=self._layers,
         )
         self.metrics.emit(
@@ -842,22 +848,22 @@ class Server:
             reason=merged.reason,
             clients=merged.weights,
             absent=merge.absent,
-            num_tensors=len(self._layers),
+            num_tensors=len(self.terms.layer_shapes),
             digest=merged.digest,
             **({} if merged.uploads is None else {"uploads": merged.uploads}),
         )
         self._said_of_snapshot(merged.note)
         if merge.closes:
-            self._close_round(message)
+            self._close_round(message, merged.weights)
         now_s = time.monotonic()
         self._decide(self._rounds.merged(now_s), now_s)
 
-    def _close_round(self, message: Merged) -> None:
+    def _close_round(self, message: Merged, weights: Mapping[str, float]) -> None:
         """Tell everybody of the merge that ends their round."""
         self._last_merge = message
         for member in self._members:
             if member.session.phase in (Phase.TRAINING, Phase.COMMITTING, Phase.MERGING):
-                self._end_round(member, message)
+                self._end_round(member, replace(message, counted=member.client_id in weights))
             elif message.is_last and member.session.phase is Phase.READY:
                 self._dismiss(member)
 
@@ -890,6 +896,7 @@ class Server:
             accepted=not objection,
             reason=objection,
             is_last=False,
+            counted=False,
             layers=self._layers,
         )
         self._end_round(member, message)

@@ -300,9 +300,11 @@ class Worker:
         """Return the SHA-256 (hex) over what trains here, in the model's order: of one client's copy if it has one."""
         return digest_of(self._copies.serving(slot).parameters.values())
 
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 1."""
-        return self._copies.common.optimizer.learning_rate(step)
+    def learning_rate_of(self, contribution: Contribution) -> float:
+        """Return the learning rate that a step is applied with: its client's own, or the schedule's."""
+        if contribution.scaling is not None:
+            return contribution.scaling.learning_rate
+        return self._copies.common.optimizer.learning_rate(contribution.step)
 
     def discard(self, slot: str) -> None:
         """Free a slot's graphs and gradients."""

@@ -23,6 +23,7 @@ Part = Literal["lora", "full", "none"]
 StrategyName = Literal[
     "FedAvg",
     "FedProx",
+    "SCAFFOLD",
     "FedAvgM",
     "FedBuff",
     "FedAdagrad",
@@ -285,7 +286,7 @@ class StrategySection(Section):
 
     USED_BY: ClassVar[Mapping[str, frozenset[StrategyName]]] = {
         "proximal_mu": frozenset({"FedProx"}),
-        "server_learning_rate": frozenset({"FedAvgM", "FedBuff"}),
+        "server_learning_rate": frozenset({"FedAvgM", "FedBuff", "SCAFFOLD"}),
         "server_momentum": frozenset({"FedAvgM"}),
         "buffer_size": frozenset({"FedBuff"}),
         "max_staleness": frozenset({"FedBuff"}),
@@ -303,7 +304,7 @@ class StrategySection(Section):
     """FedProx: how strongly a client's layers are pulled towards those of the last merge; 0 is FedAvg."""
 
     server_learning_rate: float = Field(1.0, gt=0)
-    """FedAvgM, FedBuff: scale of the server's step."""
+    """FedAvgM, FedBuff, SCAFFOLD: scale of the server's step."""
 
     server_momentum: float = Field(0.9, ge=0, lt=1)
     """FedAvgM: share of the last step that is kept; 0 and `server_learning_rate = 1` is FedAvg."""
@@ -663,6 +664,11 @@ class RunConfig(Config):
         return self.strategy.proximal_mu if self.federation.strategy == "FedProx" else 0.0
 
     @property
+    def has_controls(self) -> bool:
+        """Whether control variates travel with the merged layers."""
+        return self.federation.strategy == "SCAFFOLD"
+
+    @property
     def backbone_trains(self) -> bool:
         """Whether the server's weights move at all."""
         return self.federation.server_mode != "frozen" and self.train.backbone != "none"
@@ -685,6 +691,37 @@ class RunConfig(Config):
             raise ValueError(
                 f"strategy.{name} = {getattr(self.strategy, name)} is an option of {users}: leave it out, or choose"
                 f" another federation.strategy than {strategy}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _controls_are_what_they_mean(self) -> Self:
+        """Refuse what would make of SCAFFOLD's controls something else than mean gradients."""
+        if not self.has_controls or self.has_own_loops:
+            return self
+        if self.optimizer.optim != "sgd":
+            raise ValueError(
+                f"optimizer.optim = {self.optimizer.optim} does not go with federation.strategy = SCAFFOLD, whose"
+                ' controls are gradients worked out from the way that plain SGD went: set optimizer.optim to "sgd", or'
+                " choose another strategy"
+            )
+        if self.optimizer.weight_decay:
+            raise ValueError(
+                f"optimizer.weight_decay = {self.optimizer.weight_decay} does not go with federation.strategy ="
+                " SCAFFOLD, whose controls are gradients worked out from the way that a client went, decay and all:"
+                " set it to 0"
+            )
+        if self.federation.weight_by != "uniform":
+            raise ValueError(
+                f"federation.weight_by = {self.federation.weight_by} does not go with federation.strategy = SCAFFOLD:"
+                " its controls are plain means over the clients, which draw every merge to where all clients count"
+                ' alike, so set weight_by to "uniform"'
+            )
+        if self.has_copies:
+            raise ValueError(
+                f"federation.server_mode = {self.federation.server_mode} does not go with federation.strategy = SCAFFOLD:"
+                " the clients' copies of the backbone would be merged without controls; choose another server_mode, or"
+                " another strategy"
             )
         return self
 

@@ -40,6 +40,7 @@ def terms(**changed: Any) -> Terms:
         "num_trainable": len(LAYER_SHAPES),
         "layer_shapes": LAYER_SHAPES,
         "layer_dtypes": ("f32", "f32"),
+        "has_controls": False,
     }
     return Terms(**{**usual, **changed})
 
@@ -76,5 +77,5 @@ def opened(round_number: int = 1, first_step: int = 1, num_steps: int = 2, **cha
 
 def merged(round_number: int = 1, **changed: Any) -> Merged:
     """Return the end of a round."""
-    usual: dict[str, Any] = {"accepted": True, "reason": "", "is_last": False, "layers": layers()}
+    usual: dict[str, Any] = {"accepted": True, "reason": "", "is_last": False, "counted": True, "layers": layers()}
     return Merged(round_number=round_number, **{**usual, **changed})

@@ -147,12 +147,17 @@ class TestRanges:
             "federation.round_timeout=0",
             "federation.strategy=FedNova",
             "strategy.proximal_mu=-0.1",
+            "strategy.server_learning_rate=0",
+            "strategy.server_learning_rate=nan",
+            "strategy.server_momentum=1.0",
             "strategy.eta=0",
             "strategy.eta=inf",
+            "strategy.beta_1=-0.1",
             "strategy.beta_2=1.0",
             "strategy.tau=0",
             "strategy.beta=0.5",
             "strategy.num_malicious_clients=-1",
+            "strategy.num_clients_to_keep=-1",
             "strategy.clipping_norm=0",
             "strategy.buffer_size=0",
             "strategy.max_staleness=-1",
@@ -193,6 +198,24 @@ class TestRanges:
                 r" federation\.strategy than FedAvg",
             ),
             (["federation.strategy=Krum", "strategy.num_clients_to_keep=2"], r"is an option of MultiKrum: leave"),
+            (
+                ["federation.strategy=SCAFFOLD", "federation.weight_by=uniform"],
+                r"optimizer\.optim = adamw_torch does not go with federation\.strategy = SCAFFOLD, .* set"
+                r' optimizer\.optim to "sgd"',
+            ),
+            (
+                ["federation.strategy=SCAFFOLD", "optimizer.optim=sgd", "optimizer.weight_decay=0.1"],
+                r"optimizer\.weight_decay = 0\.1 does not go with federation\.strategy = SCAFFOLD, .*: set it to 0",
+            ),
+            (
+                ["federation.strategy=SCAFFOLD", "optimizer.optim=sgd"],
+                r"federation\.weight_by = num_examples does not go with federation\.strategy = SCAFFOLD: .* so set"
+                r' weight_by to "uniform"',
+            ),
+            (
+                ["federation.strategy=SCAFFOLD", "strategy.proximal_mu=0.1"],
+                r"strategy\.proximal_mu = 0\.1 is an option of FedProx: leave",
+            ),
             (["strategy.buffer_size=4"], r"is an option of FedBuff: leave it out"),
             (
                 ["federation.strategy=FedBuff"],

@@ -54,3 +54,23 @@ class Strategy(ABC):
         `held` are the layers the round began with, `state` is what the last merge has left ({} before the first).
         Changes nothing it is given. Raises `ConfigError` when the layers differ in name or shape.
         """
+
+    def aggregate_controls(
+        self,
+        updates: Sequence[Update],
+        held: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        *,
+        rates: Sequence[float],
+        num_clients: int,
+    ) -> dict[str, Tensor]:
+        """Return what this merge makes of the control variates, to be kept with `Folded.state`; {} if it has none.
+
+        `rates` are the sums of what each client's gradients were multiplied by in the round (learning rate times clip
+        coefficient), `num_clients` is the number of all clients of the run, whether they trained or not.
+        """
+        return {}
+
+    def controls(self, held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the control variates that go to every client behind the layers, one for each; [] if it has none."""
+        return []

@@ -260,7 +260,10 @@ class Merged:
     accepted: bool
     reason: str
     is_last: bool
+    counted: bool
+    """Whether your layers are among those that were merged."""
     layers: tuple[TensorFrames, ...]
+    """In the model's order; behind them their controls, where the strategy has any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -329,6 +332,8 @@ class Resumed:
     held_round: int
     """The last merge: `layers` are its, where yours are older."""
     layers: tuple[TensorFrames, ...]
+    counted_round: int
+    """The last merge that your layers are in, 0 for none."""
     round_number: int
     """The open round you take part in, 0 for none."""
     first_step: int

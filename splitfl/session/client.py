@@ -213,7 +213,7 @@ class ClientSession:
             case RoundOpened():
                 self._require_asked(message)
                 if message.layers:
-                    self.terms.check_layers(message.layers)
+                    self.terms.check_merged(message.layers)
                 self._waits_for = None
                 self.open_round = message
                 self.next_step = message.first_step
@@ -229,7 +229,7 @@ class ClientSession:
             case Merged():
                 if self.open_round is None or not self._ends(message, self.open_round):
                     raise RemoteProtocolError(f"layers of round {message.round_number}, which is not open here")
-                self.terms.check_layers(message.layers)
+                self.terms.check_merged(message.layers)
                 self.abandon_step(self.next_step)
                 self._waits_for = None
                 self.open_round = None
@@ -251,7 +251,7 @@ class ClientSession:
         if message.verdict not in ("go", "rewind", "anew"):
             raise RemoteProtocolError(f"resumed with verdict {message.verdict!r:.20}")
         if message.layers:
-            self.terms.check_layers(message.layers)
+            self.terms.check_merged(message.layers)
         self._waits_for = None
         if message.verdict == "rewind":
             return

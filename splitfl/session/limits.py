@@ -48,7 +48,7 @@ def limits_of(terms: Terms, link: LinkSection, *, clients: int) -> Limits:
     return Limits(
         header_bytes=HEADER_BYTES,
         frame_bytes=link.frame_bytes,
-        message_bytes=HEADER_BYTES + max(terms.activation_bytes, terms.layers_bytes, link.frame_bytes),
+        message_bytes=HEADER_BYTES + max(terms.activation_bytes, terms.merged_bytes, link.frame_bytes),
         # both directions of each micro-batch, a commit or upload, and what a reconnection says
         messages_queued=2 * terms.max_in_flight + 6,
         micro_batches_in_flight=terms.max_in_flight,

@@ -61,9 +61,19 @@ class OwnLoopServerSession(ServerSession):
         self.next_step = max(self.next_step, next_step)
         self.last_commit = None
 
-    def resume(self, claim: Resume, *, held_round: int, layers: tuple[TensorFrames, ...], is_parting: bool) -> Resumed:
+    def resume(
+        self,
+        claim: Resume,
+        *,
+        held_round: int,
+        layers: tuple[TensorFrames, ...],
+        counted_round: int = 0,
+        is_parting: bool,
+    ) -> Resumed:
         """Compare where the client says it is with what was applied; one that is new goes on behind that."""
-        resumed = super().resume(claim, held_round=held_round, layers=layers, is_parting=is_parting)
+        resumed = super().resume(
+            claim, held_round=held_round, layers=layers, counted_round=counted_round, is_parting=is_parting
+        )
         self.phase = Phase.TRAINING
         return resumed
 

@@ -204,10 +204,19 @@ class ServerSession:
         """Go on at this step: the others have gone on meanwhile."""
         self.next_step = max(self.next_step, next_step)
 
-    def resume(self, claim: Resume, *, held_round: int, layers: tuple[TensorFrames, ...], is_parting: bool) -> Resumed:
+    def resume(
+        self,
+        claim: Resume,
+        *,
+        held_round: int,
+        layers: tuple[TensorFrames, ...],
+        counted_round: int = 0,
+        is_parting: bool,
+    ) -> Resumed:
         """Compare where the client says it is with what was applied, and say where it goes on.
 
-        `held_round` is the last merge and `layers` are its. A client that is behind leaves its open round.
+        `held_round` is the last merge and `layers` are its; `counted_round` is the last that this client's layers are
+        in. A client that is behind leaves its open round.
         """
         begun_with = self._begun_with(claim, held_round)
         verdict, reason = self._compare(claim, begun_with)
@@ -227,6 +236,7 @@ class ServerSession:
             clip_coefficient=self.applied.clip_coefficient,
             held_round=held_round,
             layers=layers if is_older else (),
+            counted_round=counted_round,
             round_number=self.round_number if takes_part else 0,
             first_step=self._first_step if takes_part else 0,
             num_steps=self.last_step - self._first_step + 1 if takes_part else 0,
@@ -426,8 +436,12 @@ class ServerSession:
             raise RemoteProtocolError("layers in the middle of a step")
         if self.next_step <= self.last_step:
             raise RemoteProtocolError(f"layers at step {self.next_step}, before the round's last, {self.last_step}")
-        if message.num_examples < 1 or message.num_tokens < 0:
-            raise RemoteProtocolError("layers from no examples")
+        if message.num_examples < 1:
+            raise RemoteProtocolError(
+                f"layers from {message.num_examples} examples: an upload needs at least one behind it"
+            )
+        if message.num_tokens < 0:
+            raise RemoteProtocolError(f"layers from {message.num_tokens} label tokens: there cannot be less than 0")
         self.terms.check_layers(message.layers)
         self.phase = Phase.MERGING
         return message

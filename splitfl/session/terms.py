@@ -27,6 +27,8 @@ class Terms:
     layer_shapes: tuple[tuple[int, ...], ...]
     """Shapes of those that are merged, in the model's order."""
     layer_dtypes: tuple[str, ...]
+    has_controls: bool
+    """Whether a control variate (f32) for each of them comes behind them when the server sends them."""
     is_buffered: bool = False
     """Whether each client has rounds of its own, and merges are made as uploads come in."""
 
@@ -52,6 +54,12 @@ class Terms:
             math.prod(shape) * DTYPE_BYTES[dtype]
             for shape, dtype in zip(self.layer_shapes, self.layer_dtypes, strict=True)
         )
+
+    @property
+    def merged_bytes(self) -> int:
+        """Bytes of what the server sends after a merge: the layers, and the controls where there are any."""
+        controls = sum(math.prod(shape) * DTYPE_BYTES["f32"] for shape in self.layer_shapes)
+        return self.layers_bytes + (controls if self.has_controls else 0)
 
     def check_activations(self, tensor: TensorFrames, lengths_B: Sequence[int]) -> None:
         """Raise unless the tensor is activations BSD within the bounds, with a length for each row."""
@@ -85,10 +93,26 @@ class Terms:
         if tensor.shape != shape:
             raise RemoteProtocolError(f"a tensor of shape {tensor.shape} in answer to one of {shape}")
 
+    def check_merged(self, layers: Sequence[TensorFrames]) -> None:
+        """Raise unless these are a client's merged tensors as the server sends them, with a control for each."""
+        num_layers = len(self.layer_shapes)
+        self.check_layers(layers[:num_layers])
+        controls = [(control.shape, control.dtype) for control in layers[num_layers:]]
+        if controls != [(shape, "f32") for shape in self.layer_shapes if self.has_controls]:
+            raise RemoteProtocolError(f"{len(controls)} controls behind the layers that are not those of this run")
+
     def check_layers(self, layers: Sequence[TensorFrames]) -> None:
         """Raise unless these are all client-side tensors that are merged, in order."""
-        if tuple(layer.shape for layer in layers) != self.layer_shapes:
-            raise RemoteProtocolError(f"{len(layers)} layers whose shapes are not those of this run's merged layers")
+        shapes = tuple(layer.shape for layer in layers)
+        if shapes != self.layer_shapes:
+            differing = [pair for pair in zip(shapes, self.layer_shapes, strict=False) if pair[0] != pair[1]]
+            detail = (
+                f": the first that differs is {differing[0][0]} where {differing[0][1]} belongs" if differing else ""
+            )
+            raise RemoteProtocolError(
+                f"{len(layers)} layers whose shapes are not those of this run's {len(self.layer_shapes)} merged"
+                f" layers{detail}"
+            )
         if tuple(layer.dtype for layer in layers) != self.layer_dtypes:
             raise RemoteProtocolError("layers whose types are not those of this run's merged layers")
 

@@ -29,7 +29,7 @@ class Traffic:
     """Both ways; an evaluation has no gradients."""
     step: int
     merge: int
-    """The layers of one client, up and down."""
+    """The layers of one client up, and everyone's down, with their controls if there are any."""
     round: int
 
     @classmethod
@@ -41,7 +41,7 @@ class Traffic:
         up = micro_batch * (1 + terms.needs_backward)
         down = micro_batch * (1 + (terms.needs_backward and run.bottom_trains))
         step = federation.gradient_accumulation_steps * (up + down)
-        merge = 2 * terms.layers_bytes
+        merge = terms.layers_bytes + terms.merged_bytes
         return cls(
             micro_batch_up=up,
             micro_batch_down=down,

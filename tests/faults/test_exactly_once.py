@@ -142,3 +142,30 @@ def test_what_a_strategy_remembers_outlives_a_crash(
     town: Callable[..., Town], settings: dict[str, object], crash: dict[str, str]
 ) -> None:
     settle(town(2, crash=crash, **SMALL, **settings))
+
+
+@pytest.mark.parametrize(
+    "crash",
+    [
+        {"server": "upload-after-record:2"},
+        {"server": "merge-before-record:1"},
+        {"server": "merge-after-record:1"},
+        {"clinic-0": "merge-heard:1"},  # its layers are merged, and it does not know
+        {"clinic-0": "step-applied:8"},
+        {"server": "commit-after-record:18"},
+    ],
+)
+def test_controls_on_both_sides_outlive_a_crash(town: Callable[..., Town], crash: dict[str, str]) -> None:
+    scaffold = {
+        "federation__strategy": "SCAFFOLD",
+        "federation__weight_by": "uniform",
+        "federation__num_rounds": 2,
+        "federation__local_steps": 6,
+        "federation__server_mode": "sequential",
+        "storage__snapshot_steps": 5,
+        "optimizer__optim": "sgd",
+        "optimizer__learning_rate": 0.1,
+    }
+    run = town(2, crash=crash, **scaffold)
+    settle(run, all_steps=False)
+    assert run.verdict().steps_acknowledged == 12 * 2

@@ -62,6 +62,28 @@ def spread(finished: Finished, kept: str) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one if kept in name)
 
 
+def own_controls(finished: Finished, client_id: str) -> Trained:
+    """Return the c_i in a client's last snapshot."""
+    return _with_prefix(finished.folders[client_id], "own_control/")
+
+
+def server_controls(finished: Finished) -> Trained:
+    """Return the c in the server's last snapshot."""
+    return _with_prefix(finished.run_dir, "strategy/control/")
+
+
+def _with_prefix(folder: Path, prefix: str) -> Trained:
+    store = Store.reading(folder / "state")
+    tensors = store.snapshot_of(store.generations()[-1]).tensors
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def client_done(finished: Finished) -> dict[str, Any]:
+    """Return the totals of a run's one client."""
+    (done,) = [e for e in read_events(finished.run_dir / "metrics.jsonl") if e["event"] == "client_done"]
+    return done
+
+
 def length(trained: Trained) -> float:
     """Return how far the clients' adapters have come from 0, where their second factors begin."""
     moved = [tensor for name, tensor in trained.items() if ".layers.0." in name and "lora_B" in name]
@@ -80,6 +102,59 @@ class TestFedProx:
         _, free = train(optimizer=sgd, federation=one_round)
         _, pulled = train(optimizer=sgd, federation={**one_round, "strategy": "FedProx"}, strategy={"proximal_mu": 8.0})
         assert length(pulled) < 0.5 * length(free)
+
+
+class TestScaffold:
+    SGD: ClassVar[dict[str, Any]] = {
+        "optim": "sgd",
+        "learning_rate": 0.2,
+        "max_grad_norm": 0.05,
+        "lr_scheduler_type": "linear",
+    }
+
+    def train(self, train: Callable[..., Any], clients: int = 2, *, strategy: str, **federation: Any) -> Any:
+        return train(
+            clients,
+            optimizer=self.SGD,
+            federation={"strategy": strategy, "weight_by": "uniform", **federation},
+        )
+
+    def test_one_client_is_fed_avg_to_the_bit(self, train: Callable[..., Any]) -> None:
+        _, plain = self.train(train, 1, strategy="FedAvg", num_rounds=3)
+        finished, corrected = self.train(train, 1, strategy="SCAFFOLD", num_rounds=3)
+        assert equal(plain, corrected)
+        controls = server_controls(finished)
+        assert max(float(control.abs().max()) for control in controls.values()) > 0
+        assert equal(controls, own_controls(finished, "clinic-0"))
+
+    def test_the_first_round_is_fed_avgs_to_the_bit_and_the_second_is_not(self, train: Callable[..., Any]) -> None:
+        for num_rounds in (1, 2):
+            _, plain = self.train(train, strategy="FedAvg", num_rounds=num_rounds)
+            _, corrected = self.train(train, strategy="SCAFFOLD", num_rounds=num_rounds)
+            assert equal(plain, corrected) == (num_rounds == 1)
+
+    def test_the_servers_controls_are_the_clients_means_and_no_part_of_the_model(
+        self, train: Callable[..., Any]
+    ) -> None:
+        finished, trained = self.train(train, 3, strategy="SCAFFOLD", fraction_train=0.67, num_rounds=3)
+        assert [merge["accepted"] for merge in merges(finished)] == [True] * 3
+        assert {len(merge["clients"]) for merge in merges(finished)} == {2}
+        own = [own_controls(finished, f"clinic-{number}") for number in range(3)]
+        for name, control in server_controls(finished).items():
+            mean = torch.stack([each[name] for each in own]).mean(dim=0)
+            torch.testing.assert_close(control, mean, rtol=1e-4, atol=1e-6)
+        assert not any("control" in name for name in trained)
+        report = json.loads((finished.run_dir / "report.json").read_text())
+        assert all(merge["equal"] for merge in report["merges"])
+        assert spread(finished, "lora") == 0.0
+
+    def test_an_upload_is_no_larger_and_a_merge_comes_back_doubled(self, train: Callable[..., Any]) -> None:
+        (plain, trained), (corrected, _) = (self.train(train, 1, strategy=name) for name in ("FedAvg", "SCAFFOLD"))
+        layers = sum(tensor.nbytes for name, tensor in trained.items() if ".layers.0." in name or ".layers.3." in name)
+        before, after = client_done(plain), client_done(corrected)
+        assert abs(after["bytes_sent"] - before["bytes_sent"]) < layers / 4
+        received = [done["bytes_received"] - done["bytes_of_files"] for done in (before, after)]
+        assert received[1] - received[0] == pytest.approx(2 * layers, rel=0.25)
 
 
 class TestServerState:

@@ -274,7 +274,7 @@ class TestTensors:
                 session.receive(message)
             assert snapshot(session) == before
 
-    @pytest.mark.parametrize("wrong", [layers()[:1], layers()[::-1], (*layers(), frames_of(1))])
+    @pytest.mark.parametrize("wrong", [layers()[:1], layers()[::-1], (frames_of(1), *layers())])
     def test_layers_that_are_not_ours(self, wrong: Any) -> None:
         ended = RoundsEnded(round_number=4, best_round=2, reason="", layers=wrong)
         for session, message in (
@@ -286,6 +286,21 @@ class TestTensors:
             with pytest.raises(RemoteProtocolError, match="layers whose shapes"):
                 session.receive(message)
             assert snapshot(session) == before
+
+    @pytest.mark.parametrize("has_controls", [True, False])
+    def test_controls_behind_the_layers_are_those_of_the_run(self, has_controls: bool) -> None:
+        def ready() -> ClientSession:
+            session = ClientSession(terms(has_controls=has_controls))
+            session.ready(5)
+            return session
+
+        controls = layers()
+        wrong: list[tuple[TensorFrames, ...]] = [controls[:1], controls[::-1], (*controls, frames_of(1))]
+        wrong += [() if has_controls else controls, (frames_of(2, 3, dtype="bf16"), frames_of(5))]
+        for behind in wrong:
+            with pytest.raises(RemoteProtocolError, match=f"{len(behind)} controls behind the layers"):
+                ready().receive(opened(layers=(*layers(), *behind)))
+        assert ready().receive(opened(layers=(*layers(), *(controls if has_controls else ())))) is not None
 
     def test_a_round_may_open_with_newer_layers_or_none(self) -> None:
         for sent_layers in ((), layers()):

@@ -466,7 +466,8 @@ BAD_UPLOADS: dict[str, tuple[Upload, str]] = {
     "a layer missing": (upload(layers=layers()[:1]), "1 layers whose shapes"),
     "another order": (upload(layers=layers()[::-1]), "2 layers whose shapes"),
     "another type": (upload(layers=tuple(frames_of(*layer.shape, dtype="bf16") for layer in layers())), "types"),
-    "from no examples": (upload(num_examples=0), "no examples"),
+    "from no examples": (upload(num_examples=0), "layers from 0 examples"),
+    "from a negative number of tokens": (upload(num_tokens=-1), "layers from -1 label tokens"),
 }
 
 

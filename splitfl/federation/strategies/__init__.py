@@ -8,12 +8,14 @@ from splitfl.federation.strategies.fed_buff import FedBuff
 from splitfl.federation.strategies.krum import Krum, MultiKrum
 from splitfl.federation.strategies.median import FedMedian
 from splitfl.federation.strategies.norm_clipped_mean import NormClippedMean
+from splitfl.federation.strategies.scaffold import SCAFFOLD
 from splitfl.federation.strategies.trimmed_mean import FedTrimmedAvg
 from splitfl.federation.strategy import Strategy
 
 STRATEGIES: dict[StrategyName, type[Strategy]] = {
     "FedAvg": FedAvg,
     "FedProx": FedProx,
+    "SCAFFOLD": SCAFFOLD,
     "FedAvgM": FedAvgM,
     "FedBuff": FedBuff,
     "FedAdagrad": FedAdagrad,
