@@ -16,12 +16,12 @@ from server_backbone.replay import replay
 pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, Any] = {
-    "federation__num_rounds": 4,
+    "federation__num_rounds": 5,
     "federation__local_steps": 3,
     "federation__evaluate": "rounds",
     "federation__load_best_model_at_end": "true",
     "federation__early_stopping_patience": 2,
-    "optimizer__learning_rate": 0.15,
+    "optimizer__learning_rate": 0.6,
     "optimizer__lr_scheduler_type": "constant",
     "optimizer__max_grad_norm": 0.0,
     "storage__snapshot_steps": 1000,
@@ -60,7 +60,7 @@ def judged(run: Town) -> dict[int, tuple[float, int, int]]:
         ({"server": "judge-after-record:2"}, {"storage__durability": "snapshot"}),
         ({"server": "end-after-record:1"}, {}),
         ({"server": "end-after-record:1"}, {"storage__durability": "snapshot"}),
-        ({"server": "commit-after-apply:8", "clinic-1": "step-applied:13"}, {}),
+        ({"server": "commit-after-apply:5", "clinic-1": "step-applied:7"}, {}),
     ],
     ids=str,
 )
