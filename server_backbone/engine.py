@@ -65,8 +65,6 @@ class Spooled:
 class Verdict:
     """How good a merge was, beside those before."""
 
-    value: float | None
-    """The measure that rounds are compared by; None where nobody has measured it."""
     standing: Standing
     reason: str
     """Why no further round is worth its while, "" if one is."""
@@ -354,19 +352,26 @@ class Engine:
         self.ledger.note("evaluated", client_id=client_id, round=round_number, measured=dict(measured))
 
     def judge(self, round_number: int) -> Verdict:
-        """Compare the last merge with those before, and keep it aside if it is the best so far."""
+        """Return what the last merge is beside those before; asked again, the answer is the recorded one."""
+        federation = self._run.federation
+        if self.ledger.state.standing.judged_round != round_number:
+            self._compare(round_number)
+        standing = self.ledger.state.standing
+        return Verdict(standing=standing, reason=standing.reason_to_stop(federation))
+
+    def _compare(self, round_number: int) -> None:
+        """Compare the last merge with those before, and keep it aside first if it is the best so far."""
         federation = self._run.federation
         value = value_of(self.ledger.state.measured, federation)
         standing = self.ledger.state.standing.after(round_number, value, federation)
-        is_best = standing.best_round == round_number
-        if is_best and federation.load_best_model_at_end:
+        keeps = federation.load_best_model_at_end and standing.best_round == round_number
+        if keeps:
             self.merger.keep_best(round_number)
         crash_point("judge-before-record")
         self.ledger.judged(standing)
         crash_point("judge-after-record")
-        if is_best and federation.load_best_model_at_end:
+        if keeps:
             self.merger.forget_other_bests(round_number)
-        return Verdict(value=value, standing=standing, reason=standing.reason_to_stop(federation))
 
     def end_rounds(self, reason: str) -> str:
         """Write that there is no further round, and go back to the best one if that is asked for; return a note."""

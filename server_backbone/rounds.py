@@ -129,15 +129,14 @@ class Rounds:
         *,
         num_merged: int,
         next_steps: Mapping[str, int],
-        num_judged: int = 0,
         has_stopped: bool = False,
     ) -> None:
         """Set where a run stands that was interrupted; `resumed` then says what follows.
 
-        `next_steps` are where each client's next round of its own would begin (see `turns`).
+        `next_steps` are where each client's next round of its own would begin (see `turns`). The last merge is judged,
+        or judged again: whoever is asked for the verdict remembers it.
         """
         self.num_merged = self.round_number = num_merged
-        self._num_judged = num_judged
         if open_round is not None:
             self.round_number = open_round.round_number
             self._stage = Stage.OPEN

@@ -167,6 +167,8 @@ class Server:
         state, now_s = self.engine.ledger.state, time.monotonic()
         self._merge_number = state.held_round
         self._have_rounds_ended = state.has_ended
+        if state.has_ended:
+            self._say_why_rounds_ended()  # it may have ended between the record and this
         self._layers = self._layers_of_all(state.num_merged)
         if state.round is not None or state.turns:
             self._gate.round_opened((), state.round.step if state.round is not None else 1)
@@ -191,7 +193,6 @@ class Server:
             state.round.out if state.round is not None else (),
             num_merged=state.num_merged,
             next_steps={client_id: state.next_step_of(client_id) for client_id in state.members},
-            num_judged=state.standing.judged_round,
             has_stopped=state.has_ended,
         )
         self._decide(self._rounds.resumed([member.client_id for member in self._members], now_s), now_s)
@@ -770,7 +771,7 @@ class Server:
             "judged",
             round=standing.judged_round,
             metric=self.run.federation.metric_for_best_model,
-            value=verdict.value,
+            value=standing.value,
             best_round=standing.best_round,
             best_value=standing.best_value if standing.best_round else None,
             rounds_without_improvement=standing.rounds_without_improvement,
@@ -784,7 +785,7 @@ class Server:
         self._have_rounds_ended = True
         if note:
             self.metrics.emit("note", text=note)
-        self.metrics.emit("rounds_ended", reason=state.end_reason, round=state.num_merged, best_round=state.ends_with)
+        self._say_why_rounds_ended()
         if state.held_round != self._merge_number:
             self._merge_number, self._layers = state.held_round, self.engine.describe_layers()
         for member in self._members:
@@ -792,6 +793,10 @@ class Server:
                 self._say_ended(member)
         now_s = time.monotonic()
         self._decide(self._rounds.stopped(now_s), now_s)
+
+    def _say_why_rounds_ended(self) -> None:
+        state = self.engine.ledger.state
+        self.metrics.emit("rounds_ended", reason=state.end_reason, round=state.num_merged, best_round=state.ends_with)
 
     def _say_ended(self, member: Member) -> None:
         state = self.engine.ledger.state

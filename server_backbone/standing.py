@@ -14,6 +14,8 @@ class Standing:
 
     judged_round: int = 0
     """The last round that was compared."""
+    value: float | None = None
+    """Its measure over all clients; None where nobody has measured."""
     best_round: int = 0
     """0 while none was."""
     best_value: float = 0.0
@@ -26,13 +28,14 @@ class Standing:
         `early_stopping_threshold` ends the rounds without improvement.
         """
         if value is None:
-            return replace(self, judged_round=round_number)
+            return replace(self, judged_round=round_number, value=None)
         sign = 1 if MEASURES[federation.metric_for_best_model].greater_is_better else -1
         gain = sign * (value - self.best_value)
         is_better = not self.best_round or gain > 0
         is_improvement = not self.best_round or gain > federation.early_stopping_threshold
         return Standing(
             judged_round=round_number,
+            value=value,
             best_round=round_number if is_better else self.best_round,
             best_value=value if is_better else self.best_value,
             rounds_without_improvement=0 if is_improvement else self.rounds_without_improvement + 1,

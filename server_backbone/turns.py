@@ -33,7 +33,6 @@ class Turns(Rounds):
         *,
         num_merged: int,
         next_steps: Mapping[str, int],
-        num_judged: int = 0,
         has_stopped: bool = False,
     ) -> None:
         """Set where a run stands that was interrupted; `uploaded` is the buffer, and there is no one open round."""

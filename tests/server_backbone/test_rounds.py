@@ -325,22 +325,17 @@ class TestComparing:
         rounds.ready("a")
         assert rounds.ticked(60.0) == [Judge(round_number=1)]
 
-    def test_an_interrupted_run_judges_what_it_has_not_judged(self) -> None:
+    @pytest.mark.parametrize("num_merged", [1, 2])
+    def test_an_interrupted_run_asks_for_the_last_verdict_whether_or_not_it_was_given(self, num_merged: int) -> None:
         again = self.rounds("a")
-        again.restore(None, (), (), num_merged=1, next_steps={}, num_judged=0)
+        again.restore(None, (), (), num_merged=num_merged, next_steps={})
         again.resumed(["a"], 0.0)
-        assert again.ready("a") == [Judge(round_number=1)]
-        again = self.rounds("a")
-        again.restore(None, (), (), num_merged=1, next_steps={}, num_judged=1)
-        again.resumed(["a"], 0.0)
-        assert [type(decision) for decision in again.ready("a")] == [Open]
+        assert not again.is_parting
+        assert again.ready("a") == [Judge(round_number=num_merged)]
+        assert again.judged("no better", 0.0) == [Stop(reason="no better")]
 
     def test_an_interrupted_run_that_had_stopped_only_parts(self) -> None:
         again = self.rounds("a")
-        again.restore(None, (), (), num_merged=1, next_steps={}, num_judged=1, has_stopped=True)
+        again.restore(None, (), (), num_merged=1, next_steps={}, has_stopped=True)
         assert again.resumed(["a"], 0.0) == []
         assert again.is_parting
-        last = self.rounds("a")
-        last.restore(None, (), (), num_merged=2, next_steps={}, num_judged=1)
-        last.resumed(["a"], 0.0)
-        assert not last.is_parting

@@ -23,7 +23,7 @@ def standings(values: list[float | None], **settings: Any) -> list[Standing]:
 
 def test_the_first_round_is_the_best_so_far() -> None:
     (first,) = standings([7.0])
-    assert first == Standing(judged_round=1, best_round=1, best_value=7.0, rounds_without_improvement=0)
+    assert first == Standing(judged_round=1, value=7.0, best_round=1, best_value=7.0)
 
 
 def test_patience_counts_rounds_in_a_row() -> None:
