@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.split_vs_full.arms import BY_NAME, Arm
+from benchmarks.split_vs_full.learning import batches_of
 from benchmarks.split_vs_full.measured import Outcome
 from benchmarks.split_vs_full.plan import Cell, Job, Learned
 from benchmarks.split_vs_full.score import BASE, score_files, sizes_of
@@ -107,7 +108,7 @@ def _found(arm: Arm, job: Job, outcome: Outcome) -> Found:
         "server_cpu_seconds": outcome.server_cpu_seconds,
         "server_peak_rss": outcome.server_peak_rss,
         "clients": {name: asdict(use) for name, use in outcome.clients.items()},
-        "notes": dict(outcome.notes),
+        "notes": dict(outcome.notes) | {"positions_per_client": _mean_positions(job)},
     }
 
 
@@ -148,6 +149,16 @@ def _product(shape: Sequence[int]) -> int:
     for size in shape:
         product *= size
     return product
+
+
+def _mean_positions(job: Job) -> float:
+    """Return the positions, padding included, of all of a client's micro-batches; the mean over clients."""
+    counts = []
+    for name, text in job.clients.items():
+        batches = batches_of(name, text, job)
+        steps = range(1, job.budget.num_steps + 1)
+        counts.append(sum(batch.input_ids_BS.numel() for step in steps for batch in batches.at(step)))
+    return _mean(counts)
 
 
 def _mean(values: Any) -> float:

@@ -1,0 +1,120 @@
+"""How much is run: three sizes, and the questions (studies) that a size is run for."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from benchmarks.split_vs_full.arms import arms_of
+from benchmarks.split_vs_full.plan import Budget, Cell, Preset, Table
+
+STUDIES = ("arms", "strategies", "modes")
+MODES = ("sequential", "shared", "per_client", "frozen")
+MODE_CLIENTS = (2, 4, 8)
+SKEWS = ("0.1", "1", "100")
+
+_LORA_RATE, _FULL_RATE = 1e-3, 1e-4
+
+_FULL = Budget(
+    num_rounds=3,
+    local_steps=8,
+    batch_size=2,
+    micro_batches=2,
+    max_seq_length=96,
+    num_eval=24,
+    learning_rate=_LORA_RATE,
+)
+_QUICK = dataclasses.replace(_FULL, num_rounds=2, local_steps=2, num_eval=8)
+_TINY = dataclasses.replace(_QUICK, max_seq_length=16, num_eval=4, learning_rate=1e-2)
+
+
+def _preset(name: str, budget: Budget, seeds: Sequence[int]) -> Preset:
+    """Give both tables the same budget but for the learning rate, so that they can be read together."""
+    full = dataclasses.replace(budget, learning_rate=_FULL_RATE)
+    return Preset(name=name, lora=budget, full=full, seeds=seeds, full_seeds=seeds[:1])
+
+
+FULL = _preset("full", _FULL, (1, 2, 3))
+QUICK = _preset("quick", _QUICK, (1,))
+TINY = _preset("tiny", _TINY, (1,))
+
+
+def cells_of_arms(
+    preset: Preset, *, tables: Sequence[Table], arms: Sequence[str], dealt: str, num_clients: int
+) -> list[Cell]:
+    """Every arm of the tables, seed by seed, so that a first seed is whole before the next begins."""
+    cells = []
+    for seed in preset.seeds:
+        for table in tables:
+            if table == "full" and seed not in preset.full_seeds:
+                continue
+            cells += [
+                Cell(
+                    study="arms",
+                    arm=arm.name,
+                    table=table,
+                    seed=seed,
+                    num_clients=num_clients,
+                    dealt=dealt,
+                    budget=preset.budget(table),
+                )
+                for arm in arms_of(table)
+                if not arms or arm.name in arms
+            ]
+    return cells
+
+
+def cells_of_strategies(preset: Preset, *, num_clients: int) -> list[Cell]:
+    """Strategies on much skew, and FedAvg on less of it and on more clients, all in `split, shared`."""
+    much = f"dirichlet:{SKEWS[0]}"
+    variants: list[tuple[str, dict[str, float]]] = [
+        ("FedAvg", {}),
+        ("FedProx", {"proximal_mu": 0.01}),
+        ("FedProx", {"proximal_mu": 0.1}),
+        ("Scaffold", {}),
+    ]
+
+    def cell(seed: int, dealt: str, strategy: str, options: dict[str, float], clients: int, budget: Budget) -> Cell:
+        return Cell(
+            study="strategies",
+            arm="split-shared",
+            table="lora",
+            seed=seed,
+            num_clients=clients,
+            dealt=dealt,
+            budget=budget,
+            strategy=strategy,
+            options=options,
+        )
+
+    cells = [cell(seed, much, *variant, num_clients, preset.lora) for seed in preset.seeds for variant in variants]
+    first = preset.seeds[0]
+    cells += [cell(first, f"dirichlet:{alpha}", "FedAvg", {}, num_clients, preset.lora) for alpha in SKEWS[1:]]
+    # four times the clients, a quarter of the steps and of the held-out text each
+    fewer = dataclasses.replace(
+        preset.lora,
+        local_steps=max(1, preset.lora.local_steps // 4),
+        num_eval=max(2, preset.lora.num_eval // 4),
+    )
+    # less skew: at alpha 0.1 no draw gives every one of 16 clients enough text
+    return [*cells, cell(first, f"dirichlet:{SKEWS[1]}", "FedAvg", {}, 4 * num_clients, fewer)]
+
+
+def cells_of_modes(preset: Preset) -> list[Cell]:
+    """The four server modes with 2, 4 and 8 clients, on text dealt evenly, with a short budget."""
+    return [
+        Cell(
+            study="modes",
+            arm=f"split-{mode}",
+            table="lora",
+            seed=preset.seeds[0],
+            num_clients=num_clients,
+            dealt="iid",
+            budget=dataclasses.replace(
+                preset.lora,
+                num_rounds=3,
+                local_steps=min(3, preset.lora.local_steps),
+                num_eval=max(2, 2 * preset.lora.num_eval // num_clients),
+            ),
+        )
+        for num_clients in MODE_CLIENTS
+        for mode in MODES
+    ]
