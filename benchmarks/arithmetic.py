@@ -1,7 +1,8 @@
-"""Bytes and memory of the arms by formula: for models that this machine cannot train, and to check what was measured.
+"""Bytes and memory of the arms by formula: for models that this machine cannot train, and to check what was
+measured.
 
-Every formula is a function of a model's shape; `tests/benchmarks/test_arithmetic.py` holds each against the real thing. All
-sizes are bytes, all values float32 unless a function says otherwise.
+Every formula is a function of a model's shape; `tests/benchmarks/test_arithmetic.py` holds each against the real
+thing. All sizes are bytes, all values float32 unless a function says otherwise.
 """
 
 import math
@@ -22,7 +23,8 @@ _HIDDEN_STATES = 4
 _IN_FLIGHT = 2
 """Micro-batches of a split client under way at once (`link.max_in_flight`)."""
 _FLOWER_COPIES = 2
-"""Of everything that is exchanged, a Flower client holds what it was sent and what it sends while it holds the model."""
+"""Of everything that is exchanged, a Flower client holds what it was sent and what it sends while it holds the
+model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,10 +134,8 @@ def lora_parameters(shape: Shape, *, r: int = 8, num_blocks: int | None = None) 
     """Count the adapters of these blocks, of all if none are named; their targets are those of the comparison."""
     d, ff = shape.hidden_size, shape.intermediate_size
     heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    if shape.family == "gpt2":
-        sides = [(d, 3 * d)]
-    else:
-        sides = [(d, heads), (d, kv_heads), (d, ff), (d, ff), (ff, d)]
+    gated = [(d, heads), (d, kv_heads), (d, ff), (d, ff), (ff, d)]
+    sides = [(d, 3 * d)] if shape.family == "gpt2" else gated
     blocks = shape.num_blocks if num_blocks is None else num_blocks
     return blocks * sum(r * (rows + columns) for rows, columns in sides)
 
@@ -224,7 +224,7 @@ _ROUND_STEPS, _BATCH, _LENGTH = 10, 8, 256
 
 
 def table() -> list[list[str]]:
-    """Return bytes and memory of the larger models, for rounds of 10 steps of 8 rows of 256 tokens (2 micro-batches)."""
+    """Return bytes and memory of the larger models; `WORDS` says for which rounds."""
     header = ["model", "table", "FL round", "split round", "split / FL", "FL client", "split client", "split / FL"]
     rows = [header]
     positions = _BATCH * _LENGTH
@@ -239,9 +239,10 @@ def table() -> list[list[str]]:
     return rows
 
 
-WORDS = f"""Rounds of {_ROUND_STEPS} steps of {_BATCH} rows of {_LENGTH} tokens in two micro-batches, float32 (halve the bytes on
-the wire for bfloat16), AdamW, one block at each end on a split client, adapters of rank 8. Memory is of the process that trains,
-above imports, without what a particular federated framework adds. The formulas are in `benchmarks/arithmetic.py`."""
+WORDS = f"""Rounds of {_ROUND_STEPS} steps of {_BATCH} rows of {_LENGTH} tokens in two micro-batches, float32 (halve
+the bytes on the wire for bfloat16), AdamW, one block at each end on a split client, adapters of rank 8. Memory is
+of the process that trains, above imports, without what a particular federated framework adds. The formulas are in
+`benchmarks/arithmetic.py`."""
 
 
 def checks(cells: Sequence[Mapping[str, Any]], shape_values: Mapping[str, Any]) -> list[list[str]]:

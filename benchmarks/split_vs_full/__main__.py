@@ -1,10 +1,11 @@
 """Split learning against full federated learning: the same model, text, seed and tokens in every arm.
 
-`python -m benchmarks.split_vs_full --data hpo --json FILE` trains SmolLM2-135M in two tables, in each of which all arms train
-the same parameters (a frozen server's arm fewer): LoRA arms (base; centralised; local only; LoRA FL by Flower and peft; split
-`sequential`, `shared`, `per_client`, `frozen`) and full-weight arms (centralised; local only; full FL by Flower; split
-`shared`). Everything runs as processes of this machine. What an arm has found is kept in the work directory, so the same
-command goes on where it was; an arm is given up after 40 minutes. Linux only: memory and CPU time are read from /proc.
+`python -m benchmarks.split_vs_full --data hpo --json FILE` trains SmolLM2-135M in two tables, in each of which all
+arms train the same parameters (a frozen server's arm fewer): LoRA arms (base; centralised; local only; LoRA FL by
+Flower and peft; split `sequential`, `shared`, `per_client`, `frozen`) and full-weight arms (centralised; local
+only; full FL by Flower; split `shared`). Everything runs as processes of this machine. What an arm has found is
+kept in the work directory, so the same command goes on where it was; an arm is given up after 40 minutes. Linux
+only: memory and CPU time are read from /proc.
 """
 
 import argparse

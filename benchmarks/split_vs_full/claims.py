@@ -1,4 +1,5 @@
-"""What the comparison must show or say that it does not: each claim with its verdict and figures, from the JSON alone."""
+"""What the comparison must show or say that it does not: each claim with its verdict and figures, from the JSON
+alone."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Memory and CPU time of trees of processes, read from /proc (Linux).
 
-Trees are sampled five times a second: what a process used after its last sample is lost, a tenth of a second of CPU time
-per process on average. Peak memory is the kernel's own high-water mark, which a later sample still sees.
+Trees are sampled five times a second: what a process used after its last sample is lost, a tenth of a second of CPU
+time per process on average. Peak memory is the kernel's own high-water mark, which a later sample still sees.
 """
 
 import json
@@ -117,7 +117,7 @@ class Meter:
 def _process_table() -> dict[int, tuple[int, float, int]]:
     """Return (parent, CPU seconds, RSS bytes) of every process; threads that ended are counted in."""
     table = {}
-    for entry in os.listdir("/proc"):
+    for entry in os.listdir("/proc"):  # noqa: PTH208  # half the time of pathlib, five times a second
         if entry.isdigit() and (stat := _stat(entry)):
             fields = stat[stat.rindex(")") + 2 :].split()
             table[int(entry)] = (

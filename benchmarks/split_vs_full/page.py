@@ -35,7 +35,7 @@ def results_page(result: Mapping[str, Any], plots: Sequence[Path], page: Path) -
         "# Split and full federated learning, compared",
         _introduction(result),
         "## What a client sends and receives",
-        _traffic_words(arms),
+        _traffic_words(),
         _markdown(_traffic_table(arms)),
         *_quality_parts(arms),
         "## What a client and the server need",
@@ -87,11 +87,11 @@ def _introduction(result: Mapping[str, Any]) -> str:
     )
 
 
-def _traffic_words(cells: Sequence[Found]) -> str:
+def _traffic_words() -> str:
     return (
-        "Bytes at the sockets of one client in the whole run, mean over clients, counted for every arm by the same relay"
-        " (framing, heartbeats and HTTP headers included, TCP's own headers not). Every client has the untrained model on its"
-        " disk. Nothing is evaluated over the wire."
+        "Bytes at the sockets of one client in the whole run, mean over clients, counted for every arm by the same"
+        " relay (framing, heartbeats and HTTP headers included, TCP's own headers not). Every client has the untrained"
+        " model on its disk. Nothing is evaluated over the wire."
     )
 
 
@@ -255,38 +255,41 @@ def _method(result: Mapping[str, Any]) -> str:
     return f"{_METHOD_WORDS}\n\nVersions: {versions}."
 
 
-_QUALITY_WORDS = """Every arm sees the same examples of each client in the same order, starts from the same weights, and is
-scored by the same code: what it has trained is laid over the base model in plain transformers, and all clients' held-out text
-is scored. "Mean" is the plain mean over the clients' losses per label token, "worst client" the largest of them. The
-centralised arm takes one step where each client takes one, from all clients' examples of that step, as `shared` does;
-`sequential` takes a step of the server for every step of a client. For "local only" each client's model is scored on all
-clients' text, and the row is the mean over these models. A `frozen` server trains nothing: fewer parameters."""
+_QUALITY_WORDS = """Every arm sees the same examples of each client in the same order, starts from the same weights,
+and is scored by the same code: what it has trained is laid over the base model in plain transformers, and all
+clients' held-out text is scored. "Mean" is the plain mean over the clients' losses per label token, "worst client"
+the largest of them. The centralised arm takes one step where each client takes one, from all clients' examples of
+that step, as `shared` does; `sequential` takes a step of the server for every step of a client. For "local only"
+each client's model is scored on all clients' text, and the row is the mean over these models. A `frozen` server
+trains nothing: fewer parameters."""
 
-_COST_WORDS = """Means over clients and seeds. "Client peak" is the most memory (RSS) of the client's largest process; "above
-imports" is without what that process held after its imports; "all its processes" sums what a client needs at once (a Flower
-client is a SuperNode with its helpers and one process a round; pages that two of them share count twice). CPU seconds are of all
-of a client's processes; "without imports" leaves out importing libraries, which a Flower client does again every round. For
-"local only" a client trains alone in one process; the centralised arm's one process stands in the client's columns. Wall
-seconds are from the start of the first process to the end of the last, on two cores: clients share them."""
+_COST_WORDS = """Means over clients and seeds. "Client peak" is the most memory (RSS) of the client's largest
+process; "above imports" is without what that process held after its imports; "all its processes" sums what a client
+needs at once (a Flower client is a SuperNode with its helpers and one process a round; pages that two of them share
+count twice). CPU seconds are of all of a client's processes; "without imports" leaves out importing libraries,
+which a Flower client does again every round. For "local only" a client trains alone in one process; the centralised
+arm's one process stands in the client's columns. Wall seconds are from the start of the first process to the end of
+the last, on two cores: clients share them."""
 
-_STRATEGY_WORDS = """Split, `shared`, LoRA. A strategy acts on the client-side layers alone: the backbone takes the same steps
-whatever it is called. "16 clients" have a quarter of the steps and of the held-out text each, so that row compares with
-none of the others."""
+_STRATEGY_WORDS = """Split, `shared`, LoRA. A strategy acts on the client-side layers alone: the backbone takes the
+same steps whatever it is called. "16 clients" have a quarter of the steps and of the held-out text each, so that
+row compares with none of the others."""
 
-_MODE_WORDS = """Text dealt evenly; each client takes 3 rounds of 3 steps (fewer in the smaller sizes of this benchmark).
-Seconds are from the end of the first round to that of the last. FL-GLM's figures are of GPUs, one per client-side model, and
-name the speed of its modes over its serial one; here one process computes all clients' backbone steps with the threads of
-this machine, on which the clients run too, so more than the cores there are cannot be gained. Quality, server memory and the
-order of the modes can be compared; the ratios themselves cannot."""
+_MODE_WORDS = """Text dealt evenly; each client takes 3 rounds of 3 steps (fewer in the smaller sizes of this
+benchmark). Seconds are from the end of the first round to that of the last. FL-GLM's figures are its authors' own,
+on their machines, for the speed of its modes over its serial one; here one process computes all clients' backbone
+steps with the threads of this machine, on which the clients run too, so more than the cores there are cannot be
+gained. Quality, server memory and the order of the modes can be compared; the ratios themselves cannot."""
 
-_METHOD_WORDS = """- Split arms: `splitfl server` and `splitfl client` as processes on loopback, without encryption; one block at
-each end is the client's. The server has all cores' threads, a client one.
-- Flower: SuperLink and SuperNodes (`--insecure`, on loopback) with FedAvg weighted by examples; one thread a client. Its app keeps
-AdamW's moments in a file of the client's between rounds, as splitfl's clients keep theirs. The loss is transformers' own; a split
-client takes splitfl's chunked loss, which never holds the logits, and that is part of its lower memory.
+_METHOD_WORDS = """- Split arms: `splitfl server` and `splitfl client` as processes on loopback, without encryption;
+one block at each end is the client's. The server has all cores' threads, a client one.
+- Flower: SuperLink and SuperNodes (`--insecure`, on loopback) with FedAvg weighted by examples; one thread a
+client. Its app keeps AdamW's moments in a file of the client's between rounds, as splitfl's clients keep theirs.
+The loss is transformers' own; a split client takes splitfl's chunked loss, which never holds the logits, and that
+is part of its lower memory.
 - LoRA: rank 8 on q, v, gate, up and down of every block. Full: every weight, embeddings and head included.
-- Learning rates were chosen once, not tuned for each arm. Held-out sets are small: the spread over seeds, which draw other
-examples to hold out too, says how far a figure can be trusted.
+- Learning rates were chosen once, not tuned for each arm. Held-out sets are small: the spread over seeds, which
+draw other examples to hold out too, says how far a figure can be trusted.
 - Not compared: a real network, encryption, GPUs, generation, clients that fail."""
 
 

@@ -22,7 +22,7 @@ class Learned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How much every client of every arm learns from; the centralised arm takes all clients' micro-batches in a step."""
+    """How much every client of every arm learns from; the centralised arm takes all clients' micro-batches a step."""
 
     num_rounds: int
     local_steps: int

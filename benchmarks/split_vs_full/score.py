@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
 from benchmarks.split_vs_full.learning import load, mask_of, read_text, trained, whole_model
@@ -57,7 +57,7 @@ def mean_loss(model: nn.Module, dataset: Dataset) -> float:
 def _log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """Return the log likelihood of each row's labels (float32, B)."""
     logits_BSV = model(input_ids=batch.input_ids_BS, attention_mask=mask_of(batch), use_cache=False).logits
-    losses_N = F.cross_entropy(
+    losses_N = cross_entropy(
         logits_BSV[:, :-1].flatten(0, 1), batch.labels_BS[:, 1:].flatten(), ignore_index=IGNORED_LABEL, reduction="none"
     )
     return -losses_N.view(len(batch.lengths_B), -1).sum(1)

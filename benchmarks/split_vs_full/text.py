@@ -1,7 +1,8 @@
-"""The clients' text: phenotype definitions by organ system, rated snippets of four sources, or a file of the user's own.
+"""The clients' text: phenotype definitions by organ system, rated snippets of four sources, or a file of the user's
+own.
 
-Records are dealt to clients as they naturally belong, evenly, or by Dirichlet over a label; each client's last records
-are held out.
+Records are dealt to clients as they naturally belong, evenly, or by Dirichlet over a label; each client's last
+records are held out.
 """
 
 import hashlib
