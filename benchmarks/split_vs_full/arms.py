@@ -37,7 +37,7 @@ class Arm:
         if not self.server_mode:
             return ""
         try:
-            settings(job, server_mode=self.server_mode, strategy=cell.strategy, options=cell.options, port=5555)
+            settings(job, cell, server_mode=self.server_mode, port=5555)
         except ConfigError as error:
             return str(error)
         return ""
@@ -45,7 +45,7 @@ class Arm:
 
 def _split(server_mode: str) -> Run:
     def run(job: Job, cell: Cell) -> Outcome:
-        return run_split(job, server_mode=server_mode, strategy=cell.strategy, options=cell.options)
+        return run_split(job, cell, server_mode=server_mode)
 
     return run
 

@@ -111,13 +111,17 @@ def _strategies(cells: Sequence[Found]) -> list[Claim]:
     for found in skewed:
         by_variant.setdefault(variant_of(found), {})[found["cell"]["seed"]] = found["models"]["everyone"]["mean_loss"]
     claims = []
-    for variant in ("FedProx proximal_mu=0.01", "FedProx proximal_mu=0.1", "Scaffold"):
-        text = f"at Dirichlet alpha 0.1, {variant} ends lower than FedAvg beyond the spread of seeds"
-        seeds = sorted(by_variant.get(variant, {}).keys() & by_variant.get("FedAvg", {}).keys())
+    for variant, plain in (
+        ("FedProx proximal_mu=0.01", "FedAvg"),
+        ("FedProx proximal_mu=0.1", "FedAvg"),
+        (f"SCAFFOLD {_SGD}", f"FedAvg {_SGD}"),
+    ):
+        text = f"at Dirichlet alpha 0.1, {variant} ends lower than {plain} beyond the spread of seeds"
+        seeds = sorted(by_variant.get(variant, {}).keys() & by_variant.get(plain, {}).keys())
         if not seeds:
             claims.append(_not_run(text))
             continue
-        gains = [by_variant["FedAvg"][seed] - by_variant[variant][seed] for seed in seeds]
+        gains = [by_variant[plain][seed] - by_variant[variant][seed] for seed in seeds]
         mean, spread = mean_and_spread(gains)
         figures = f"lower by {mean:+.4f} +- {spread:.4f} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
         claims.append(Claim(text=text, verdict=_verdict(len(seeds) > 1 and mean > spread), figures=figures))
@@ -125,9 +129,10 @@ def _strategies(cells: Sequence[Found]) -> list[Claim]:
 
 
 def variant_of(found: Found) -> str:
-    """Name a strategy with its options."""
-    options = [f"{name}={value:g}" for name, value in found["cell"]["options"].items()]
-    return " ".join([found["cell"]["strategy"], *options])
+    """Name a strategy with its options, and plain SGD with uniform weights where it is not AdamW."""
+    cell = found["cell"]
+    options = [f"{name}={value:g}" for name, value in cell["options"].items()]
+    return " ".join([cell["strategy"], *options, *([_SGD] if cell["optim"] == "sgd" else [])])
 
 
 def _lighter(cells: Sequence[Found]) -> list[Claim]:
@@ -188,6 +193,7 @@ def training_seconds(found: Found) -> float:
     return float(found["rounds"][-1]["seconds"] - found["rounds"][1]["seconds"])
 
 
+_SGD = "(SGD, uniform weights)"
 _TABLES = {"lora": "LoRA", "full": "full weights"}
 
 

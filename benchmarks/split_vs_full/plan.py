@@ -58,6 +58,8 @@ class Cell:
     strategy: str = "FedAvg"
     options: Mapping[str, float] = field(default_factory=dict)
     """Options of the strategy."""
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    weight_by: Literal["num_examples", "uniform"] = "num_examples"
 
     @property
     def key(self) -> str:

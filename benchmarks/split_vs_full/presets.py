@@ -11,7 +11,7 @@ MODES = ("sequential", "shared", "per_client", "frozen")
 MODE_CLIENTS = (2, 4, 8)
 SKEWS = ("0.1", "1", "100")
 
-_LORA_RATE, _FULL_RATE = 1e-3, 1e-4
+_LORA_RATE, _FULL_RATE, _SGD_RATE = 1e-3, 1e-4, 1.0
 
 _FULL = Budget(
     num_rounds=3,
@@ -65,29 +65,30 @@ def cells_of_arms(
 def cells_of_strategies(preset: Preset, *, num_clients: int) -> list[Cell]:
     """Strategies on much skew, and FedAvg on less of it and on more clients, all in `split, shared`."""
     much = f"dirichlet:{SKEWS[0]}"
-    variants: list[tuple[str, dict[str, float]]] = [
-        ("FedAvg", {}),
-        ("FedProx", {"proximal_mu": 0.01}),
-        ("FedProx", {"proximal_mu": 0.1}),
-        ("Scaffold", {}),
+    plain = Cell(
+        study="strategies",
+        arm="split-shared",
+        table="lora",
+        seed=preset.seeds[0],
+        num_clients=num_clients,
+        dealt=much,
+        budget=preset.lora,
+    )
+    # SCAFFOLD's controls mean something with plain SGD and uniform weights only, so FedAvg is run with these as well
+    with_sgd = dataclasses.replace(
+        plain,
+        optim="sgd",
+        weight_by="uniform",
+        budget=dataclasses.replace(preset.lora, learning_rate=_SGD_RATE),
+    )
+    variants = [
+        plain,
+        *(dataclasses.replace(plain, strategy="FedProx", options={"proximal_mu": mu}) for mu in (0.01, 0.1)),
+        with_sgd,
+        dataclasses.replace(with_sgd, strategy="SCAFFOLD"),
     ]
-
-    def cell(seed: int, dealt: str, strategy: str, options: dict[str, float], clients: int, budget: Budget) -> Cell:
-        return Cell(
-            study="strategies",
-            arm="split-shared",
-            table="lora",
-            seed=seed,
-            num_clients=clients,
-            dealt=dealt,
-            budget=budget,
-            strategy=strategy,
-            options=options,
-        )
-
-    cells = [cell(seed, much, *variant, num_clients, preset.lora) for seed in preset.seeds for variant in variants]
-    first = preset.seeds[0]
-    cells += [cell(first, f"dirichlet:{alpha}", "FedAvg", {}, num_clients, preset.lora) for alpha in SKEWS[1:]]
+    cells = [dataclasses.replace(variant, seed=seed) for seed in preset.seeds for variant in variants]
+    cells += [dataclasses.replace(plain, dealt=f"dirichlet:{alpha}") for alpha in SKEWS[1:]]
     # four times the clients, a quarter of the steps and of the held-out text each
     fewer = dataclasses.replace(
         preset.lora,
@@ -95,7 +96,10 @@ def cells_of_strategies(preset: Preset, *, num_clients: int) -> list[Cell]:
         num_eval=max(2, preset.lora.num_eval // 4),
     )
     # less skew: at alpha 0.1 no draw gives every one of 16 clients enough text
-    return [*cells, cell(first, f"dirichlet:{SKEWS[1]}", "FedAvg", {}, 4 * num_clients, fewer)]
+    return [
+        *cells,
+        dataclasses.replace(plain, dealt=f"dirichlet:{SKEWS[1]}", num_clients=4 * num_clients, budget=fewer),
+    ]
 
 
 def cells_of_modes(preset: Preset) -> list[Cell]:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from benchmarks.split_vs_full.measured import ClientUse, Outcome, RoundWatch
 from benchmarks.split_vs_full.meter import Used
-from benchmarks.split_vs_full.plan import Job, round_file
+from benchmarks.split_vs_full.plan import Cell, Job, round_file
 from benchmarks.split_vs_full.processes import ROOT, Processes
 from benchmarks.split_vs_full.relay import Relay
 from splitfl.commands.fleet import free_port
@@ -32,7 +31,7 @@ sys.stdout.write(json.dumps([rss_bytes(), time.process_time()]))
 """
 
 
-def settings(job: Job, *, server_mode: str, strategy: str, options: Mapping[str, float], port: int) -> ServerConfig:
+def settings(job: Job, cell: Cell, *, server_mode: str, port: int) -> ServerConfig:
     """Return the run's settings; raises `ConfigError` for a mode or strategy that this splitfl has not."""
     full = job.learned.table == "full"
     budget, num_clients = job.budget, len(job.clients)
@@ -45,10 +44,11 @@ def settings(job: Job, *, server_mode: str, strategy: str, options: Mapping[str,
             "embeddings": full,
         },
         "lora": {"r": job.learned.r, "alpha": job.learned.alpha, "target_modules": job.learned.target_modules},
-        "optimizer": {"learning_rate": budget.learning_rate, "lr_scheduler_type": "linear"},
+        "optimizer": {"optim": cell.optim, "learning_rate": budget.learning_rate, "lr_scheduler_type": "linear"},
         "federation": {
             "server_mode": server_mode,
-            "strategy": strategy,
+            "strategy": cell.strategy,
+            "weight_by": cell.weight_by,
             "num_rounds": budget.num_rounds,
             "local_steps": budget.local_steps,
             "per_device_train_batch_size": budget.batch_size,
@@ -56,7 +56,7 @@ def settings(job: Job, *, server_mode: str, strategy: str, options: Mapping[str,
             "min_available_clients": num_clients,
             "min_train_clients": num_clients,
         },
-        "strategy": dict(options),
+        "strategy": dict(cell.options),
         "text": {"max_seq_length": budget.max_seq_length},
         # redo records of full training are as large as the model
         "storage": {"durability": "snapshot" if full else "redo"},
@@ -72,11 +72,11 @@ def settings(job: Job, *, server_mode: str, strategy: str, options: Mapping[str,
     return ServerConfig.from_tree(tree, source="the benchmark's settings")
 
 
-def run_split(job: Job, *, server_mode: str, strategy: str, options: Mapping[str, float]) -> Outcome:
+def run_split(job: Job, cell: Cell, *, server_mode: str) -> Outcome:
     """Train split; the clients have the model at home, so no layers are sent before the first round."""
     folder, port = job.out_dir, free_port()
     folder.mkdir(parents=True, exist_ok=True)
-    server = settings(job, server_mode=server_mode, strategy=strategy, options=options, port=port)
+    server = settings(job, cell, server_mode=server_mode, port=port)
     (folder / "server.toml").write_text(to_toml(server), encoding="utf-8")
     imports = _imports()
     with ExitStack() as stack:
