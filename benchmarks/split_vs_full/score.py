@@ -76,7 +76,7 @@ def _label_choices(path: Path, job: Job) -> list[tuple[list[Example], int]]:
     choices = []
     for record in records:
         longest = max(len(ids(f" {label}")) for label in record["labels"])
-        given = ids(record["prompt"])[: job.budget.max_seq_length - longest]
+        given = ids(record["prompt"])[longest - job.budget.max_seq_length :]  # the question is at the end
         rows = []
         for label in record["labels"]:
             words = ids(f" {label}")
