@@ -108,7 +108,7 @@ def _found(arm: Arm, job: Job, outcome: Outcome) -> Found:
         "server_cpu_seconds": outcome.server_cpu_seconds,
         "server_peak_rss": outcome.server_peak_rss,
         "clients": {name: asdict(use) for name, use in outcome.clients.items()},
-        "notes": dict(outcome.notes) | {"positions_per_client": _mean_positions(job)},
+        "notes": dict(outcome.notes) | _positions(job),
     }
 
 
@@ -151,14 +151,14 @@ def _product(shape: Sequence[int]) -> int:
     return product
 
 
-def _mean_positions(job: Job) -> float:
-    """Return the positions, padding included, of all of a client's micro-batches; the mean over clients."""
+def _positions(job: Job) -> Found:
+    """Count positions, padding included: of all of a client's micro-batches, the mean over clients; of the largest."""
+    steps = range(1, job.budget.num_steps + 1)
     counts = []
     for name, text in job.clients.items():
         batches = batches_of(name, text, job)
-        steps = range(1, job.budget.num_steps + 1)
-        counts.append(sum(batch.input_ids_BS.numel() for step in steps for batch in batches.at(step)))
-    return _mean(counts)
+        counts.append([batch.input_ids_BS.numel() for step in steps for batch in batches.at(step)])
+    return {"positions_per_client": _mean(map(sum, counts)), "positions_at_most": max(map(max, counts))}
 
 
 def _mean(values: Any) -> float:

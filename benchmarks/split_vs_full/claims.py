@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from benchmarks import arithmetic
 from benchmarks.split_vs_full.presets import MODE_CLIENTS
 
 Found: TypeAlias = Mapping[str, Any]
@@ -25,8 +26,8 @@ class Claim:
     figures: str
 
 
-def claims_of(cells: Sequence[Found]) -> list[Claim]:
-    """Judge every claim."""
+def claims_of(cells: Sequence[Found], shape: Mapping[str, Any]) -> list[Claim]:
+    """Judge every claim; `shape` is the model's, as plain values of `arithmetic.Shape`."""
     done = [found for found in cells if found["status"] == "done"]
     arms = [found for found in done if found["study"] == "arms"]
     return [
@@ -36,6 +37,7 @@ def claims_of(cells: Sequence[Found]) -> list[Claim]:
         *_lighter(arms),
         *_bytes(arms),
         *_modes([found for found in done if found["study"] == "modes"]),
+        *_formulas(arms, shape),
     ]
 
 
@@ -184,6 +186,21 @@ def _modes(cells: Sequence[Found]) -> list[Claim]:
         found = [slow / fast for slow, fast in pairs if slow is not None and fast is not None]
         is_shown = all(ratio >= wanted for ratio, wanted in zip(found, published, strict=True))
         figures = ", ".join(f"{ratio:.2f}x" for ratio in found)
+        claims.append(Claim(text=text, verdict=_verdict(is_shown), figures=figures))
+    return claims
+
+
+def _formulas(cells: Sequence[Found], shape: Mapping[str, Any]) -> list[Claim]:
+    rows = arithmetic.checks(cells, shape)[1:]
+    claims = []
+    for quantity, bound in arithmetic.WITHIN.items():
+        text = f"the formulas of {quantity} are within {bound:.0%} of what was measured"
+        ratios = [float(row[-1]) for row in rows if row[0].startswith(quantity)]
+        if not ratios:
+            claims.append(_not_run(text))
+            continue
+        is_shown = all(abs(ratio - 1) <= bound for ratio in ratios)
+        figures = "measured / formula: " + ", ".join(f"{ratio:.2f}" for ratio in ratios)
         claims.append(Claim(text=text, verdict=_verdict(is_shown), figures=figures))
     return claims
 

@@ -43,7 +43,7 @@ def results_page(result: Mapping[str, Any], plots: Sequence[Path], page: Path) -
         _markdown(_cost_table(arms)),
         *(f"![{plot.stem}]({plot.relative_to(page.parent)})" for plot in plots),
         "## What was to be shown",
-        _markdown(claim_rows(cells)),
+        _markdown(claim_rows(result)),
         *_strategy_parts(cells),
         *_mode_parts(cells),
         "## The same arms with larger models, by formula",
@@ -65,14 +65,15 @@ def terminal_tables(result: Mapping[str, Any]) -> list[tuple[str, Rows]]:
     for title, parts in (("strategies", _strategy_rows), ("server modes", _mode_rows)):
         if len(rows := parts(result["cells"])) > 1:
             tables.append((title, rows))
-    return [*tables, ("what was to be shown", claim_rows(result["cells"]))]
+    return [*tables, ("what was to be shown", claim_rows(result))]
 
 
-def claim_rows(cells: Sequence[Found]) -> Rows:
+def claim_rows(result: Mapping[str, Any]) -> Rows:
     """Return every claim with its verdict."""
+    claims = claims_of(result["cells"], result["model"]["shape"])
     return [
         ["claim", "verdict", "figures"],
-        *([claim.text, claim.verdict, claim.figures] for claim in claims_of(cells)),
+        *([claim.text, claim.verdict, claim.figures] for claim in claims),
     ]
 
 
@@ -91,7 +92,7 @@ def _traffic_words() -> str:
     return (
         "Bytes at the sockets of one client in the whole run, mean over clients, counted for every arm by the same"
         " relay (framing, heartbeats and HTTP headers included, TCP's own headers not). Every client has the untrained"
-        " model on its disk. Nothing is evaluated over the wire."
+        " model and its tokenizer on its disk. Nothing is evaluated over the wire."
     )
 
 

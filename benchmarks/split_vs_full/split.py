@@ -1,5 +1,6 @@
 """The split arms: `splitfl server` and a `splitfl client` for each client, as processes on loopback."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -101,14 +102,18 @@ def run_split(job: Job, cell: Cell, *, server_mode: str) -> Outcome:
         raise Incomplete(f"only {len(watch.rounds)} of {job.budget.num_rounds} rounds were merged; see {folder}")
     events = read_events(folder / "server-runs" / _RUN_ID / "metrics.jsonl")
     used = processes.used("server")
+    # the tokenizer comes from the server unless an earlier run has brought it: clients of other arms have it at home
+    files = {event["client_id"]: event["bytes_of_files"] for event in events if event["event"] == "client_done"}
+    share = sum(files.values()) / len(files)
+    rounds = [dataclasses.replace(end, bytes_per_client=end.bytes_per_client - share) for end in watch.rounds]
     return Outcome(
-        rounds={"everyone": watch.rounds},
-        clients={name: _use(processes.used(name), relay, imports) for name, relay in relays.items()},
+        rounds={"everyone": rounds},
+        clients={name: _use(processes.used(name), relay, imports, files[name]) for name, relay in relays.items()},
         num_label_tokens=sum(event["num_label_tokens"] for event in events if event["event"] == "step"),
         wall_seconds=wall_seconds,
         server_cpu_seconds=used.cpu_seconds,
         server_peak_rss=used.peak_rss,
-        notes=_own_counts(events),
+        notes=_own_counts(events) | {"bytes_of_files": files},
     )
 
 
@@ -162,11 +167,11 @@ def _command(module: str, config: Path) -> list[str]:
     return [sys.executable, "-m", module, "--config", str(config)]
 
 
-def _use(used: Used, relay: Relay, imports: tuple[int, float]) -> ClientUse:
+def _use(used: Used, relay: Relay, imports: tuple[int, float], bytes_of_files: int) -> ClientUse:
     rss, cpu = imports
     return ClientUse(
         bytes_up=relay.up,
-        bytes_down=relay.down,
+        bytes_down=relay.down - int(bytes_of_files),
         peak_rss=used.peak_rss,
         peak_rss_above_imports=used.peak_rss - rss,
         tree_peak_rss=used.tree_peak_rss,
