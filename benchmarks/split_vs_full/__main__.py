@@ -110,6 +110,8 @@ def _cells(arguments: argparse.Namespace, source: Source) -> list[Cell]:
     cells: list[Cell] = []
     if "arms" in arguments.studies:
         cells += presets.cells_of_arms(preset, tables=tables, arms=arguments.arms, dealt=dealt, num_clients=num_clients)
+    if "full-size" in arguments.studies:
+        cells += presets.cells_at_full_size(preset, dealt=dealt)
     if "strategies" in arguments.studies:
         cells += presets.cells_of_strategies(preset, num_clients=num_clients)
     if "modes" in arguments.studies:
@@ -120,6 +122,8 @@ def _cells(arguments: argparse.Namespace, source: Source) -> list[Cell]:
 def _sized(arguments: argparse.Namespace) -> Preset:
     """Return the size asked for, with other seeds if some are named; full weights get as many as asked for."""
     preset = _PRESETS[arguments.size]
+    if arguments.full_clients:
+        preset = dataclasses.replace(preset, full_clients=arguments.full_clients)
     if not arguments.seeds:
         return preset
     full_seeds = arguments.full_seeds or arguments.seeds[:1]
@@ -178,9 +182,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", choices=("lora", "full"), help="only this table")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help=f"some of: {', '.join(BY_NAME)}")
     parser.add_argument("--clients", type=int, default=4, metavar="N", help="clients (default: 4)")
+    parser.add_argument("--full-clients", type=int, default=0, metavar="N", help="of the full-weight arms (default: 2)")
     parser.add_argument("--alpha", type=float, metavar="A", help="deal by Dirichlet over the label, not naturally")
     parser.add_argument(
-        "--studies", nargs="+", choices=presets.STUDIES, default=["arms"], metavar="STUDY", help="arms strategies modes"
+        "--studies",
+        nargs="+",
+        choices=presets.STUDIES,
+        default=["arms"],
+        metavar="STUDY",
+        help=" ".join(presets.STUDIES),
     )
     parser.set_defaults(size="full", shown=sys.argv[1:])
     return parser

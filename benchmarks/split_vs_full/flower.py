@@ -9,7 +9,7 @@ from pathlib import Path
 import tomlkit
 
 from benchmarks.split_vs_full.flower_home import flower_home, flower_version
-from benchmarks.split_vs_full.measured import Outcome, RoundWatch, use_of_marked
+from benchmarks.split_vs_full.measured import Outcome, RoundWatch, imports_of, use_of_marked
 from benchmarks.split_vs_full.plan import Job
 from benchmarks.split_vs_full.processes import ROOT, Processes
 from benchmarks.split_vs_full.relay import Relay
@@ -23,6 +23,14 @@ client_app = flower_app.client_app
 server_app = flower_app.server_app
 """
 
+# What a client's process imports; its message is in memory before it does, so it cannot be seen there.
+_IMPORTS = """
+import json, sys, time
+import flwr.supernode.runtime.run_clientapp, benchmarks.split_vs_full.flower_app
+from splitfl.telemetry.memory import rss_bytes
+sys.stdout.write(json.dumps([rss_bytes(), time.process_time()]))
+"""
+
 
 def run_flower(job: Job) -> Outcome:
     """Train with Flower's FedAvg; each client learns with one thread."""
@@ -30,6 +38,7 @@ def run_flower(job: Job) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     environment = _environment(programs, folder, job.num_threads)
+    imports = imports_of([str(programs / "python"), "-c", _IMPORTS], environment)
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(folder))
         relays = {name: stack.enter_context(Relay(port)) for name in sorted(job.clients)}
@@ -45,7 +54,7 @@ def run_flower(job: Job) -> Outcome:
         wall_seconds = processes.seconds()
     done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
     clients = {
-        name: use_of_marked(processes.used(name), folder / name / "marks.jsonl", relay=relay)
+        name: use_of_marked(processes.used(name), folder / name / "marks.jsonl", imports=imports, relay=relay)
         for name, relay in relays.items()
     }
     server = processes.used("server")

@@ -1,13 +1,18 @@
 """What an arm hands back, whichever way it has trained."""
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.split_vs_full.meter import Used, read_marks
 from benchmarks.split_vs_full.plan import round_file
+from benchmarks.split_vs_full.processes import ROOT
 from benchmarks.split_vs_full.relay import Relay
+from splitfl.errors import Incomplete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +59,16 @@ class Outcome:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def use_of_marked(used: Used, marks_file: Path, *, relay: Relay | None = None) -> ClientUse:
-    """Combine what was seen from outside with what the training processes have noted of themselves."""
+def use_of_marked(
+    used: Used, marks_file: Path, *, imports: tuple[int, float] | None = None, relay: Relay | None = None
+) -> ClientUse:
+    """Combine what was seen from outside with what the training processes have noted of themselves.
+
+    `imports` are (RSS bytes, CPU seconds) of a process that only imports; without, all before the work were imports.
+    """
     marks = read_marks(marks_file)
+    if imports:
+        marks = [mark | {"rss_before": imports[0], "cpu_before": imports[1]} for mark in marks]
     return ClientUse(
         bytes_up=relay.up if relay else 0,
         bytes_down=relay.down if relay else 0,
@@ -66,6 +78,16 @@ def use_of_marked(used: Used, marks_file: Path, *, relay: Relay | None = None) -
         cpu_seconds=used.cpu_seconds,
         cpu_seconds_above_imports=sum(mark["cpu_after"] - mark["cpu_before"] for mark in marks),
     )
+
+
+def imports_of(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, float]:
+    """Run a program that only imports, and prints its RSS (bytes) and CPU seconds as JSON."""
+    plain = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Incomplete(f"a client's imports failed: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    rss, cpu = json.loads(done.stdout.splitlines()[-1])
+    return int(rss), float(cpu)
 
 
 class RoundWatch:

@@ -38,6 +38,7 @@ def results_page(result: Mapping[str, Any], plots: Sequence[Path], page: Path) -
         _traffic_words(),
         _markdown(_traffic_table(arms)),
         *_quality_parts(arms),
+        *_full_size_parts(cells),
         "## What a client and the server need",
         _COST_WORDS,
         _markdown(_cost_table(arms)),
@@ -122,6 +123,15 @@ def _quality_parts(cells: Sequence[Found]) -> list[str]:
                 _markdown(_curve_table(cells, table)),
             ]
     return parts
+
+
+def _full_size_parts(cells: Sequence[Found]) -> list[str]:
+    """Show the LoRA arms at the size of the full-weight ones, so that the tables can be read together."""
+    found = [f for f in cells if f["study"] == "full-size"]
+    if not found:
+        return []
+    title = "### LoRA arms at the size of the full-weight arms"
+    return [title, _budget_words(found, "lora"), _markdown(_quality_table(found, "lora"))]
 
 
 def _quality_table(cells: Sequence[Found], table: Table) -> Rows:

@@ -130,6 +130,8 @@ class Preset:
     full: Budget
     seeds: Sequence[int]
     full_seeds: Sequence[int]
+    full_clients: int
+    """Four of Flower's clients with all weights of a 135 M model, and its server, need more than 24 GB."""
 
     def budget(self, table: Table) -> Budget:
         """Return the budget of a table's arms."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from benchmarks.split_vs_full.arms import arms_of
 from benchmarks.split_vs_full.plan import Budget, Cell, Preset, Table
 
-STUDIES = ("arms", "strategies", "modes")
+STUDIES = ("arms", "full-size", "strategies", "modes")
 MODES = ("sequential", "shared", "per_client", "frozen")
 MODE_CLIENTS = (2, 4, 8)
 SKEWS = ("0.1", "1", "100")
@@ -29,7 +29,7 @@ _TINY = dataclasses.replace(_QUICK, max_seq_length=16, num_eval=4, learning_rate
 def _preset(name: str, budget: Budget, seeds: Sequence[int], full_rate: float = _FULL_RATE) -> Preset:
     """Give both tables the same budget but for the learning rate, so that they can be read together."""
     full = dataclasses.replace(budget, learning_rate=full_rate)
-    return Preset(name=name, lora=budget, full=full, seeds=seeds, full_seeds=seeds[:1])
+    return Preset(name=name, lora=budget, full=full, seeds=seeds, full_seeds=seeds[:1], full_clients=2)
 
 
 FULL = _preset("full", _FULL, (1, 2, 3))
@@ -41,25 +41,41 @@ def cells_of_arms(
     preset: Preset, *, tables: Sequence[Table], arms: Sequence[str], dealt: str, num_clients: int
 ) -> list[Cell]:
     """Every arm of the tables, seed by seed, so that a first seed is whole before the next begins."""
-    cells = []
+
+    def row(study: str, table: Table, seed: int, clients: int) -> list[Cell]:
+        return [
+            Cell(
+                study=study,
+                arm=arm.name,
+                table=table,
+                seed=seed,
+                num_clients=clients,
+                dealt=dealt,
+                budget=preset.budget(table),
+            )
+            for arm in arms_of(table)
+            if not arms or arm.name in arms
+        ]
+
+    cells: list[Cell] = []
     for seed in preset.seeds:
-        for table in tables:
-            if table == "full" and seed not in preset.full_seeds:
-                continue
-            cells += [
-                Cell(
-                    study="arms",
-                    arm=arm.name,
-                    table=table,
-                    seed=seed,
-                    num_clients=num_clients,
-                    dealt=dealt,
-                    budget=preset.budget(table),
-                )
-                for arm in arms_of(table)
-                if not arms or arm.name in arms
-            ]
+        if "lora" in tables:
+            cells += row("arms", "lora", seed, num_clients)
+        if "full" in tables and seed in preset.full_seeds:
+            cells += row("arms", "full", seed, preset.full_clients)
     return cells
+
+
+def cells_at_full_size(preset: Preset, *, dealt: str) -> list[Cell]:
+    """The LoRA arms with the clients, seeds and steps that full weights get."""
+    cells = cells_of_arms(
+        dataclasses.replace(preset, seeds=preset.full_seeds),
+        tables=["lora"],
+        arms=[],
+        dealt=dealt,
+        num_clients=preset.full_clients,
+    )
+    return [dataclasses.replace(cell, study="full-size") for cell in cells]
 
 
 def cells_of_strategies(preset: Preset, *, num_clients: int) -> list[Cell]:

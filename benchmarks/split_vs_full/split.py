@@ -1,19 +1,17 @@
 """The split arms: `splitfl server` and a `splitfl client` for each client, as processes on loopback."""
 
 import dataclasses
-import json
 import os
-import subprocess
 import sys
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.split_vs_full.measured import ClientUse, Outcome, RoundWatch
+from benchmarks.split_vs_full.measured import ClientUse, Outcome, RoundWatch, imports_of
 from benchmarks.split_vs_full.meter import Used
 from benchmarks.split_vs_full.plan import Cell, Job, round_file
-from benchmarks.split_vs_full.processes import ROOT, Processes
+from benchmarks.split_vs_full.processes import Processes
 from benchmarks.split_vs_full.relay import Relay
 from splitfl.commands.fleet import free_port
 from splitfl.config import ClientConfig, ServerConfig, to_toml
@@ -183,10 +181,7 @@ def _use(used: Used, relay: Relay, imports: tuple[int, float], bytes_of_files: i
 @cache
 def _imports() -> tuple[int, float]:
     """Measure (RSS bytes, CPU seconds) of a process that only imports what a client does."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", _IMPORTS], env=environment, capture_output=True, text=True, check=True)
-    rss, cpu = json.loads(done.stdout)
-    return int(rss), float(cpu)
+    return imports_of([sys.executable, "-c", _IMPORTS], {})
 
 
 def _own_counts(events: list[dict[str, Any]]) -> dict[str, Any]:
