@@ -150,10 +150,6 @@ class Merger:
         self._layers, self._state = folded.layers, folded.state
         return weights
 
-    def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
-        """Return the layers that a strategy folds, read as they are asked for."""
-        return TensorFile(self._spooled(client_id))
-
     def forget_uploads(self, waiting: Collection[str] = ()) -> None:
         """Remove what was spooled, merged or not, but for those that wait for another merge."""
         self._weights = {upload: weight for upload, weight in self._weights.items() if upload in waiting}
