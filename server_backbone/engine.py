@@ -14,6 +14,7 @@ from server_backbone.buffered_merger import BufferedMerger
 from server_backbone.ledger import Ledger
 from server_backbone.merger import Merger
 from server_backbone.rounds import Merge, Open
+from server_backbone.standing import Standing, value_of
 from server_backbone.worker import Contribution, Worker
 from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
@@ -58,6 +59,17 @@ class Spooled:
     name: str
     objection: str = ""
     """Why they are in no merge, "" if they are in the next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How good a merge was, beside those before."""
+
+    value: float | None
+    """The measure that rounds are compared by; None where nobody has measured it."""
+    standing: Standing
+    reason: str
+    """Why no further round is worth its while, "" if one is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,6 +339,44 @@ class Engine:
             }
             for name in merge.uploaded
         ]
+
+    def measured(self, client_id: str, round_number: int, measured: Mapping[str, float]) -> None:
+        """Write what a client measured of a merge's layers."""
+        self.ledger.note("evaluated", client_id=client_id, round=round_number, measured=dict(measured))
+
+    def judge(self, round_number: int) -> Verdict:
+        """Compare the last merge with those before, and keep it aside if it is the best so far."""
+        federation = self._run.federation
+        value = value_of(self.ledger.state.measured, federation)
+        standing = self.ledger.state.standing.after(round_number, value, federation)
+        is_best = standing.best_round == round_number
+        if is_best and federation.load_best_model_at_end:
+            self.merger.keep_best(round_number)
+        crash_point("judge-before-record")
+        self.ledger.judged(standing)
+        crash_point("judge-after-record")
+        if is_best and federation.load_best_model_at_end:
+            self.merger.forget_other_bests(round_number)
+        return Verdict(value=value, standing=standing, reason=standing.reason_to_stop(federation))
+
+    def end_rounds(self, reason: str) -> str:
+        """Write that there is no further round, and go back to the best one if that is asked for; return a note."""
+        state, note = self.ledger.state, ""
+        best_round = state.standing.best_round if self._run.federation.load_best_model_at_end else 0
+        best = None
+        if best_round not in (0, state.num_merged):
+            try:
+                best = self.merger.best(best_round)
+            except ModelError as error:
+                best_round, note = 0, f"the best round cannot be gone back to, so the run ends with its last: {error}"
+        self.ledger.ended(reason, best_round, best)
+        crash_point("end-after-record")
+        if best is not None:
+            self.merger.end_with(best[0])
+            self.worker.load_trained(best[1])
+            self.merger.save(self.worker.trained())
+        self.merger.forget_other_bests(0)
+        return note
 
     def describe_layers(self) -> tuple[TensorFrames, ...]:
         """Describe everyone's layers: those of the last merge, or what every client starts with."""

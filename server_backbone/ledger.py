@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server_backbone.standing import Standing
 from server_backbone.worker import Contribution, Worker
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
@@ -21,6 +22,8 @@ _LAYERS = "layers/"
 _STRATEGY = "strategy/"
 _WORKER = "worker/"
 _BACKBONE = "backbone/"
+# What is not done again from the log of a run whose records are not kept, but for these: they move no weights, or all.
+_ALWAYS_REDONE = ("joined", "finished", "evaluated", "judged", "ended")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +89,17 @@ class RunState:
     members: dict[str, MemberState] = field(default_factory=dict)
     durable_step: int = 0
     """Last step of the last merged round: what `durability = "snapshot"` keeps."""
+    held_round: int = 0
+    """What clients hold: the number of the last merge, or the one above it once the run ends with an earlier one's."""
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What clients measured of the last merge's layers, by client."""
+    standing: Standing = field(default_factory=Standing)
+    has_ended: bool = False
+    """Whether no further round is opened."""
+    end_reason: str = ""
+    """Why that is before the last round, "" if it is not."""
+    ends_with: int = 0
+    """The merge whose layers and backbone the run ends with, where that was asked for; else 0."""
 
     @property
     def uploaded(self) -> dict[str, float]:
@@ -141,12 +155,20 @@ class RunState:
                 self.round.out = [client_id for client_id in self.round.out if client_id != entry["client_id"]]
             case "merge":
                 self.durable_step = self.round.first_step + self.round.num_steps - 1 if self.round else 0
-                self.num_merged = entry["round"]
+                self.num_merged = self.held_round = entry["round"]
+                self.measured = {}
                 self.round = None
                 for name in entry.get("taken", ()):
                     self.buffer.pop(name)
                 if entry.get("closes", True):
                     self.turns, self.buffer = {}, {}
+            case "evaluated" if entry["round"] == self.num_merged and self.round is None:
+                self.measured[entry["client_id"]] = entry["measured"]
+            case "judged":
+                self.standing = Standing(**entry)
+            case "ended":
+                self.has_ended, self.end_reason = True, entry["reason"]
+                self.held_round, self.ends_with = entry["held_round"], entry["best_round"]
             case "finished":
                 self.members[entry["client_id"]].has_finished = True
             case "went_back":
@@ -177,6 +199,7 @@ class RunState:
                 "round": None if round_ is None else RoundState(**round_),
                 "turns": {name: RoundState(**turn) for name, turn in fields.get("turns", {}).items()},
                 "buffer": {name: BufferedUpload(**upload) for name, upload in fields.get("buffer", {}).items()},
+                "standing": Standing(**fields.get("standing", {})),
                 "members": {name: MemberState(**member) for name, member in fields["members"].items()},
             }
         )
@@ -216,7 +239,7 @@ class Ledger:
             return recovered.notes
         self.go_to(snapshot, worker)
         for entry in recovered.entries:
-            if self._keeps_records or entry.kind in ("joined", "finished"):
+            if self._keeps_records or entry.kind in _ALWAYS_REDONE:
                 self.redo(entry, worker)
                 if entry.kind == "commit":
                     redone(self.state.commit_number, entry.fields["members"][0][0])
@@ -261,6 +284,9 @@ class Ledger:
             )
         elif entry.kind == "went_back":
             worker.go_back(entry.fields["client_id"], entry.tensors)
+        elif entry.kind == "ended" and entry.tensors:
+            self.merged_layers = _without(_LAYERS, entry.tensors)
+            worker.load_trained(_without(_BACKBONE, entry.tensors))
 
     def note(self, kind: str, **entry: Any) -> None:
         """Write an entry that need not be on disk before anything else happens."""
@@ -311,6 +337,26 @@ class Ledger:
         self.merged_layers, self.strategy_state = layers, strategy_state
         tensors = self._tensors_of_the_merge() | _with(_BACKBONE, backbone)
         self._write(Record(kind="merge", fields=entry, tensors=tensors), durable=True)
+
+    def judged(self, standing: Standing) -> None:
+        """Write how good the last merge was."""
+        self._write(Record(kind="judged", fields=asdict(standing)), durable=True)
+
+    def ended(
+        self, reason: str, best_round: int, best: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
+    ) -> None:
+        """Write that no further round is opened.
+
+        `best` are layers and backbone of an earlier round that the run ends with; the entry holds them, so that it can
+        be done again when the kept file is gone.
+        """
+        held_round = self.state.num_merged + (best is not None)
+        fields = {"reason": reason, "held_round": held_round, "best_round": best_round}
+        tensors: dict[str, Tensor] = {}
+        if best is not None:
+            self.merged_layers = best[0]
+            tensors = _with(_LAYERS, best[0]) | _with(_BACKBONE, best[1])
+        self._write(Record(kind="ended", fields=fields, tensors=tensors), durable=True)
 
     def snapshot(self, worker: Worker) -> None:
         """Write state and tensors of this moment; raise `StorageError` and keep what there was if that fails."""

@@ -16,9 +16,11 @@ from splitfl.errors import ModelError
 from splitfl.federation.strategy import Strategy
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import TensorFile
-from splitfl.models.export import trained_file
+from splitfl.models.export import TRAINED_FILE, trained_file
 from splitfl.protocol.messages import Upload
 from splitfl.protocol.tensors import realise
+
+_BEST_FILES = "best-*.safetensors"
 
 
 class FirstLayers(Mapping[str, Tensor]):
@@ -173,6 +175,31 @@ class Merger:
     def state(self) -> Mapping[str, Tensor]:
         """Return what the strategy wants to be given at the next merge; never written to again."""
         return self._state
+
+    def end_with(self, layers: Mapping[str, Tensor]) -> None:
+        """Make an earlier merge's layers everyone's; nothing is merged behind that."""
+        self._layers = {name: layers[name] for name in self._names}
+
+    def keep_best(self, round_number: int) -> None:
+        """Keep what `save` has written last beside what it will write, as the best round's; the copy appears whole."""
+        saved = TensorFile(self._run_dir / TRAINED_FILE)
+        pieces = {name: checkpoint.piece_of_entry(entry) for name, entry in saved.entries.items()}
+        checkpoint.write(self._best(round_number), pieces, mode=0o600)
+
+    def forget_other_bests(self, round_number: int) -> None:
+        """Remove what `keep_best` has kept of any other round than this."""
+        for path in self._run_dir.glob(_BEST_FILES):
+            if path != self._best(round_number):
+                path.unlink(missing_ok=True)
+
+    def best(self, round_number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the layers and the backbone that `keep_best` has kept; raise `ModelError` if they cannot be read."""
+        kept = TensorFile(self._best(round_number))
+        layers = {name: kept[name] for name in self._names}
+        return layers, {name: kept[name] for name in kept if name not in layers}
+
+    def _best(self, round_number: int) -> Path:
+        return self._run_dir / _BEST_FILES.replace("*", f"{round_number:05d}")
 
     def save(self, backbone: Mapping[str, Tensor], client_id: str = "") -> None:
         """Write all that is trained, both sides of one moment in one file, which replaces the last one whole.

@@ -39,7 +39,7 @@ from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog, read_events
-from splitfl.telemetry.report import build_report, summary_table, write_report
+from splitfl.telemetry.report import build_report, measures_table, summary_table, write_report
 from splitfl.training.device import open_device
 from splitfl.training.forecast import Part, copies_of
 from splitfl.training.terms import merged_layers, terms_of
@@ -147,6 +147,8 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
     for name in engine.restore():
         then = "they are in no merge" if config.run_config().is_buffered else "it is asked for them again"
         metrics.emit("note", text=f"the layers that {name.partition('@')[0]} had uploaded cannot be read: {then}")
+    if state.has_ended:
+        engine.merger.forget_other_bests(0)  # it may have ended before that
     if state.round is None and state.num_merged:
         engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
     server.recover()
@@ -386,4 +388,11 @@ def _report(run_dir: Path, console: Console, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(report) + "\n")
         return
     console.print(summary_table(report))
+    measures = measures_table(report)
+    if measures is not None:
+        console.print(measures)
+    if report["stopped_early"]:
+        console.print(f"stopped early: {report['stopped_early']}", markup=False, soft_wrap=True)
+    if report["best_round"]:
+        console.print(f"ended with the best round: {report['best_round']}", markup=False)
     console.print(f"run: {run_dir}", markup=False, soft_wrap=True)

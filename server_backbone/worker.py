@@ -316,6 +316,11 @@ class Worker:
         """Return a copy of what trains here, by its name in the whole model: of one client's copy if it has one."""
         return {name: p.detach().to("cpu", copy=True) for name, p in self._copies.serving(slot).parameters.items()}
 
+    def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+        """Take over what `trained` has returned; nothing is trained behind that."""
+        self._slots.clear()
+        self._copies.merge_into(trained)
+
     def _run_blocks(self, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool) -> Tensor:
         side: Literal["left", "right"] = "left" if left_padded else "right"
         mask_BS = mask_of(lengths_B, hidden_BSD.shape[1], side, self._device)
