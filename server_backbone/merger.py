@@ -16,7 +16,7 @@ from splitfl.errors import ModelError
 from splitfl.federation.strategy import Strategy
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import TensorFile
-from splitfl.models.export import TRAINED_FILE, trained_file
+from splitfl.models.export import trained_file
 from splitfl.protocol.messages import Upload
 from splitfl.protocol.tensors import realise
 
@@ -152,6 +152,10 @@ class Merger:
         self._layers, self._state = folded.layers, folded.state
         return weights
 
+    def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
+        """Return the layers that a strategy folds, read as they are asked for."""
+        return TensorFile(self._spooled(client_id))
+
     def forget_uploads(self, waiting: Collection[str] = ()) -> None:
         """Remove what was spooled, merged or not, but for those that wait for another merge."""
         self._weights = {upload: weight for upload, weight in self._weights.items() if upload in waiting}
@@ -182,7 +186,7 @@ class Merger:
 
     def keep_best(self, round_number: int) -> None:
         """Keep what `save` has written last beside what it will write, as the best round's; the copy appears whole."""
-        saved = TensorFile(self._run_dir / TRAINED_FILE)
+        saved = TensorFile(self._run_dir / trained_file())
         pieces = {name: checkpoint.piece_of_entry(entry) for name, entry in saved.entries.items()}
         checkpoint.write(self._best(round_number), pieces, mode=0o600)
 
@@ -211,10 +215,6 @@ class Merger:
     def _weights_of(self, clients: Sequence[str]) -> dict[str, float]:
         """Return the weights of those that weigh anything: rules that know no weights must not count the others."""
         return {client_id: self._weights[client_id] for client_id in sorted(clients) if self._weights[client_id] > 0}
-
-    def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
-        """Return the layers that a strategy folds, read as they are asked for."""
-        return TensorFile(self._spooled(client_id))
 
     def _is_readable(self, client_id: str) -> bool:
         try:

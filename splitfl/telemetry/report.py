@@ -150,13 +150,6 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
     )
 
 
-def _copies(started: Event, finished: Event) -> dict[str, int] | None:
-    """Return what the server held for each client by itself, None where all share one backbone."""
-    if not started.get("bytes_per_copy"):
-        return None
-    return {"bytes_each": started["bytes_per_copy"], "most_at_once": finished.get("most_copies")}
-
-
 def _federated(events: Sequence[Event]) -> list[dict[str, Any]]:
     """Put together what the clients measured before, after each round and after the run, in that order."""
     groups: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
@@ -167,6 +160,13 @@ def _federated(events: Sequence[Event]) -> list[dict[str, Any]]:
         {"phase": phase, "round": round_, "num_clients": len(clients), "measures": federated(clients)}
         for (phase, round_), clients in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
     ]
+
+
+def _copies(started: Event, finished: Event) -> dict[str, int] | None:
+    """Return what the server held for each client by itself, None where all share one backbone."""
+    if not started.get("bytes_per_copy"):
+        return None
+    return {"bytes_each": started["bytes_per_copy"], "most_at_once": finished.get("most_copies")}
 
 
 def _merge(event: Event, events: Sequence[Event]) -> dict[str, Any]:
