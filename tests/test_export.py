@@ -70,6 +70,7 @@ def test_split_logits_are_the_exported_models(
             "train": parts,
             "optimizer": {"learning_rate": 1e-2},
             "federation": {"num_rounds": 2, "local_steps": 2},
+            "text": {"max_seq_length": 64},
         },
         {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},
     )
@@ -124,6 +125,7 @@ def test_the_adapter_on_its_base_gives_the_split_logits(
             "train": {"backbone_layers": layers},
             "optimizer": {"learning_rate": 1e-2},
             "federation": {"num_rounds": 1, "local_steps": 2},
+            "text": {"max_seq_length": 64},
             "server": {"export_model": False},
         },
         {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},

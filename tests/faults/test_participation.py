@@ -100,8 +100,11 @@ def straggling(town: Callable[..., Town], **settings: Any) -> Town:
     return run
 
 
-def test_a_straggler_is_left_out_at_round_timeout_and_goes_on_in_the_next_round(town: Callable[..., Town]) -> None:
-    run = straggling(town)
+@pytest.mark.parametrize("server_mode", ["frozen", "per_client"])
+def test_a_straggler_is_left_out_at_round_timeout_and_goes_on_in_the_next_round(
+    town: Callable[..., Town], server_mode: str
+) -> None:
+    run = straggling(town, federation__server_mode=server_mode)
     run.wait_for("merged", 1)
     thaw(run, "clinic-1")
     assert_all_end_well(run)
@@ -111,8 +114,9 @@ def test_a_straggler_is_left_out_at_round_timeout_and_goes_on_in_the_next_round(
     assert run.events("last_call") == []
 
 
-def test_a_stragglers_finished_steps_are_merged_by_their_share(town: Callable[..., Town]) -> None:
-    run = straggling(town, federation__partial_work="accept")
+@pytest.mark.parametrize("server_mode", ["frozen", "per_client"])
+def test_a_stragglers_finished_steps_are_merged_by_their_share(town: Callable[..., Town], server_mode: str) -> None:
+    run = straggling(town, federation__partial_work="accept", federation__server_mode=server_mode)
     run.wait_for("last_call", 1)
     thaw(run, "clinic-1")
     assert_all_end_well(run)

@@ -3,6 +3,7 @@
 The reference is plain transformers, torch and peft: whole models that train apart, each with its own AdamW, and a mean.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,3 +270,23 @@ def found_in(finished: Finished) -> Trained:
 
 def steps_of(finished: Finished) -> list[dict[str, Any]]:
     return [event for event in read_events(finished.run_dir / "metrics.jsonl") if event["event"] == "step"]
+
+
+def test_a_run_ends_with_its_best_round(
+    make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """With a learning rate that ruins the model, that is an early one, and the copies since are forgotten."""
+    directory = make_model("llama")
+    data = {
+        name: {"path": write_text(tmp_path / f"{name}.txt", num_lines=12, seed=number), "eval_fraction": 0.25}
+        for name, number in CLIENTS.items()
+    }
+    federation = {"num_rounds": 4, "min_available_clients": 3, "evaluate": "rounds", "load_best_model_at_end": True}
+    tree = settings(directory, "lora", **federation)
+    tree["optimizer"] = {"learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    finished = federate(tree | {"storage": {"keep_snapshots": 0, "fsync": "never"}}, data)
+    assert finished.errors == {}
+    report = json.loads((finished.run_dir / "report.json").read_text())
+    losses = [each["measures"]["eval_loss"]["mean"] for each in report["federated"] if each["phase"] == "round"]
+    assert report["best_round"] == 1 + losses.index(min(losses)) < 4
+    assert replay(finished.run_dir).problems == []
