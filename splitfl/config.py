@@ -719,9 +719,9 @@ class RunConfig(Config):
             )
         if self.has_copies:
             raise ValueError(
-                f"federation.server_mode = {self.federation.server_mode} does not go with federation.strategy = SCAFFOLD:"
-                " the clients' copies of the backbone would be merged without controls; choose another server_mode, or"
-                " another strategy"
+                f"federation.server_mode = {self.federation.server_mode} does not go with federation.strategy ="
+                " SCAFFOLD, which corrects the clients' layers alone, and copies of the backbone would drift"
+                " uncorrected: choose shared, sequential or frozen"
             )
         return self
 

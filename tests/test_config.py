@@ -213,6 +213,15 @@ class TestRanges:
                 r' weight_by to "uniform"',
             ),
             (
+                [
+                    "federation.strategy=SCAFFOLD",
+                    "optimizer.optim=sgd",
+                    "federation.weight_by=uniform",
+                    "federation.server_mode=per_client",
+                ],
+                r"federation\.server_mode = per_client does not go with federation\.strategy = SCAFFOLD, .*: choose",
+            ),
+            (
                 ["federation.strategy=SCAFFOLD", "strategy.proximal_mu=0.1"],
                 r"strategy\.proximal_mu = 0\.1 is an option of FedProx: leave",
             ),
