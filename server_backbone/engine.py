@@ -14,6 +14,7 @@ from server_backbone.buffered_merger import BufferedMerger
 from server_backbone.ledger import Ledger
 from server_backbone.merger import Merger
 from server_backbone.rounds import Merge, Open
+from server_backbone.standing import Standing, value_of
 from server_backbone.worker import Contribution, Worker
 from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
@@ -61,6 +62,17 @@ class Spooled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How good a merge was, beside those before."""
+
+    value: float | None
+    """The measure that rounds are compared by; None where nobody has measured it."""
+    standing: Standing
+    reason: str
+    """Why no further round is worth its while, "" if one is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
     """A step that is written down and will be applied."""
 
@@ -83,10 +95,11 @@ class Engine:
 
     # micro-batches
 
-    def evaluate(self, message: Forward) -> ForwardDone:
+    def evaluate(self, client_id: str, message: Forward) -> ForwardDone:
         """Run a micro-batch of an evaluation."""
         self._check_adapters(message)
         hidden_BSD = self.worker.evaluate(
+            client_id,
             self._realise(message.hidden_BSD),
             message.lengths_B,
             message.left_padded,
@@ -170,7 +183,7 @@ class Engine:
                 members=[
                     {"client_id": c.slot, "step": c.step, "num_label_tokens": c.num_label_tokens} for c in contributions
                 ],
-                digest=self.worker.digest(),
+                digest=self.worker.digest(contributions[0].slot),
             )
         return self.snapshot() if self.ledger.is_due else ""
 
@@ -197,6 +210,7 @@ class Engine:
             clients=list(round_.clients),
             trainers=list(round_.trainers),
         )
+        self.worker.begin_round(round_.clients)
         self._history.note(
             "round_opened",
             round=round_.round_number,
@@ -270,12 +284,13 @@ class Engine:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""
         uploads = self._retire(self._buffer, merge) if self._buffer is not None else None
         reason = merge.reason or self.merger.objection(merge.uploaded)
-        weights = {} if reason else self.merger.merge(merge.uploaded)
-        layers = self.merger.layers()
+        weights = {} if reason else self.merger.merge(merge.uploaded, self.worker)
+        layers, backbone = self.merger.layers(), self.merger.backbone()
         crash_point("merge-before-record")
         self.ledger.merged(
             layers,
             self.merger.state(),
+            backbone,
             round=merge.round_number,
             accepted=not reason,
             reason=reason,
@@ -283,6 +298,7 @@ class Engine:
             **({} if uploads is None else {"taken": list(merge.uploaded), "closes": merge.closes}),
         )
         crash_point("merge-after-record")
+        self.worker.merged(backbone)
         self._stand()
         self.merger.save(self.worker.trained())
         note = self.snapshot()
@@ -324,6 +340,44 @@ class Engine:
             for name in merge.uploaded
         ]
 
+    def measured(self, client_id: str, round_number: int, measured: Mapping[str, float]) -> None:
+        """Write what a client measured of a merge's layers."""
+        self.ledger.note("evaluated", client_id=client_id, round=round_number, measured=dict(measured))
+
+    def judge(self, round_number: int) -> Verdict:
+        """Compare the last merge with those before, and keep it aside if it is the best so far."""
+        federation = self._run.federation
+        value = value_of(self.ledger.state.measured, federation)
+        standing = self.ledger.state.standing.after(round_number, value, federation)
+        is_best = standing.best_round == round_number
+        if is_best and federation.load_best_model_at_end:
+            self.merger.keep_best(round_number)
+        crash_point("judge-before-record")
+        self.ledger.judged(standing)
+        crash_point("judge-after-record")
+        if is_best and federation.load_best_model_at_end:
+            self.merger.forget_other_bests(round_number)
+        return Verdict(value=value, standing=standing, reason=standing.reason_to_stop(federation))
+
+    def end_rounds(self, reason: str) -> str:
+        """Write that there is no further round, and go back to the best one if that is asked for; return a note."""
+        state, note = self.ledger.state, ""
+        best_round = state.standing.best_round if self._run.federation.load_best_model_at_end else 0
+        best = None
+        if best_round not in (0, state.num_merged):
+            try:
+                best = self.merger.best(best_round)
+            except ModelError as error:
+                best_round, note = 0, f"the best round cannot be gone back to, so the run ends with its last: {error}"
+        self.ledger.ended(reason, best_round, best)
+        crash_point("end-after-record")
+        if best is not None:
+            self.merger.end_with(best[0])
+            self.worker.load_trained(best[1])
+            self.merger.save(self.worker.trained())
+        self.merger.forget_other_bests(0)
+        return note
+
     def describe_layers(self) -> tuple[TensorFrames, ...]:
         """Describe everyone's layers: those of the last merge, or what every client starts with."""
         return tuple(self._describe(layer) for layer in self.merger.layers().values())
@@ -335,18 +389,18 @@ class Engine:
         self.worker.discard(client_id)
         self._history.note("step_discarded", client_id=client_id, step=step)
 
-    def keep(self) -> Kept | Declined:
+    def keep(self, client_id: str) -> Kept | Declined:
         """Keep a snapshot of the backbone that a client's checkpoint can name."""
         try:
-            return Kept(commit_number=self.ledger.keep(self.worker, self._run.storage.keep_named))
+            return Kept(commit_number=self.ledger.keep(client_id, self.worker, self._run.storage.keep_named))
         except StorageError as error:
             return Declined(request_id=0, reason=f"the server could not keep a snapshot: {error}")
 
     def go_back(self, client_id: str, commit_number: int) -> WentBack | Declined:
         """Bring the backbone back to a kept snapshot, for a client that nobody else has trained beside since."""
-        if not self.ledger.is_where(client_id, commit_number):
+        if not self.ledger.is_where(client_id, commit_number, self.worker):
             try:
-                reason = self.ledger.objection_to_going_back(client_id, commit_number)
+                reason = self.ledger.objection_to_going_back(client_id, commit_number, self.worker)
             except Damaged as error:
                 reason = str(error)
             if reason:
@@ -357,7 +411,10 @@ class Engine:
 
     def save_trained(self) -> None:
         """Write what the backbone has learned, in a run without merges, where exporting finds it."""
-        self.merger.save(self.worker.trained())
+        if not self.worker.has_copies:
+            self.merger.save(self.worker.trained())
+        for client_id in self.worker.owners():
+            self.merger.save(self.worker.trained(client_id), client_id)
 
     def _describe(self, tensor: Tensor) -> TensorFrames:
         return describe(tensor, self._run.link.frame_bytes)

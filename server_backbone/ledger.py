@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server_backbone.standing import Standing
 from server_backbone.worker import Contribution, Worker
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
@@ -20,6 +21,9 @@ from splitfl.session.server import Applied
 _LAYERS = "layers/"
 _STRATEGY = "strategy/"
 _WORKER = "worker/"
+_BACKBONE = "backbone/"
+# What is not done again from the log of a run whose records are not kept, but for these: they move no weights, or all.
+_ALWAYS_REDONE = ("joined", "finished", "evaluated", "judged", "ended")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,6 +89,17 @@ class RunState:
     members: dict[str, MemberState] = field(default_factory=dict)
     durable_step: int = 0
     """Last step of the last merged round: what `durability = "snapshot"` keeps."""
+    held_round: int = 0
+    """What clients hold: the number of the last merge, or the one above it once the run ends with an earlier one's."""
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What clients measured of the last merge's layers, by client."""
+    standing: Standing = field(default_factory=Standing)
+    has_ended: bool = False
+    """Whether no further round is opened."""
+    end_reason: str = ""
+    """Why that is before the last round, "" if it is not."""
+    ends_with: int = 0
+    """The merge whose layers and backbone the run ends with, where that was asked for; else 0."""
 
     @property
     def uploaded(self) -> dict[str, float]:
@@ -140,12 +155,20 @@ class RunState:
                 self.round.out = [client_id for client_id in self.round.out if client_id != entry["client_id"]]
             case "merge":
                 self.durable_step = self.round.first_step + self.round.num_steps - 1 if self.round else 0
-                self.num_merged = entry["round"]
+                self.num_merged = self.held_round = entry["round"]
+                self.measured = {}
                 self.round = None
                 for name in entry.get("taken", ()):
                     self.buffer.pop(name)
                 if entry.get("closes", True):
                     self.turns, self.buffer = {}, {}
+            case "evaluated" if entry["round"] == self.num_merged and self.round is None:
+                self.measured[entry["client_id"]] = entry["measured"]
+            case "judged":
+                self.standing = Standing(**entry)
+            case "ended":
+                self.has_ended, self.end_reason = True, entry["reason"]
+                self.held_round, self.ends_with = entry["held_round"], entry["best_round"]
             case "finished":
                 self.members[entry["client_id"]].has_finished = True
             case "went_back":
@@ -176,6 +199,7 @@ class RunState:
                 "round": None if round_ is None else RoundState(**round_),
                 "turns": {name: RoundState(**turn) for name, turn in fields.get("turns", {}).items()},
                 "buffer": {name: BufferedUpload(**upload) for name, upload in fields.get("buffer", {}).items()},
+                "standing": Standing(**fields.get("standing", {})),
                 "members": {name: MemberState(**member) for name, member in fields["members"].items()},
             }
         )
@@ -204,10 +228,10 @@ class Ledger:
         self.state.fingerprint = fingerprint
         self.snapshot(worker)
 
-    def recover(self, worker: Worker, redone: Callable[[int], None]) -> list[str]:
+    def recover(self, worker: Worker, redone: Callable[[int, str], None]) -> list[str]:
         """Bring state and worker to where the log ends; return notes for the operator.
 
-        `redone` is told the number of each commit that was applied again, when it is.
+        `redone` is told the number of each commit that was applied again, and a member of it, when it is.
         """
         recovered = self._store.recover()
         snapshot = recovered.snapshot
@@ -215,10 +239,10 @@ class Ledger:
             return recovered.notes
         self.go_to(snapshot, worker)
         for entry in recovered.entries:
-            if self._keeps_records or entry.kind in ("joined", "finished"):
+            if self._keeps_records or entry.kind in _ALWAYS_REDONE:
                 self.redo(entry, worker)
                 if entry.kind == "commit":
-                    redone(self.state.commit_number)
+                    redone(self.state.commit_number, entry.fields["members"][0][0])
         last_kept = max(self._store.kept(), default=0)
         has_lost = last_kept > self.state.commit_number
         self.state.commit_number = max(self.state.commit_number, last_kept)  # a number names one state for ever
@@ -242,15 +266,27 @@ class Ledger:
     def redo(self, entry: Record, worker: Worker) -> None:
         """Do again what an entry says."""
         self.state.fold(entry.kind, entry.fields)
-        if entry.kind == "merge":
+        if entry.kind == "round":
+            worker.begin_round(entry.fields["clients"])
+        elif entry.kind == "merge":
             self.merged_layers = _without(_LAYERS, entry.tensors)
             self.strategy_state = _without(_STRATEGY, entry.tensors)
+            worker.merged(_without(_BACKBONE, entry.tensors))
         elif entry.kind == "commit":
             self._commits_since_snapshot += 1
             fields = entry.fields
-            worker.redo(fields["step"], fields["clip_coefficient"], entry.tensors, fields["learning_rate"])
+            worker.redo(
+                fields["members"][0][0],
+                fields["step"],
+                fields["clip_coefficient"],
+                entry.tensors,
+                fields["learning_rate"],
+            )
         elif entry.kind == "went_back":
-            worker.load(entry.tensors)
+            worker.go_back(entry.fields["client_id"], entry.tensors)
+        elif entry.kind == "ended" and entry.tensors:
+            self.merged_layers = _without(_LAYERS, entry.tensors)
+            worker.load_trained(_without(_BACKBONE, entry.tensors))
 
     def note(self, kind: str, **entry: Any) -> None:
         """Write an entry that need not be on disk before anything else happens."""
@@ -287,10 +323,40 @@ class Ledger:
         """Write that a client's layers are on disk, and its turn is over."""
         self._write(Record(kind="buffered", fields=entry), durable=True)
 
-    def merged(self, layers: Mapping[str, Tensor], strategy_state: Mapping[str, Tensor], **entry: Any) -> None:
-        """Write a merge: number, layers and round are one entry, durable before any client hears of it."""
+    def merged(
+        self,
+        layers: Mapping[str, Tensor],
+        strategy_state: Mapping[str, Tensor],
+        backbone: Mapping[str, Tensor],
+        **entry: Any,
+    ) -> None:
+        """Write a merge: number, layers and round are one entry, durable before any client hears of it.
+
+        `backbone` is what it has made of the clients' copies, if there are any.
+        """
         self.merged_layers, self.strategy_state = layers, strategy_state
-        self._write(Record(kind="merge", fields=entry, tensors=self._tensors_of_the_merge()), durable=True)
+        tensors = self._tensors_of_the_merge() | _with(_BACKBONE, backbone)
+        self._write(Record(kind="merge", fields=entry, tensors=tensors), durable=True)
+
+    def judged(self, standing: Standing) -> None:
+        """Write how good the last merge was."""
+        self._write(Record(kind="judged", fields=asdict(standing)), durable=True)
+
+    def ended(
+        self, reason: str, best_round: int, best: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
+    ) -> None:
+        """Write that no further round is opened.
+
+        `best` are layers and backbone of an earlier round that the run ends with; the entry holds them, so that it can
+        be done again when the kept file is gone.
+        """
+        held_round = self.state.num_merged + (best is not None)
+        fields = {"reason": reason, "held_round": held_round, "best_round": best_round}
+        tensors: dict[str, Tensor] = {}
+        if best is not None:
+            self.merged_layers = best[0]
+            tensors = _with(_LAYERS, best[0]) | _with(_BACKBONE, best[1])
+        self._write(Record(kind="ended", fields=fields, tensors=tensors), durable=True)
 
     def snapshot(self, worker: Worker) -> None:
         """Write state and tensors of this moment; raise `StorageError` and keep what there was if that fails."""
@@ -300,22 +366,27 @@ class Ledger:
 
     # snapshots that clients' checkpoints name
 
-    def keep(self, worker: Worker, limit: int) -> int:
+    def keep(self, client_id: str, worker: Worker, limit: int) -> int:
         """Keep state and tensors of this moment beside the log, if they are not kept yet; return their commit.
 
         At most `limit` are kept; the oldest go.
         """
-        number = self.state.weights_of
+        # a client's own copy has the weights of its own last commit, which is nobody else's
+        number = self._member(client_id).commit_number if worker.has_copies else self.state.weights_of
         if number not in self._store.kept():
-            self._store.keep(number, Record(kind="kept", fields=self.state.to_fields(), tensors=worker.state()), limit)
+            kept = Record(kind="kept", fields=self.state.to_fields(), tensors=worker.to_keep(client_id))
+            self._store.keep(number, kept, limit)
         return number
 
-    def is_where(self, client_id: str, commit_number: int) -> bool:
-        """Tell whether backbone and client are where they were after a commit."""
-        member = self.state.members.get(client_id, MemberState())
-        return self.state.weights_of == commit_number == member.commit_number
+    def is_where(self, client_id: str, commit_number: int, worker: Worker) -> bool:
+        """Tell whether the client, and the backbone that it trains, are where they were after a commit."""
+        is_backbone_there = worker.has_copies or self.state.weights_of == commit_number
+        return is_backbone_there and self._member(client_id).commit_number == commit_number
 
-    def objection_to_going_back(self, client_id: str, commit_number: int) -> str:
+    def _member(self, client_id: str) -> MemberState:
+        return self.state.members.get(client_id, MemberState())
+
+    def objection_to_going_back(self, client_id: str, commit_number: int, worker: Worker) -> str:
         """Say why the backbone cannot go back to a commit for this client, "" when it can."""
         kept = self._store.kept()
         if commit_number not in kept:
@@ -325,6 +396,9 @@ class Ledger:
                 " how many)"
             )
         then = RunState.from_fields(self._store.kept_at(commit_number).fields)
+        if worker.has_copies:
+            is_mine = then.members.get(client_id, MemberState()).commit_number == commit_number
+            return "" if is_mine else f"commit {commit_number} is another client's, whose copy of the backbone it moved"
         others = sorted(
             name
             for name, member in self.state.members.items()
@@ -348,7 +422,7 @@ class Ledger:
         place = asdict(member) | {"commit_number": commit_number}
         fields = {"client_id": client_id, "commit_number": commit_number, "member": place}
         self._write(Record(kind="went_back", fields=fields, tensors=kept.tensors), durable=True)
-        worker.load(kept.tensors)
+        worker.go_back(client_id, kept.tensors)
         if not self._keeps_records:
             self.snapshot(worker)
 

@@ -52,13 +52,27 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """All who take part have evaluated this merge's layers: compare it with the rounds before, then call `judged`."""
+
+    round_number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """There is no further round; an empty `reason` means that all were done. Clients evaluate and say goodbye."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class End:
     """The run is over; an empty `reason` means it went through to its last round."""
 
     reason: str
 
 
-Decision: TypeAlias = Open | LastCall | Merge | Release | End
+Decision: TypeAlias = Open | LastCall | Merge | Release | Judge | Stop | End
 
 
 class Stage(Enum):
@@ -69,6 +83,7 @@ class Stage(Enum):
     LAST_CALL = auto()
     """Open no longer than `step_timeout`: no step begins, and clients upload what they have."""
     MERGING = auto()
+    JUDGING = auto()
     PARTING = auto()
     """All rounds are merged; clients evaluate and say goodbye."""
     OVER = auto()
@@ -89,6 +104,7 @@ class Rounds:
         self._uploaded: set[str] = set()
         self.round_number = 0
         self.num_merged = 0
+        self._num_judged = 0
 
     @property
     def first_step(self) -> int:
@@ -97,8 +113,8 @@ class Rounds:
 
     @property
     def is_last(self) -> bool:
-        """Whether the open round is the run's last."""
-        return self.round_number == self._federation.num_rounds
+        """Whether the open round's merge is the end of all rounds; where rounds are compared, the verdict on it is."""
+        return self.round_number == self._federation.num_rounds and not self._federation.compares_rounds
 
     @property
     def is_parting(self) -> bool:
@@ -113,19 +129,22 @@ class Rounds:
         *,
         num_merged: int,
         next_steps: Mapping[str, int],
+        num_judged: int = 0,
+        has_stopped: bool = False,
     ) -> None:
         """Set where a run stands that was interrupted; `resumed` then says what follows.
 
         `next_steps` are where each client's next round of its own would begin (see `turns`).
         """
         self.num_merged = self.round_number = num_merged
+        self._num_judged = num_judged
         if open_round is not None:
             self.round_number = open_round.round_number
             self._stage = Stage.OPEN
             self._chosen = set(open_round.trainers)
             self._uploaded = set(uploaded)
             self._trainers = self._chosen - (set(out) - self._uploaded)
-        elif num_merged == self._federation.num_rounds and self._stage is not Stage.ENDLESS:
+        elif has_stopped or (self._are_all_merged and not self._federation.compares_rounds):
             self._stage = Stage.PARTING
 
     def resumed(self, clients: Iterable[str], now_s: float) -> list[Decision]:
@@ -196,8 +215,8 @@ class Rounds:
         if now_s < self._deadline_s:
             return []
         match self._stage:
-            case Stage.GATHERING if len(self._ready) >= self._federation.min_available_clients:
-                return self._open()
+            case Stage.GATHERING if len(self._ready) >= self._fewest:
+                return self._go_on()
             case Stage.GATHERING:
                 waited = f"waited {self._federation.wait_timeout:g} s (federation.wait_timeout) for"
                 return self._end(f"{waited} {self._wanted()}; ready: {', '.join(sorted(self._ready)) or 'none'}")
@@ -209,6 +228,21 @@ class Rounds:
                 return self._end("")
         return []
 
+    def judged(self, reason: str, now_s: float) -> list[Decision]:
+        """Take note of the verdict on the last merge; a `reason` means that no further round is worth its while."""
+        self._num_judged = self.num_merged
+        if reason or self._are_all_merged:
+            self._stage = Stage.PARTING
+            return [Stop(reason=reason)]
+        self._stage = Stage.GATHERING
+        self._deadline_s = now_s + self._federation.wait_timeout
+        return self._open() if len(self._ready) >= self._fewest else []  # some may have left meanwhile
+
+    def stopped(self, now_s: float) -> list[Decision]:
+        """Start the clock of the clients' last evaluations, who have been told that they are the last."""
+        self._deadline_s = now_s + self._federation.round_timeout
+        return [] if self._connected else self._end("")
+
     def opened(self, now_s: float) -> None:
         """Start the clock of the round that was just announced."""
         self._deadline_s = now_s + self._federation.round_timeout
@@ -219,7 +253,9 @@ class Rounds:
             case Stage.GATHERING:
                 missing = sorted(self._connected - self._ready)
                 busy = f", {', '.join(missing)} still at work" if missing else ""
-                return f"{self._wanted()} to begin round {self.round_number + 1} ({len(self._ready)} ready{busy})"
+                what = "the evaluation of" if self._are_all_merged else f"{self._wanted()} to begin"
+                number = self.round_number + (not self._are_all_merged)
+                return f"{what} round {number} ({len(self._ready)} ready{busy})"
             case Stage.OPEN | Stage.LAST_CALL if self._uploaded or self._stage is Stage.LAST_CALL:
                 return f"layers of {', '.join(sorted(self._trainers - self._uploaded))}"
             case Stage.PARTING:
@@ -230,10 +266,27 @@ class Rounds:
         wanted = self._federation.min_available_clients
         return f"{wanted} client" + ("s" if wanted > 1 else "")
 
+    @property
+    def _are_all_merged(self) -> bool:
+        return self.num_merged == self._federation.num_rounds and self._stage is not Stage.ENDLESS
+
+    @property
+    def _fewest(self) -> int:
+        """Clients that must be ready; for the verdict on the last merge, whoever is still there."""
+        return min(1, len(self._connected)) if self._are_all_merged else self._federation.min_available_clients
+
     def _open_if_complete(self) -> list[Decision]:
-        enough = len(self._ready) >= self._federation.min_available_clients
+        enough = len(self._ready) >= self._fewest
         if self._stage is not Stage.GATHERING or not enough or self._connected - self._ready:
             return []
+        return self._go_on()
+
+    def _go_on(self) -> list[Decision]:
+        """Open the next round; where rounds are compared, not before the verdict on the last one."""
+        if self._federation.compares_rounds and self._num_judged < self.num_merged:
+            self._stage = Stage.JUDGING
+            self._deadline_s = float("inf")
+            return [Judge(round_number=self.num_merged)]
         return self._open()
 
     def _open(self) -> list[Decision]:

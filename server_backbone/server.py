@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from server_backbone.caches import CacheBook
-from server_backbone.engine import Decided, Engine, MergedLayers, Spooled
+from server_backbone.engine import Decided, Engine, MergedLayers, Spooled, Verdict
 from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
 from server_backbone.jobs import Jobs
 from server_backbone.ledger import RoundState
 from server_backbone.members import Connection, Member, Members
 from server_backbone.provisions import Provisions
-from server_backbone.rounds import Decision, End, LastCall, Merge, Open, Release, Rounds
+from server_backbone.rounds import Decision, End, Judge, LastCall, Merge, Open, Release, Rounds, Stop
 from server_backbone.turns import Turns
 from server_backbone.worker import Contribution, Scaling
 from splitfl.config import NAME_PATTERN, RunConfig
@@ -59,6 +59,7 @@ from splitfl.protocol.messages import (
     Resume,
     Resumed,
     RoundOpened,
+    RoundsEnded,
     Shutdown,
     TensorFrames,
     Upload,
@@ -72,6 +73,7 @@ from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 from splitfl.telemetry.history import History
+from splitfl.telemetry.measures import ALSO, Measured, complete, event_of, federated
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.optimizer import NO_GRADIENT
 from splitfl.transport.keys import AllowList
@@ -119,6 +121,9 @@ class Server:
         self._layers = self._layers_of_all(0)
         self._merge_number = 0
         self._last_merge: Merged | None = None
+        self._have_rounds_ended = False
+        self._evaluated: dict[tuple[str, int], dict[str, Measured]] = {}
+        self._unsaid: set[tuple[str, int]] = set()
         self._is_over = False
         self._waiting_said = ("", 0.0)
 
@@ -160,7 +165,8 @@ class Server:
     def recover(self) -> None:
         """Go on where the ledger's log ends: every client is expected back."""
         state, now_s = self.engine.ledger.state, time.monotonic()
-        self._merge_number = state.num_merged
+        self._merge_number = state.held_round
+        self._have_rounds_ended = state.has_ended
         self._layers = self._layers_of_all(state.num_merged)
         if state.round is not None or state.turns:
             self._gate.round_opened((), state.round.step if state.round is not None else 1)
@@ -185,6 +191,8 @@ class Server:
             state.round.out if state.round is not None else (),
             num_merged=state.num_merged,
             next_steps={client_id: state.next_step_of(client_id) for client_id in state.members},
+            num_judged=state.standing.judged_round,
+            has_stopped=state.has_ended,
         )
         self._decide(self._rounds.resumed([member.client_id for member in self._members], now_s), now_s)
 
@@ -265,11 +273,13 @@ class Server:
         match message:
             case Ready():
                 member.held_round, member.num_examples = message.round_number, message.num_examples
-                self._decide(self._rounds.ready(client_id), now_s)
-                if self._rounds.is_parting:
-                    self._dismiss(member)
+                if self._have_rounds_ended:
+                    self._say_ended(member)  # it was evaluating still
+                else:
+                    self._decide(self._rounds.ready(client_id), now_s)
+                    self._dismiss_if_parting(member)
             case Forward(step=0):
-                self._compute(member, partial(self.engine.evaluate, message))
+                self._compute(member, partial(self.engine.evaluate, client_id, message))
             case Decode():
                 self._decode(member, message, now_s)
             case EndCache():
@@ -291,14 +301,14 @@ class Server:
                 self._jobs.submit(partial(self.engine.discarded, client_id, step), _nothing)
                 self._carry_out(self._gate.finished(client_id, now_s), now_s)
             case Keep():
-                self._jobs.submit(self.engine.keep, partial(self._tell, member))
+                self._jobs.submit(partial(self.engine.keep, client_id), partial(self._tell, member))
             case GoBack():
                 self._go_back(member, message)
 
     def _go_back(self, member: Member, message: GoBack) -> None:
         """Bring backbone and client back to a kept snapshot, unless that would take something from another client."""
         at_work = [other.client_id for other in self._members if other is not member and other.session.is_in_step]
-        if at_work:
+        if at_work and not self.engine.worker.has_copies:
             reason = f"{', '.join(at_work)} is in the middle of a step: try again when it has ended"
             self._tell(member, Declined(request_id=0, reason=reason))
             return
@@ -343,16 +353,40 @@ class Server:
                 "loaded", client_id=member.client_id, round=report.round_number, digest=report.digest[:64]
             )
             return
-        also = {name.removeprefix("also:"): v for name, v in report.metrics.items() if name.startswith("also:")}
+        if report.round_number > self._merge_number:
+            raise RemoteProtocolError(f"a measurement of round {report.round_number}, which is not merged")
+        if report.phase != "after":
+            measured = {name: value for name, value in report.metrics.items() if not name.startswith(ALSO)}
+            self._jobs.submit(partial(self.engine.measured, member.client_id, report.round_number, measured), _nothing)
+        also = {name.removeprefix(ALSO): value for name, value in report.metrics.items() if name.startswith(ALSO)}
+        round_number = self.engine.ledger.state.ends_with if self._is_of_the_best(report) else report.round_number
+        self._evaluated.setdefault((report.phase, round_number), {})[member.client_id] = complete(report.metrics)
+        self._unsaid.add((report.phase, round_number))
         self.metrics.emit(
             "evaluated",
             client_id=member.client_id,
-            phase=report.phase[:16],
-            round=report.round_number,
-            eval_loss=report.metrics.get("eval_loss"),
-            num_eval_examples=int(report.metrics.get("num_eval_examples", 0)),
+            phase=report.phase,
+            round=round_number,
+            **event_of(report.metrics),
             also=also,
         )
+
+    def _say_federated(self) -> None:
+        """Say what clients have measured, all together, where that has changed since it was last said."""
+        for (phase, round_number), clients in self._evaluated.items():
+            if (phase, round_number) in self._unsaid:
+                self.metrics.emit(
+                    "federated",
+                    phase=phase,
+                    round=round_number,
+                    num_clients=len(clients),
+                    measures=federated(clients),
+                )
+        self._unsaid.clear()
+
+    def _is_of_the_best(self, report: Report) -> bool:
+        """Tell whether a report is of the round that the run ends with, whose number clients do not know."""
+        return self._have_rounds_ended and report.phase == "after" and self.engine.ledger.state.ends_with > 0
 
     # who comes in
 
@@ -404,7 +438,21 @@ class Server:
             return Why.FULL, (
                 f"{self.limits.clients} clients are connected, which is server.max_clients: try again later"
             )
+        if (
+            self._keeps_copies_for_ever
+            and self._members.get(name) is None
+            and len(self._members) >= self.limits.clients
+        ):
+            return Why.FULL, (
+                f"this server keeps a copy of the backbone for each of {self.limits.clients} clients, which is"
+                " server.max_clients, and theirs wait for them: ask its operator to raise that"
+            )
         return None, ""
+
+    @property
+    def _keeps_copies_for_ever(self) -> bool:
+        """Whether no merge ever ends the clients' copies."""
+        return self.run.has_own_loops and self.engine.worker.has_copies
 
     def _is_connected(self, client_id: str) -> bool:
         member = self._members.get(client_id)
@@ -679,13 +727,19 @@ class Server:
                     self._jobs.submit(partial(self.engine.merge, decision), partial(self._merged, decision))
                 case Release(client_id=client_id):
                     self._release(client_id, "")
+                case Judge(round_number=number):
+                    self._jobs.submit(partial(self.engine.judge, number), self._judged)
+                case Stop(reason=reason):
+                    self._jobs.submit(partial(self.engine.end_rounds, reason), self._rounds_ended)
                 case End(reason=reason):
+                    self._say_federated()
                     self.reason = reason
                     self._is_over = True
 
     def _open_round(self, round_: Open, _: None) -> None:
         """Tell everybody of a round that is written down."""
         self._gate.round_opened(round_.trainers, round_.first_step)
+        self._say_federated()
         self.metrics.emit(
             "round_opened",
             round=round_.round_number,
@@ -702,6 +756,52 @@ class Server:
             if member.is_out:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
         self._rounds.opened(time.monotonic())
+
+    def _judged(self, verdict: Verdict) -> None:
+        """Say what the verdict on the last merge is, and go on as it asks."""
+        standing = verdict.standing
+        self._say_federated()
+        self.metrics.emit(
+            "judged",
+            round=standing.judged_round,
+            metric=self.run.federation.metric_for_best_model,
+            value=verdict.value,
+            best_round=standing.best_round,
+            best_value=standing.best_value if standing.best_round else None,
+            rounds_without_improvement=standing.rounds_without_improvement,
+        )
+        now_s = time.monotonic()
+        self._decide(self._rounds.judged(verdict.reason, now_s), now_s)
+
+    def _rounds_ended(self, note: str) -> None:
+        """Tell everybody who waits for the next round that there is none."""
+        state = self.engine.ledger.state
+        self._have_rounds_ended = True
+        if note:
+            self.metrics.emit("note", text=note)
+        self.metrics.emit("rounds_ended", reason=state.end_reason, round=state.num_merged, best_round=state.ends_with)
+        if state.held_round != self._merge_number:
+            self._merge_number, self._layers = state.held_round, self.engine.describe_layers()
+        for member in self._members:
+            if member.session.phase is Phase.READY:
+                self._say_ended(member)
+        now_s = time.monotonic()
+        self._decide(self._rounds.stopped(now_s), now_s)
+
+    def _say_ended(self, member: Member) -> None:
+        state = self.engine.ledger.state
+        layers = () if member.held_round == self._merge_number else self._layers
+        member.session.rounds_ended()
+        member.held_round = self._merge_number
+        self._tell(
+            member,
+            RoundsEnded(
+                round_number=self._merge_number,
+                best_round=state.ends_with,
+                reason=state.end_reason,
+                layers=layers,
+            ),
+        )
 
     def _opening(self, round_: Open, client_id: str) -> RoundOpened:
         member = self._members[client_id]
@@ -765,6 +865,10 @@ class Server:
         member.session.merged(message)
         self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
         self._tell(member, message)
+
+    def _dismiss_if_parting(self, member: Member) -> None:
+        if self._rounds.is_parting and not self.run.federation.compares_rounds:  # there, the verdict tells them
+            self._dismiss(member)
 
     def _dismiss(self, member: Member) -> None:
         """Let a client that waits for another round sit the last one out, now that it is merged."""

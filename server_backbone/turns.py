@@ -33,6 +33,8 @@ class Turns(Rounds):
         *,
         num_merged: int,
         next_steps: Mapping[str, int],
+        num_judged: int = 0,
+        has_stopped: bool = False,
     ) -> None:
         """Set where a run stands that was interrupted; `uploaded` is the buffer, and there is no one open round."""
         super().restore(None, (), out, num_merged=num_merged, next_steps=next_steps)

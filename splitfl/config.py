@@ -35,6 +35,19 @@ StrategyName = Literal[
     "NormClippedMean",
 ]
 
+MeasureName = Literal[
+    "eval_loss",
+    "perplexity",
+    "token_accuracy",
+    "exact_match",
+    "rouge_l",
+    "accuracy",
+    "macro_f1",
+]
+
+# Measured only where `evaluation.measures` has them.
+OPTIONAL_MEASURES = ("exact_match", "rouge_l", "accuracy", "macro_f1")
+
 # TOML has no null: an empty string says "not set" for a path as it does for a name.
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
 
@@ -148,9 +161,10 @@ class OptimizerSection(Section):
 class FederationSection(Section):
     """Rounds, who takes part in them, and how the backbone and the merges treat several clients."""
 
-    server_mode: Literal["shared", "sequential", "frozen"] = "shared"
+    server_mode: Literal["shared", "sequential", "per_client", "frozen"] = "shared"
     """`shared`: one backbone step from all clients' gradients; `sequential`: a step per client, one client at a time;
-    `frozen`: the backbone does not learn."""
+    `per_client`: each client trains a copy of the backbone's adapters (or weights) of its own, merged with the round;
+    `frozen`: the backbone does not learn. docs/server-modes.md compares them."""
 
     num_rounds: int = Field(3, ge=0)
     """Rounds in the run; each ends with a merge of the client-side layers (with FedBuff it is merges that are counted).
@@ -194,6 +208,21 @@ class FederationSection(Section):
     evaluate: Literal["ends", "rounds"] = "ends"
     """Evaluate each client's held-out text before and after the run, or after every round as well."""
 
+    metric_for_best_model: MeasureName = "eval_loss"
+    """The measure by which rounds are compared, over all clients' held-out text (docs/evaluation.md); its name decides
+    whether more is better."""
+
+    early_stopping_patience: int = Field(0, ge=0)
+    """Rounds in a row without improvement after which the run ends, as in transformers; 0 never ends it early. Needs
+    `evaluate = "rounds"`."""
+
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """How much better than the best round so far a round must be to count as an improvement."""
+
+    load_best_model_at_end: bool = False
+    """Whether the run ends with the layers and the backbone of its best round, and not with those of its last: on all
+    clients and in the exported model. Needs `evaluate = "rounds"`."""
+
     wait_timeout: float = Field(600.0, gt=0)
     """Seconds to wait for `min_available_clients` before the run is given up."""
 
@@ -219,12 +248,32 @@ class FederationSection(Section):
             )
         return self
 
+    @property
+    def compares_rounds(self) -> bool:
+        """Whether what happens next hangs on how good each round was."""
+        return self.early_stopping_patience > 0 or self.load_best_model_at_end
+
+    @model_validator(mode="after")
+    def _compares_what_is_evaluated(self) -> Self:
+        if self.compares_rounds and (self.evaluate != "rounds" or not self.num_rounds):
+            asks = "early_stopping_patience" if self.early_stopping_patience else "load_best_model_at_end"
+            raise ValueError(
+                f'{asks} compares rounds, and no round is evaluated: set federation.evaluate to "rounds"'
+                + (" and num_rounds to 1 or more" if not self.num_rounds else "")
+            )
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise ValueError(
+                f"early_stopping_threshold = {self.early_stopping_threshold:g} means nothing without"
+                " early_stopping_patience: set that to the rounds to wait for an improvement"
+            )
+        return self
+
     @model_validator(mode="after")
     def _shares_steps_only_in_rounds(self) -> Self:
         if self.num_rounds == 0 and self.server_mode == "shared":
             raise ValueError(
                 "num_rounds = 0 lets each client train in a loop of its own, so there is no step that all share: set"
-                ' server_mode to "sequential" or "frozen"'
+                ' server_mode to "sequential", "per_client" or "frozen"'
             )
         return self
 
@@ -314,6 +363,43 @@ class TextSection(Section):
 
     append_eos: bool = True
     """Whether each example ends with the tokenizer's end-of-sequence token."""
+
+
+class EvaluationSection(Section):
+    """What is measured on held-out text besides loss, perplexity and token accuracy; see docs/evaluation.md."""
+
+    measures: tuple[Literal["exact_match", "rouge_l", "accuracy", "macro_f1"], ...] = ()
+    """`exact_match` and `rouge_l` compare greedily generated text with the completions; `accuracy` and `macro_f1`
+    classify: the label word that is likeliest as completion is the prediction. All need prompts and completions."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens that are generated at most in answer to a prompt."""
+
+    num_examples: int = Field(32, ge=0)
+    """Prompts that are answered in an evaluation, spread evenly over the held-out examples; 0 answers all. Classifying
+    takes all."""
+
+    label_words: tuple[str, ...] = ()
+    """The label words, spelt as the completions are, a leading space included; empty takes each client's from its own
+    completions."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether prompts are answered."""
+        return bool({"exact_match", "rouge_l"} & set(self.measures))
+
+    @property
+    def classifies(self) -> bool:
+        """Whether label words are compared."""
+        return bool({"accuracy", "macro_f1"} & set(self.measures))
+
+    @model_validator(mode="after")
+    def _has_words_to_choose_from(self) -> Self:
+        if len(set(self.label_words)) != len(self.label_words) or len(self.label_words) == 1 or "" in self.label_words:
+            raise ValueError("label_words must be two or more different words, or [] to take them from the data")
+        if self.label_words and not self.classifies:
+            raise ValueError('label_words are for classification: add "accuracy" or "macro_f1" to measures')
+        return self
 
 
 class LinkSection(Section):
@@ -552,6 +638,7 @@ class RunConfig(Config):
     strategy: StrategySection = StrategySection()
     merge: MergeSection = MergeSection()
     text: TextSection = TextSection()
+    evaluation: EvaluationSection = EvaluationSection()
     link: LinkSection = LinkSection()
     storage: StorageSection = StorageSection()
 
@@ -581,6 +668,11 @@ class RunConfig(Config):
         return self.federation.server_mode != "frozen" and self.train.backbone != "none"
 
     @property
+    def has_copies(self) -> bool:
+        """Whether each client trains a copy of the backbone's trainable tensors of its own."""
+        return self.federation.server_mode == "per_client" and self.backbone_trains
+
+    @property
     def bottom_trains(self) -> bool:
         """Whether anything below the first cut trains, so that its gradient must be sent back."""
         return self.train.embeddings or (self.train.bottom != "none" and self.model.bottom_layers > 0)
@@ -605,9 +697,13 @@ class RunConfig(Config):
     def _objections_to_fed_buff(self) -> Iterator[str]:
         federation, schedule = self.federation, self.optimizer.lr_scheduler_type
         if federation.server_mode not in ("sequential", "frozen"):
+            why = {
+                "shared": "has clients wait for each other, and FedBuff has none wait",
+                "per_client": "merges the copies of clients that have begun together, and with FedBuff none do",
+            }
             yield (
-                f'federation.server_mode = "{federation.server_mode}" has clients wait for each other, and FedBuff has'
-                ' none wait: set it to "sequential" or "frozen"'
+                f'federation.server_mode = "{federation.server_mode}" {why[federation.server_mode]}: set it to'
+                ' "sequential" or "frozen"'
             )
         if not schedule.startswith("constant"):
             yield (
@@ -623,6 +719,41 @@ class RunConfig(Config):
         for name, usual in unused.items():
             if (value := getattr(federation, name)) != usual:
                 yield f"federation.{name} = {value} is of rounds that all clients share: leave it out"
+        if federation.compares_rounds:
+            yield (
+                "federation.early_stopping_patience and load_best_model_at_end compare rounds that all clients share:"
+                " leave them out"
+            )
+
+    @model_validator(mode="after")
+    def _measures_what_it_compares(self) -> Self:
+        metric = self.federation.metric_for_best_model
+        if metric in OPTIONAL_MEASURES and metric not in self.evaluation.measures and self.federation.compares_rounds:
+            raise ValueError(
+                f"federation.metric_for_best_model = {metric}, which is not measured: add it to evaluation.measures"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_go_back_to_the_best(self) -> Self:
+        if self.federation.load_best_model_at_end and set(self.merge.parts) != {"bottom", "top"}:
+            raise ValueError(
+                f"federation.load_best_model_at_end with merge.parts = {list(self.merge.parts)}: a part that is not"
+                " merged is kept by its client as it is now, and not as it was after the best round; merge both parts,"
+                " or leave load_best_model_at_end out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit_the_cache(self) -> Self:
+        positions = self.text.max_seq_length + self.evaluation.max_new_tokens
+        if self.evaluation.generates and positions > self.link.max_cache_tokens:
+            raise ValueError(
+                f"a prompt of text.max_seq_length = {self.text.max_seq_length} tokens and evaluation.max_new_tokens ="
+                f" {self.evaluation.max_new_tokens} behind it are more than link.max_cache_tokens ="
+                f" {self.link.max_cache_tokens}: raise that, or shorten one of them"
+            )
+        return self
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all values both roles must agree on."""

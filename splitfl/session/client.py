@@ -23,6 +23,7 @@ from splitfl.protocol.messages import (
     Resume,
     Resumed,
     RoundOpened,
+    RoundsEnded,
     StepRefused,
     TensorFrames,
     Upload,
@@ -216,6 +217,14 @@ class ClientSession:
                 self._waits_for = None
                 self.open_round = message
                 self.next_step = message.first_step
+                return message
+            case RoundsEnded():
+                if self._waits_for is not RoundOpened:
+                    raise RemoteProtocolError("RoundsEnded was not asked for")
+                if message.layers:
+                    self.terms.check_layers(message.layers)
+                self._waits_for = None
+                self.round_number = message.round_number
                 return message
             case Merged():
                 if self.open_round is None or not self._ends(message, self.open_round):

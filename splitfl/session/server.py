@@ -38,6 +38,7 @@ from splitfl.protocol.messages import (
     Upload,
 )
 from splitfl.session.terms import Terms
+from splitfl.telemetry.measures import objection
 
 # An evaluation and the layers loaded, and the same again for every connection lost meanwhile.
 _MAX_REPORTS = 64
@@ -303,6 +304,13 @@ class ServerSession:
         self.round_number = merge.round_number
         self._num_reports = 0
 
+    def rounds_ended(self) -> None:
+        """Take note that this client is told that there is no further round."""
+        if self.phase is not Phase.READY:
+            raise LocalProtocolError(f"the rounds end for a client that is {self.phase.name}")
+        self.phase = Phase.IDLE
+        self._num_reports = 0
+
     def _require(self, message: Message, *phases: Phase) -> None:
         if self.phase not in phases:
             raise RemoteProtocolError(f"{type(message).__name__} while {self.phase.name}")
@@ -428,6 +436,10 @@ class ServerSession:
         """Bound what a client can have written down: a few measurements a round."""
         if self._num_reports >= _MAX_REPORTS:
             raise RemoteProtocolError(f"more than {_MAX_REPORTS} reports in one round")
+        if message.topic not in ("evaluated", "loaded") or message.phase not in ("before", "round", "after"):
+            raise RemoteProtocolError(f"a report of {message.topic!r:.40} in phase {message.phase!r:.40}")
+        if wrong := objection(message.metrics):
+            raise RemoteProtocolError(f"a report with {wrong}")
         self._num_reports += 1
         return message
 

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from splitfl.telemetry.figures import measure_rows
+from splitfl.telemetry.measures import federated, measured_in
 from splitfl.telemetry.metrics import Event, jsonable
 from splitfl.telemetry.page import render_page
 from splitfl.telemetry.units import format_bytes, format_change, format_loss, printable
@@ -40,10 +42,14 @@ def build_report(events: Sequence[Event]) -> Report:
         "num_rounds": sum(merge["accepted"] for merge in merges),
         "num_rounds_planned": started.get("num_rounds"),
         "steps": _num_commits(events, started.get("server_mode")),
+        "stopped_early": _last(events, "rounds_ended").get("reason") or None,
+        "best_round": _last(events, "rounds_ended").get("best_round") or None,
         "eval_loss_before": before,
         "eval_loss_after": after,
+        "federated": _federated(events),
         "clients": clients,
         "server": {name: finished.get(name) for name in _SERVER_FIELDS},
+        "copies": _copies(started, finished),
         "merges": merges,
         "curves": {client["client_id"]: _curve(client["client_id"], events) for client in clients},
         "evaluations": [_without_envelope(event) for event in _named(events, "evaluated")],
@@ -87,6 +93,26 @@ def summary_table(report: Report) -> "Table":
     return table
 
 
+def measures_table(report: Report) -> "Table | None":
+    """Draw what was measured of the held-out text of all clients together; None where nothing was."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = measure_rows(report)
+    if not rows:
+        return None
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("held-out")
+    for name in ("before", "after", "mean of clients", "worst client"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        worst = "-" if row["worst"] is None else f"{row['worst']} ({printable(row['worst_client'])})"
+        cells = [row["title"], row["before"] or "-", row["after"] or "-", row["mean"] or "-", worst]
+        table.add_row(*map(Text, cells))
+    return table
+
+
 def _cells(name: str, row: dict[str, Any], *, unknown: str = "-") -> list["Text"]:
     """Write a row; `Text`, because a name may look like markup."""
     from rich.text import Text
@@ -111,6 +137,8 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
             "eval_loss_before": before.get("eval_loss"),
             "eval_loss_after": after.get("eval_loss"),
             "num_eval_examples": (after or before).get("num_eval_examples"),
+            "measures_before": measured_in(before),
+            "measures_after": measured_in(after),
             "also": after.get("also") or {},
             "also_before": before.get("also") or {},
             "bytes_sent": last.get("bytes_sent"),
@@ -120,6 +148,25 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
             "left": None if done else _last(own, "client_left").get("reason"),
         }
     )
+
+
+def _federated(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Put together what the clients measured before, after each round and after the run, in that order."""
+    groups: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    for event in _named(events, "evaluated"):
+        groups.setdefault((event["phase"], event["round"]), {})[event["client_id"]] = measured_in(event)
+    order = ("before", "round", "after")
+    return [
+        {"phase": phase, "round": round_, "num_clients": len(clients), "measures": federated(clients)}
+        for (phase, round_), clients in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    ]
+
+
+def _copies(started: Event, finished: Event) -> dict[str, int] | None:
+    """Return what the server held for each client by itself, None where all share one backbone."""
+    if not started.get("bytes_per_copy"):
+        return None
+    return {"bytes_each": started["bytes_per_copy"], "most_at_once": finished.get("most_copies")}
 
 
 def _merge(event: Event, events: Sequence[Event]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from splitfl.config import OptimizerSection, RunConfig
 from splitfl.models.cut import Cut, Side
 from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding
+from splitfl.telemetry.measures import MEASURES
 from splitfl.telemetry.units import format_bytes
 
 # Tensors like its gradient that an optimizer keeps for each one that trains.
@@ -58,20 +59,27 @@ class Part:
     parameters: int
     trainable: int
     weight_bytes: int
+    trainable_bytes: int
     training_bytes: int
     """Gradients and optimizer state of what trains."""
+
+    @property
+    def copy_bytes(self) -> int:
+        """What a client's own copy of what trains takes: weights, gradients and optimizer state."""
+        return self.trainable_bytes + self.training_bytes
 
     @classmethod
     def of(cls, cut: Cut, side: Side, optimizer: OptimizerSection) -> "Part":
         """Count an empty or filled model's tensors."""
         held = [tensor for _, tensor in cut.tensors_of(side).values()]
         trainable = list(cut.trainable(side).values())
-        gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
+        trainable_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
         return cls(
             parameters=sum(tensor.numel() for tensor in held),
             trainable=sum(parameter.numel() for parameter in trainable),
             weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
-            training_bytes=gradients * (1 + _MOMENTS[optimizer.optim]),
+            trainable_bytes=trainable_bytes,
+            training_bytes=trainable_bytes * (1 + _MOMENTS[optimizer.optim]),
         )
 
 
@@ -92,6 +100,76 @@ def steps_of(run: RunConfig) -> Finding:
         ),
         numbers={"rounds": federation.num_rounds, "steps": run.total_steps, "examples_per_step": examples},
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationWork:
+    """What one evaluation of one client takes."""
+
+    examples: int
+    """Held-out examples that are run forward with their labels."""
+    classified: int = 0
+    labels: int = 0
+    answered: int = 0
+    """Prompts that are answered by generating."""
+
+
+def evaluations_of(run: RunConfig, work: EvaluationWork | None = None) -> Finding:
+    """Say what is measured and how often; and, where a client's text is known, what that takes."""
+    federation, asked = run.federation, run.evaluation
+    if run.has_own_loops or (work is not None and not work.examples):
+        said = "loops of clients' own evaluate as they are written" if run.has_own_loops else "no text is held out"
+        return Finding(topic="evaluation", sentences=(f"Nothing is evaluated: {said}.",), numbers={"evaluations": 0})
+    # before and after; between them every round's, the last one's only where it is compared
+    between = federation.num_rounds - 1 + federation.compares_rounds if federation.evaluate == "rounds" else 0
+    times = 2 + between
+    names = ["eval_loss", "perplexity", "token_accuracy", *asked.measures]
+    when = "before, after every round, and after" if between else "before and after"
+    sentences = [
+        f"Each client with held-out text is evaluated {when} the run, {times} times:"
+        f" {', '.join(MEASURES[name].title for name in names)}."
+    ]
+    numbers: dict[str, object] = {"evaluations": times, "measures": names}
+    if work is not None:
+        said, more = _work_of(run, work)
+        sentences.append(said)
+        numbers |= more
+    elif asked.generates:
+        limit = f"at most {asked.num_examples} prompts" if asked.num_examples else "every held-out prompt"
+        sentences.append(
+            f"Each time {limit} are answered with up to {asked.max_new_tokens} tokens, a round trip for each token of a"
+            f" batch of up to {federation.per_device_eval_batch_size} prompts."
+        )
+    if federation.compares_rounds:
+        sentences.append(_comparison(run))
+    return Finding(topic="evaluation", sentences=tuple(sentences), numbers=numbers)
+
+
+def _work_of(run: RunConfig, work: EvaluationWork) -> tuple[str, dict[str, object]]:
+    rows = run.federation.per_device_eval_batch_size
+    candidates = work.classified * work.labels
+    forward = -(-work.examples // rows) + -(-candidates // rows)
+    answers = -(-work.answered // rows)
+    tokens = work.answered * run.evaluation.max_new_tokens
+    said = f"Each takes {forward} forward passes of up to {rows} rows"
+    if candidates:
+        said += f", those of {work.classified} prompts with each of {work.labels} label words among them"
+    if work.answered:
+        said += (
+            f", and at most {tokens} generated tokens: {work.answered} prompts in about {answers} batches, up to"
+            f" {answers * run.evaluation.max_new_tokens} round trips"
+        )
+    return f"{said}.", {"forward_passes": forward, "generated_tokens": tokens, "classified": work.classified}
+
+
+def _comparison(run: RunConfig) -> str:
+    federation = run.federation
+    said = f"Rounds are compared by the {MEASURES[federation.metric_for_best_model].title} over all clients' text"
+    if federation.early_stopping_patience:
+        said += f"; the run ends after {federation.early_stopping_patience} in a row without improvement"
+    if federation.load_best_model_at_end:
+        said += "; clients, backbone and exported model end with the best round's"
+    return f"{said}."
 
 
 def wire_of(run: RunConfig, terms: Terms) -> Finding:
@@ -135,12 +213,30 @@ def memory_of(part: Part, whose: str, *, topic: str) -> Finding:
     )
 
 
+def copies_of(backbone: Part, run: RunConfig, *, clients: int) -> Finding:
+    """Say what a copy of the backbone for each client takes; `clients` is how many the server lets in at once."""
+    each, ready = backbone.copy_bytes, run.federation.min_available_clients
+    kind = "adapters" if run.train.backbone == "lora" else "weights"
+    return Finding(
+        topic="copies",
+        sentences=(
+            f"Each client trains a copy of the backbone's {kind} of its own, {format_bytes(each)} here with gradients"
+            f" and optimizer state: {format_bytes(ready * each)} for min_available_clients = {ready}, at most"
+            f" {format_bytes(clients * each)} for server.max_clients = {clients}.",
+        ),
+        numbers={"bytes_per_copy": each, "most_copies": clients},
+    )
+
+
 def sight_of(run: RunConfig) -> Finding:
     """Say what the server will see of a client's text."""
     learns = run.backbone_trains or run.bottom_trains
     seen = ["activations of every position, of held-out text too"]
     seen += ["gradients"] * learns
-    seen += ["lengths of rows", "counts of examples and tokens", "losses", "the layers of every merge"]
+    seen += ["lengths of rows", "counts of examples and tokens", "losses and other measures"]
+    seen += ["the layers of every merge"]
+    if run.evaluation.generates:
+        seen += ["activations and lengths of the answers to held-out prompts"]
     sentences = [
         f"The server sees {'; '.join(seen)}. Token ids, labels and text are not sent.",
         "From activations text can often be worked out, the more the fewer blocks are below the first cut"

@@ -579,3 +579,15 @@ class TestStepClosed:
         assert isinstance(session.last_commit, StepRefused)
         with pytest.raises(RemoteProtocolError, match="0 of 2 micro-batches"):
             session.receive(commit(2))
+
+
+def test_rounds_end_for_a_client_that_waits_for_the_next_and_for_no_other() -> None:
+    session = ready()
+    session.rounds_ended()
+    assert session.phase is Phase.IDLE
+    assert session.receive(forward(1, 0)) is not None  # its last evaluation
+    for other in (idle(), training()):
+        before = snapshot(other)
+        with pytest.raises(LocalProtocolError, match="the rounds end for a client that is"):
+            other.rounds_ended()
+        assert snapshot(other) == before
