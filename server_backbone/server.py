@@ -637,6 +637,8 @@ class Server:
             commit_number=decided.commit_number,
             loss=commit.loss if scaling is None else None,  # a client's own loop keeps it to itself
             num_label_tokens=commit.num_label_tokens,
+            num_tokens=member.session.asked.num_tokens,
+            num_positions=member.session.asked.num_positions,
             learning_rate=scheduled if scaling is None else scaling.learning_rate,
             clip_coefficient=decided.clip_coefficient,
             bytes_sent=member.received,

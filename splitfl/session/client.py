@@ -66,8 +66,16 @@ class ClientSession:
         self._wait_for(Resumed)
         return Resume(held_round=held_round, step=step, commit_number=commit_number, pending_step=pending_step)
 
-    def forward(self, *, step: int, micro_batch: int, hidden_BSD: TensorFrames, lengths_B: tuple[int, ...]) -> Forward:
-        """Number a micro-batch; `step` 0 is an evaluation."""
+    def forward(
+        self,
+        *,
+        step: int,
+        micro_batch: int,
+        hidden_BSD: TensorFrames,
+        lengths_B: tuple[int, ...],
+        example_lengths: tuple[int, ...] = (),
+    ) -> Forward:
+        """Number a micro-batch; `step` 0 is an evaluation, and `example_lengths` are for rows that are packed."""
         if not self.has_credit:
             raise LocalProtocolError(f"more than max_in_flight = {self.terms.max_in_flight} micro-batches under way")
         if self._waits_for is not None or self._committing is not None:
@@ -83,7 +91,7 @@ class ClientSession:
             hidden_BSD=hidden_BSD,
             lengths_B=lengths_B,
             left_padded=False,
-            example_lengths=(),
+            example_lengths=example_lengths,
             adapters_off=False,
         )
 
