@@ -19,7 +19,7 @@ from splitfl.models.packing import check_packing
 EXAMPLES = (7, 6, 9, 2, 1)
 LAYOUT = Layout(lengths_B=(13, 12), example_lengths=EXAMPLES)
 LENGTH = 13
-FAMILIES = ("llama", "gpt2", "gemma2", "mistral", "mixtral", "qwen2", "gpt_neox")
+FAMILIES = ("llama", "gpt2", "gemma2", "gemma3_text", "mistral", "mixtral", "qwen2", "gpt_neox")
 CPU = torch.device("cpu")
 
 
@@ -103,7 +103,29 @@ def test_a_family_that_packs_is_found_to(family: str) -> None:
         check_packing(segment.base, max_seq_length=64)
 
 
-@pytest.mark.parametrize("family", ["bloom", "afmoe"])
+class _Shifted(torch.nn.Module):
+    """A base model that takes positions for its mask and not for what it adds to activations."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.inner, self.config, self.get_input_embeddings = base, base.config, base.get_input_embeddings
+
+    def forward(self, **given: Any) -> Any:
+        out = self.inner(**given)
+        out.last_hidden_state = out.last_hidden_state + torch.arange(given["inputs_embeds"].shape[1])[:, None]
+        return out
+
+
+def test_other_positions_are_noticed() -> None:
+    base = Cut.of(model_of("llama", "sdpa"), bottom_layers=1, top_layers=1).backbone().base
+    with pytest.raises(ModelError, match="otherwise than one alone"):
+        check_packing(_Shifted(base), max_seq_length=64)
+
+
+REFUSED = ("afmoe", "biogpt", "bloom", "falcon", "gpt_oss", "mpt", "openai-gpt", "opt", "xglm")
+
+
+@pytest.mark.parametrize("family", REFUSED)
 def test_a_family_that_does_not_is_refused(family: str) -> None:
     cut = Cut.of(model_of(family, "sdpa"), bottom_layers=1, top_layers=1)
     for segment in (cut.bottom(), cut.backbone(), cut.top()):
