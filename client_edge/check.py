@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from client_edge.data import TrainBatches, padding_share
 from client_edge.link import Link
 from client_edge.received import fetch_description
 from client_edge.run import check_files, describe, read_text
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.models.source import WEIGHTS_FILE, empty_cut
 from splitfl.telemetry.findings import Finding
-from splitfl.telemetry.units import format_bytes
+from splitfl.telemetry.units import format_bytes, format_share
 from splitfl.training.device import open_device
 from splitfl.training.forecast import Part, memory_of, sight_of, steps_of, wire_of
 from splitfl.training.terms import terms_of
@@ -62,19 +63,33 @@ def _data(config: ClientConfig, run: RunConfig, directory: Path) -> Finding:
     num_tokens = sum(len(example.input_ids) for example in text.train.examples)
     steps = run.total_steps
     batch = run.federation.per_device_train_batch_size * run.federation.gradient_accumulation_steps
+    batches = TrainBatches.of(text.train, run, config.client.client_id)
+    num_rows = len(batches.rows)
+    counted = min(steps, -(-num_rows // batch))
+    padding = padding_share(batches, counted)
+    packed = f", packed into {num_rows} rows of at most {run.text.max_seq_length}" if run.text.packing else ""
+    of_what = "rows" if run.text.packing else "examples"
+    sentences = [
+        f"{describe(text, run)}.",
+        f"{num_tokens:,} tokens in the training examples{packed}; {steps} steps of {batch} {of_what} go through them"
+        f" {steps * batch / num_rows:.2f} times.",
+    ]
+    if padding is not None:
+        sentences.append(
+            f"{format_share(padding)} of the positions sent in the first {counted} steps are padding"
+            + ("." if run.text.packing else "; text.packing on the server leaves less.")
+        )
     return Finding(
         topic="data",
-        sentences=(
-            f"{describe(text, run)}.",
-            f"{num_tokens:,} tokens in the training examples; {steps} steps of {batch} examples go through them"
-            f" {steps * batch / len(text.train):.2f} times.",
-        ),
+        sentences=tuple(sentences),
         numbers={
             "examples": len(text.train),
             "held_out": len(text.held_out) if text.held_out is not None else 0,
             "truncated": text.train.num_truncated,
             "dropped": text.train.num_dropped,
             "tokens": num_tokens,
-            "epochs": steps * batch / len(text.train),
+            "rows": num_rows,
+            "padding_share": padding,
+            "epochs": steps * batch / num_rows,
         },
     )

@@ -301,6 +301,16 @@ class TrainBatches:
         return (tuple(examples[number] for number in row) for row in packed)
 
 
+def padding_share(batches: TrainBatches, num_steps: int) -> float | None:
+    """Return which part of the positions of the first steps is padding, None for no steps."""
+    num_tokens = num_positions = 0
+    for step in range(1, num_steps + 1):
+        for batch in batches.at(step):
+            num_tokens += batch.num_tokens
+            num_positions += batch.num_positions
+    return 1 - num_tokens / num_positions if num_positions else None
+
+
 def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
     """Yield every example once, the short ones first, so that little is padding; the last batch may be smaller."""
     by_length = sorted(dataset.examples, key=lambda example: len(example.input_ids))

@@ -78,14 +78,19 @@ class Part:
 def steps_of(run: RunConfig) -> Finding:
     """Say how many steps the run has."""
     federation = run.federation
-    examples = federation.per_device_train_batch_size * federation.gradient_accumulation_steps
+    rows = federation.per_device_train_batch_size * federation.gradient_accumulation_steps
+    what = "rows of packed examples" if run.text.packing else "examples"
     return Finding(
         topic="steps",
         sentences=(
             f"{federation.num_rounds} rounds of {federation.local_steps} steps of each client: {run.total_steps} steps,"
-            f" each from {examples} examples in {federation.gradient_accumulation_steps} micro-batches.",
+            f" each from {rows} {what} in {federation.gradient_accumulation_steps} micro-batches.",
         ),
-        numbers={"rounds": federation.num_rounds, "steps": run.total_steps, "examples_per_step": examples},
+        numbers={
+            "rounds": federation.num_rounds,
+            "steps": run.total_steps,
+            "rows_per_step" if run.text.packing else "examples_per_step": rows,
+        },
     )
 
 
@@ -135,7 +140,8 @@ def sight_of(run: RunConfig) -> Finding:
     learns = run.backbone_trains or run.bottom_trains
     seen = ["activations of every position, of held-out text too"]
     seen += ["gradients"] * learns
-    seen += ["lengths of rows", "counts of examples and tokens", "losses", "the layers of every merge"]
+    seen += ["lengths of rows and of each example in them" if run.text.packing else "lengths of rows"]
+    seen += ["counts of examples and tokens", "losses", "the layers of every merge"]
     sentences = [
         f"The server sees {'; '.join(seen)}. Token ids, labels and text are not sent.",
         "From activations text can often be worked out, the more the fewer blocks are below the first cut"
