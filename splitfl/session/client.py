@@ -48,6 +48,8 @@ class ClientSession:
         """Number and shape of the `Decode` whose answer is waited for."""
         self._last_cache = 0
         self._committing: int | None = None
+        self._refused = 0
+        """The last step that was refused."""
 
     @property
     def has_credit(self) -> bool:
@@ -282,14 +284,17 @@ class ClientSession:
         return isinstance(message, BackwardDone) or not self.terms.needs_backward or not self.open_round
 
     def _receive_refusal(self, message: StepRefused) -> StepRefused | None:
+        if message.step == self._refused:
+            return None  # our commit crossed the refusal on its way and was answered with it once more
         if self.open_round is None or self._waits_for is not None:
             raise RemoteProtocolError(f"step {message.step} refused while none is open")
         if message.step < self.next_step:
-            return None  # our commit crossed the refusal on its way and was answered with it once more
+            return None
         if message.step > self.next_step or message.next_step <= message.step:
             raise RemoteProtocolError(
                 f"step {message.step} refused in favour of {message.next_step} where step {self.next_step} is open"
             )
+        self._refused = message.step
         return message
 
     def _wait_for(self, kind: type[Message]) -> None:
