@@ -130,10 +130,10 @@ def watch(
     federate: Callable[..., Finished],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[], Watched]:
+) -> Callable[..., Watched]:
     """Run two clients with training, evaluation and a merge behind a recorder."""
 
-    def run() -> Watched:
+    def run(**text: Any) -> Watched:
         watched = Watched()
         run_blocks, run_bottom = Top.forward, Edge.bottom_forward
 
@@ -175,6 +175,7 @@ def watch(
                         "embeddings": True,
                     },
                     "federation": {"num_rounds": 2, "local_steps": 2, "min_available_clients": 2, "evaluate": "rounds"},
+                    "text": text,
                     "server": {"export_model": False},
                 },
                 data,
@@ -188,8 +189,9 @@ def watch(
     return run
 
 
-def test_no_secret_crosses(watch: Callable[[], Watched]) -> None:
-    watched = watch()
+@pytest.mark.parametrize("text", [{}, {"packing": True, "max_seq_length": 64}], ids=["an example a row", "packed"])
+def test_no_secret_crosses(text: dict[str, Any], watch: Callable[..., Watched]) -> None:
+    watched = watch(**text)
     assert len(watched.streams) == 8  # two clients, two connections each, two directions
     assert len(watched.secrets.needles) > 500
     assert watched.secrets.found_in(watched.streams) == []
@@ -255,7 +257,7 @@ def _leak_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_client_that_leaks_is_seen(
     leak: Callable[[pytest.MonkeyPatch], None],
     kind: str,
-    watch: Callable[[], Watched],
+    watch: Callable[..., Watched],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     leak(monkeypatch)

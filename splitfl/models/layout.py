@@ -36,14 +36,18 @@ class Layout:
         """Return int64 positions BS that begin anew with each example; None where each row is one example."""
         if not self.example_lengths:
             return None
-        rows = [torch.cat([torch.arange(each) for each in row]) for row in self._rows(length)]
-        return torch.stack(rows).to(device)
+        lengths = torch.tensor(list(self._examples_and_padding(length)))
+        starts = lengths.cumsum(0) - lengths
+        positions = torch.arange(len(self.lengths_B) * length) - starts.repeat_interleave(lengths)
+        return positions.reshape(-1, length).to(device)
 
-    def _rows(self, length: int) -> Iterator[list[int]]:
-        """Yield the lengths in each row, what pads it included."""
+    def _examples_and_padding(self, length: int) -> Iterator[int]:
+        """Yield how long the examples are, row after row, and what pads each row."""
         lengths = iter(self.example_lengths)
         for filled in self.lengths_B:
-            row: list[int] = []
-            while sum(row) < filled:
-                row.append(next(lengths))
-            yield [*row, length - filled] if filled < length else row
+            at = 0
+            while at < filled:
+                at += (example := next(lengths))
+                yield example
+            if filled < length:
+                yield length - filled

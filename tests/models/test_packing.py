@@ -81,6 +81,21 @@ class TestPacked:
         for one, other in zip(learned(model, split_loss(model, ids_BS, labels_BS)), expected, strict=True):
             assert torch.equal(one, other)
 
+    def test_the_chunked_loss_is_the_plain_one(self, family: str, attention: str) -> None:
+        model = model_of(family, attention)
+        cut = Cut.of(model, bottom_layers=1, top_layers=1)
+        ids_BS, labels_BS = rows()
+        positions_BS = LAYOUT.position_ids(LENGTH, CPU)
+        hidden_BSD = cut.backbone()(cut.bottom()(ids_BS, None, positions_BS), None, positions_BS)
+        plain, chunked = cut.top().eval(), cut.top().eval()
+        assert chunked.chunk_the_loss()
+        one, other = (
+            learned(model, top.loss(hidden_BSD.detach(), None, labels_BS, 1, positions_BS)) for top in (plain, chunked)
+        )
+        assert float((one[0] - other[0]).abs()) <= 1e-6 * float(one[0])
+        for first, second in zip(one[1:], other[1:], strict=True):
+            assert float((first - second).norm()) <= 2e-6 * float(first.norm())
+
     def test_an_example_does_not_change_its_neighbours_loss(self, family: str, attention: str) -> None:
         model = model_of(family, attention)
         ids_BS, labels_BS = rows()

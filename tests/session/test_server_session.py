@@ -26,7 +26,10 @@ from splitfl.protocol.messages import (
     StepRefused,
     Upload,
 )
+from splitfl.protocol.codec import encode
+from splitfl.session.limits import HEADER_BYTES
 from splitfl.session.server import Phase, Reply, ServerSession
+from splitfl.session.terms import MAX_PACKED_EXAMPLES
 
 ACTIVATIONS = frames_of(2, 3, WIDTH)
 
@@ -424,6 +427,11 @@ class TestPackedRows:
     def test_a_row_of_one_example_may_be_among_them(self) -> None:
         session = ServerSession(terms(max_packed_examples=4))
         assert session.receive(forward(1, 0)) is not None
+
+    def test_as_many_as_may_be_fit_into_a_header(self) -> None:
+        lengths = (300,) * MAX_PACKED_EXAMPLES
+        header = encode(forward(1, 0, example_lengths=lengths, lengths_B=(300 * len(lengths) // 512,) * 512))[0]
+        assert len(header) < HEADER_BYTES
 
     @pytest.mark.parametrize("case", PACKED_WRONGLY)
     @pytest.mark.parametrize("step", [0, 1])
