@@ -18,8 +18,10 @@ from client_edge.proxies import Proxies
 from client_edge.received import fetch_description, fetch_layers
 from splitfl.config import ClientConfig, ClientSection, RunConfig
 from splitfl.durability.disk import make_private_dir
-from splitfl.errors import ConfigError, ModelError
+from splitfl.errors import ConfigError, DataError, ModelError
 from splitfl.models.cut import Cut
+from splitfl.models.deferred import defer_logits
+from splitfl.models.loss import IGNORED_LABEL
 from splitfl.models.packing import check_packing
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
@@ -42,6 +44,9 @@ def connect(address: str = "", *, config: Path | str | None = None, **settings: 
     `settings` are those of `[client]` in a client's file (docs/configuration.md), laid over the file `config` if there
     is one; `client_id` is the one that is needed. With `keys` and no `enrolment`, the enrolment file is
     CLIENT_ID.enrolment.toml in that folder. Config and tokenizer are in the folder `model.name_or_path`.
+
+    With `train.loss = "chunked"` the loss of `model(..., labels=...)` is taken without logits, which are computed when
+    somebody reads them; "plain" is the library's own way, for equality bit for bit.
 
     Raises `ConfigError` for settings that are wrong or a server with rounds, `Refused` when the server says no, and
     `PeerGone` when none answers.
@@ -102,6 +107,9 @@ def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread, dtype: str) 
     proxies = Proxies(cut.trainable("server"))
     far = FarBlocksOfServer(backbone, proxies, dtype, check_packing=lambda: _check_packing(cut, link.run))
     model = cut.client_model(far, ServerStandIn)
+    head = cut.top().deferrable_head() if link.run.train.loss == "chunked" else None
+    if head is not None:
+        defer_logits(model, head)
     zero_grad_of = weakref.WeakMethod(model.zero_grad)  # the model holds the backbone, not the other way round
 
     def drop_gradients() -> None:
@@ -111,6 +119,7 @@ def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread, dtype: str) 
 
     backbone.on_refused = drop_gradients
     model.register_forward_pre_hook(_refuse_router_losses, with_kwargs=True)
+    model.register_forward_pre_hook(_refuse_batches_that_cannot_be, with_kwargs=True)
     watch_optimizers_of(model, far)
     _connected[model] = _Connected(cut=cut, close=weakref.finalize(model, backbone.close))
     return model.eval()
@@ -127,6 +136,26 @@ def _refuse_router_losses(model: nn.Module, _args: tuple[Any, ...], kwargs: dict
         raise ModelError(
             "output_router_logits is on: the auxiliary loss of the routers needs those of the server's blocks, which do"
             " not cross; set model.config.output_router_logits = False"
+        )
+
+
+def _refuse_batches_that_cannot_be(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise `DataError` for no ids, ids that the embedding has no row for, and a training loss over no label at all."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    if isinstance(ids, Tensor) and not ids.numel():
+        raise DataError(f"input_ids of shape {list(ids.shape)}: no row, or rows of no token")
+    size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if isinstance(ids, Tensor) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise DataError(
+            f"input_ids from {int(ids.min())} to {int(ids.max())}, but the model knows those from 0 to {size - 1}: use"
+            " the tokenizer in the folder model.name_or_path"
+        )
+    labels = kwargs.get("labels")
+    is_mean = kwargs.get("num_items_in_batch") is None  # else it is a share of a larger batch's loss, and may be 0
+    if model.training and is_mean and isinstance(labels, Tensor) and bool((labels[:, 1:] == IGNORED_LABEL).all()):
+        raise DataError(
+            "every label of this batch is -100 (the first of each row predicts nothing): its loss is a mean over no"
+            " token, so leave the batch out"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from client_edge.far_backbone import FarBackbone
+from client_edge.generation import FarCacheOfServer
 from client_edge.own_link import Rows
 from client_edge.proxies import Proxies, proxy_name
 from splitfl.errors import DataError, ModelError
@@ -195,6 +196,9 @@ class ServerStandIn(StandIn):
             training=self.training,
             adapters_off=_are_off(self._adapted()),
         )
+
+    def _new_cache(self) -> FarCacheOfServer:
+        return self._server.backbone.generator.new_cache(adapters_off=_are_off(self._adapted()))
 
     def _adapted(self) -> list[BaseTunerLayer]:
         owner = None if self._owner is None else self._owner()

@@ -47,9 +47,9 @@ class FarGenerator:
         finally:
             cache.end()
 
-    def new_cache(self) -> "FarCacheOfServer":
+    def new_cache(self, *, adapters_off: bool = False) -> "FarCacheOfServer":
         """Return a new generation's cache; the server makes its part with the first positions."""
-        return FarCacheOfServer(self)
+        return FarCacheOfServer(self, adapters_off=adapters_off)
 
     @contextmanager
     def alone(self) -> Iterator[Link]:
@@ -99,8 +99,9 @@ class FarGenerator:
 class FarCacheOfServer:
     """One generation's cache on a server."""
 
-    def __init__(self, far: FarGenerator) -> None:
+    def __init__(self, far: FarGenerator, *, adapters_off: bool) -> None:
         self._far = far
+        self._adapters_off = adapters_off
         self._session: ClientSession | None = None
         self._id = 0
 
@@ -120,7 +121,8 @@ class FarCacheOfServer:
             for piece_BSD in hidden_BSD.detach().split(most, dim=1):
                 num_later = hidden_BSD.shape[1] - sum(part.shape[1] for part in got) - piece_BSD.shape[1]
                 now_B = tuple(max(0, left - num_later) for left in left_B)
-                ask = partial(link.decode, self._id, piece_BSD, now_B, () if got else beams_B)
+                beams = () if got else beams_B
+                ask = partial(link.decode, self._id, piece_BSD, now_B, beams, adapters_off=self._adapters_off)
                 got.append(self._far.ask(ask))
                 left_B = tuple(left - now for left, now in zip(left_B, now_B, strict=True))
         return torch.cat(got, dim=1).to(hidden_BSD.device)

@@ -387,10 +387,18 @@ class Link:
         self._send(message)
         return message.request_id
 
-    def decode(self, cache_id: int, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]) -> Tensor:
+    def decode(
+        self,
+        cache_id: int,
+        hidden_BSD: Tensor,
+        lengths_B: tuple[int, ...],
+        beams_B: tuple[int, ...],
+        *,
+        adapters_off: bool = False,
+    ) -> Tensor:
         """Return the backbone's activations of a generation's new positions; raise `Refused` when it declines."""
         frames = describe(hidden_BSD, self._bounds.frame_bytes)
-        self._send(self.session.decode(cache_id, frames, lengths_B, beams_B))
+        self._send(self.session.decode(cache_id, frames, lengths_B, beams_B, adapters_off=adapters_off))
         match self._one_of((ForwardDone, Declined), "the next token"):
             case ForwardDone(hidden_BSD=answer_BSD):
                 return self._real(answer_BSD)

@@ -81,9 +81,16 @@ class Engine:
 
     def decode(self, client_id: str, message: Decode) -> ForwardDone | Declined:
         """Run new positions of a generation."""
-        hidden_BSD = self._realise(message.hidden_BSD)
+        self._check_adapters(message)
         try:
-            got = self.worker.decode(client_id, message.cache_id, hidden_BSD, message.lengths_B, message.beams_B)
+            got = self.worker.decode(
+                client_id,
+                message.cache_id,
+                self._realise(message.hidden_BSD),
+                message.lengths_B,
+                message.beams_B,
+                adapters_off=message.adapters_off,
+            )
         except ModelError as error:
             got = str(error)
         if isinstance(got, str):
@@ -104,7 +111,7 @@ class Engine:
         )
         return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
 
-    def _check_adapters(self, message: Forward) -> None:
+    def _check_adapters(self, message: Forward | Decode) -> None:
         if message.adapters_off and self._run.backbone_trains and self._run.train.backbone == "full":
             raise RemoteProtocolError("adapters_off where the backbone trains in full: it has no adapters to turn off")
 

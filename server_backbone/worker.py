@@ -61,6 +61,7 @@ class _Generation:
 
     cache: BackboneCache
     version: int
+    adapters_off: bool
 
 
 class Worker:
@@ -98,22 +99,31 @@ class Worker:
             return self._run_blocks(hidden_BSD.to(self._device), layout)
 
     def decode(
-        self, slot: str, cache_id: int, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
+        self,
+        slot: str,
+        cache_id: int,
+        hidden_BSD: Tensor,
+        lengths_B: tuple[int, ...],
+        beams_B: tuple[int, ...],
+        *,
+        adapters_off: bool = False,
     ) -> Tensor | str:
         """Run new positions of a generation behind its cache, a new one if there is none; or return why not.
 
-        Raises `RemoteProtocolError` for rows padded behind a token, `ModelError` where no cache can be kept.
+        A generation keeps the adapters with which it began. Raises `RemoteProtocolError` for rows padded behind a
+        token, `ModelError` where no cache can be kept.
         """
         generation = self._generations.get((slot, cache_id))
         if generation is None:
-            generation = _Generation(cache=self._backbone.new_cache(), version=self._version)
+            cache = self._backbone.new_cache()
+            generation = _Generation(cache=cache, version=self._version, adapters_off=adapters_off)
             self._generations[slot, cache_id] = generation
         if generation.version != self._version:
             self.end_cache(slot, cache_id)
             return "the backbone has learned since this generation began: begin it anew"
         self._backbone.eval()
         try:
-            with self.compute.running(), torch.inference_mode():
+            with self.compute.running(), self._adapters(off=generation.adapters_off), torch.inference_mode():
                 return self._backbone.decode(generation.cache, hidden_BSD.to(self._device), lengths_B, beams_B)
         except DataError as error:
             raise RemoteProtocolError(str(error)) from None

@@ -92,6 +92,15 @@ class TestServer:
         assert "llama has 4 blocks: bottom_layers + top_layers = 1 + 4 must leave at least one" in said
         assert not (tmp_path / "runs").exists()
 
+    def test_rows_longer_than_the_positions(
+        self, serve: Callable[..., tuple[int, str]], make_model: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        settings = (f"model.model_name_or_path={make_model('gpt2')}", "text.max_seq_length=65")
+        code, said = serve(*settings, "server.address=inproc://e")
+        assert code == 2
+        assert "max_seq_length = 65, but this gpt2 has positions for 64 tokens: set it to 64 or less" in said
+        assert not (tmp_path / "runs").exists()
+
     def test_a_checkpoint_without_weights(self, serve: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
         tiny_config("llama").save_pretrained(tmp_path / "model")
         tiny_tokenizer().save_pretrained(tmp_path / "model")

@@ -28,6 +28,9 @@ _INPUT_POSITIONS = ("embed_positions",)
 _INPUT_NAMES = (*_INPUT_PROJECTIONS, *_INPUT_NORMS, *_INPUT_POSITIONS)
 # Numbers of block owners that scale embeddings wherever they come from (granite): 1 for whoever does not embed.
 _INPUT_SCALES = ("embedding_multiplier",)
+# Tables of positions inside blocks (gptj, codegen), and the field that gives their length where no tensor has it (mpt).
+_POSITION_TABLE = "embed_positions"
+_POSITION_LENGTHS = {"mpt": "max_seq_len"}
 # What a block that attends to an encoder calls it (bart and its kin, mllama).
 _CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
@@ -171,6 +174,18 @@ def _ends(kind: str, owner: nn.Module, blocks_name: str) -> tuple[tuple[str, ...
 def _is_stateless(child: nn.Module) -> bool:
     """Rotary embeddings and the like: no weights, needed by every segment."""
     return not isinstance(child, nn.Dropout) and not any(True for _ in child.parameters())
+
+
+def num_positions(model: PreTrainedModel, anatomy: Anatomy) -> int | None:
+    """Return the length of the longest row that the model has positions for, None where they are computed."""
+    config = model.config
+    owner = model.get_submodule(".".join(anatomy.owner_path))
+    learned = [child for child in owner.children() if isinstance(child, nn.Embedding)]
+    if any(child is not model.get_input_embeddings() for child in learned):
+        length: int = config.max_position_embeddings  # some tables have a few rows more, for padding (opt, biogpt)
+        return length
+    in_blocks = (len(buffer) for name, buffer in owner.named_buffers() if name.endswith("." + _POSITION_TABLE))
+    return next(in_blocks, getattr(config, _POSITION_LENGTHS.get(config.model_type, ""), None))
 
 
 class NoPosition(nn.Module):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from splitfl.errors import ModelError
 from splitfl.models.anatomy import Anatomy, anatomy_of, base_of, config_for, view_of
+from splitfl.models.deferred import deferrable_head
 from splitfl.models.far_cache import BackboneCache
 from splitfl.models.loss import Head, chunked_loss, head_of
 from splitfl.models.stand_in import FarBlocks, StandIn
@@ -88,12 +89,12 @@ class Top(nn.Module):
 
     def chunk_the_loss(self) -> bool:
         """Let `loss` do without logits from now on, where that means the same; say whether it does."""
-        weight = self.view.get_output_embeddings().weight
-        width = self.view.config.get_text_config().hidden_size
-        # small, no two alike, and without a draw
-        tried_BSD = torch.linspace(-1, 1, 3 * width, device=weight.device).sin().to(weight.dtype).reshape(1, 3, width)
-        self._head = head_of(self.view.eval(), self.base, tried_BSD)
+        self._head = head_of(self.view.eval(), self.base)
         return self._head is not None
+
+    def deferrable_head(self) -> Head | None:
+        """Return the head of a model that can put its logits off (see `defer_logits`), None if it cannot."""
+        return deferrable_head(self.view.eval(), self.base)
 
     @property
     def base(self) -> nn.Module:

@@ -52,10 +52,16 @@ class Head:
         return logits_NV
 
 
-def head_of(model: PreTrainedModel, base: nn.Module, hidden_BSD: Tensor) -> Head | None:
+def tried_on(model: PreTrainedModel) -> Tensor:
+    """Return activations BSD to try a model's head on: small, no two alike, and without a draw."""
+    weight, width = model.get_output_embeddings().weight, model.config.get_text_config().hidden_size
+    return torch.linspace(-1, 1, 3 * width, device=weight.device).sin().to(weight.dtype).reshape(1, 3, width)
+
+
+def head_of(model: PreTrainedModel, base: nn.Module) -> Head | None:
     """Return the head if `chunked_loss` means the same by it as the model does around its `base`, None otherwise.
 
-    Decided by trying: the model's logits for `hidden_BSD`, given as its `inputs_embeds`, must be the head's.
+    Decided by trying: the model's logits for a few `inputs_embeds` must be the head's.
     """
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear) or model.loss_function is not ForCausalLMLoss:
@@ -67,13 +73,17 @@ def head_of(model: PreTrainedModel, base: nn.Module, hidden_BSD: Tensor) -> Head
         scale=_product(config, _MULTIPLIERS) / _product(config, _DIVISORS),
         cap=getattr(config, _CAP, None) or math.inf,
     )
+    hidden_BSD = tried_on(model)
     with torch.no_grad():
         last_BSD = base(inputs_embeds=hidden_BSD, use_cache=False).last_hidden_state
         theirs_BSV = model(inputs_embeds=hidden_BSD, use_cache=False).logits
-        ours_BSV = head.logits(last_BSD)
-    rounding = torch.finfo(hidden_BSD.dtype).eps * 4 * float(theirs_BSV.abs().max())
-    same = theirs_BSV.shape == ours_BSV.shape and torch.allclose(ours_BSV, theirs_BSV, rtol=0.0, atol=rounding)
-    return head if same else None
+        return head if are_same(head.logits(last_BSD), theirs_BSV) else None
+
+
+def are_same(ours_BSV: Tensor, theirs_BSV: Tensor) -> bool:
+    """Tell whether logits differ by rounding only."""
+    rounding = torch.finfo(theirs_BSV.dtype).eps * 4 * float(theirs_BSV.abs().max())
+    return theirs_BSV.shape == ours_BSV.shape and torch.allclose(ours_BSV, theirs_BSV, rtol=0.0, atol=rounding)
 
 
 def _product(config: Any, names: tuple[str, ...]) -> float:

@@ -3,6 +3,8 @@
 Shapes: S positions, D width of what the blocks are fed with.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,9 +33,9 @@ def check_packing(base: nn.Module, *, max_seq_length: int) -> None:
             f" text.max_seq_length = {max_seq_length} would straddle: set text.packing to false, or max_seq_length to"
             f" {chunk}"
         )
-    base.eval()
     try:
-        comes_across, difference = _try(base)
+        with _as_if_alone(base):
+            comes_across, difference = _try(base)
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
         # the library's own code, given positions that begin anew within a row
         raise ModelError(f"{kind} cannot be trained on packed rows ({error}): set text.packing to false") from error
@@ -44,6 +46,20 @@ def check_packing(base: nn.Module, *, max_seq_length: int) -> None:
             f"{kind} computes an example that shares a row otherwise than one alone (by {difference:.1e} of its"
             " activations): set text.packing to false"
         )
+
+
+@contextmanager
+def _as_if_alone(base: nn.Module) -> Iterator[None]:
+    """Leave out dropout and whatever a loop has around its forward, which this may be in the middle of."""
+    modes = [(module, module.training) for module in base.modules()]
+    device = next(base.parameters()).device.type
+    base.eval()
+    try:
+        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _try(base: nn.Module) -> tuple[bool, float]:

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from splitfl.config import ModelSection, RunConfig
-from splitfl.errors import ModelError
+from splitfl.errors import ConfigError, ModelError
 from splitfl.models import checkpoint
+from splitfl.models.anatomy import num_positions
 from splitfl.models.checkpoint import Entry
 from splitfl.models.cut import Cut, Side
 from splitfl.models.locks import TORCH_IS_PATCHED
@@ -73,9 +74,18 @@ def empty_model(config: PreTrainedConfig, section: ModelSection) -> PreTrainedMo
 
 
 def empty_cut(directory: Path, run: RunConfig) -> tuple[Cut, list[str]]:
-    """Build a run's model without memory, cut and with its adapters in place; also what is worth telling about it."""
+    """Build a run's model without memory, cut and with its adapters in place; also what is worth telling about it.
+
+    Raises `ModelError` for a model that cannot be cut so, `ConfigError` for rows longer than it has positions for.
+    """
     model = empty_model(read_config(directory), run.model)
     cut = Cut.of(model, bottom_layers=run.model.bottom_layers, top_layers=run.model.top_layers)
+    longest = num_positions(model, cut.anatomy)
+    if longest is not None and run.text.max_seq_length > longest:
+        raise ConfigError(
+            f"text.max_seq_length = {run.text.max_seq_length}, but this {model.config.model_type} has positions for"
+            f" {longest} tokens: set it to {longest} or less"
+        )
     return cut, choose_trainable(cut, run)
 
 

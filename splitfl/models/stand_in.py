@@ -65,7 +65,7 @@ class StandIn(nn.Module):
         self._layer = far_layer(cache, self._number)
         if self._layer is None:
             _check_prompt(owner, args, kwargs)
-            self._layer = put_far_layer(cache, self._number, self._far.new_cache())
+            self._layer = put_far_layer(cache, self._number, self._new_cache())
         return args, kwargs | {"past_key_values": cache}
 
     def _cache_of(self, owner: nn.Module, kwargs: dict[str, Any]) -> Any:
@@ -78,6 +78,9 @@ class StandIn(nn.Module):
         layer, self._layer = self._layer, None  # not kept: it lives as long as its generation
         far_BSD = self._run(hidden_BSD) if layer is None else layer.decode(hidden_BSD, self._mask_BS)
         return (far_BSD,) if self._gives_tuple else far_BSD
+
+    def _new_cache(self) -> FarCache:
+        return self._far.new_cache()
 
     def _run(self, hidden_BSD: Tensor) -> Tensor:
         return self._far(hidden_BSD, self._mask_BS, self._position_ids_BS, training=self.training)

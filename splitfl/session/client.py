@@ -110,7 +110,13 @@ class ClientSession:
         return self._last_cache
 
     def decode(
-        self, cache_id: int, hidden_BSD: TensorFrames, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
+        self,
+        cache_id: int,
+        hidden_BSD: TensorFrames,
+        lengths_B: tuple[int, ...],
+        beams_B: tuple[int, ...],
+        *,
+        adapters_off: bool = False,
     ) -> Decode:
         """Number the new positions of a generation."""
         if self._decoding is not None or self._waits_for is not None or self._committing is not None:
@@ -123,7 +129,7 @@ class ClientSession:
             hidden_BSD=hidden_BSD,
             lengths_B=lengths_B,
             beams_B=beams_B,
-            adapters_off=False,
+            adapters_off=adapters_off,
         )
 
     def end_cache(self, cache_id: int) -> EndCache:

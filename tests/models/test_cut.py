@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_config
+from tiny_families import small_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import splitfl
 from splitfl.config import ModelSection
 from splitfl.errors import ModelError
+from splitfl.models.anatomy import anatomy_of, num_positions
 from splitfl.models.cut import Cut, mask_of
 from splitfl.models.origin import Origin
 from splitfl.models.source import empty_model, read_config, server_weights
@@ -192,6 +194,27 @@ class TestRefusals:
     def test_a_model_without_a_head(self) -> None:
         with pytest.raises(ModelError, match="LlamaModel has no LM head: load it with AutoModelForCausalLM"):
             splitfl.split(whole_model("llama").model)
+
+
+class TestPositions:
+    """A table of positions ends somewhere; positions that are computed do not."""
+
+    @pytest.mark.parametrize(
+        "family", ["gpt2", "opt", "biogpt", "gpt_neo", "gpt_bigcode", "openai-gpt", "gptj", "codegen", "mpt"]
+    )
+    def test_a_table_has_an_end(self, family: str) -> None:
+        model = small_model(family)
+        length = num_positions(model, anatomy_of(model))
+        assert length == 64
+        model(input_ids=torch.ones(1, length, dtype=torch.int64))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.ones(1, length + 1, dtype=torch.int64))
+
+    @pytest.mark.parametrize("family", ["llama", "bloom", "xglm", "gpt_neox", "gemma2"])
+    def test_computed_positions_have_none(self, family: str) -> None:
+        model = small_model(family)
+        assert num_positions(model, anatomy_of(model)) is None
+        model(input_ids=torch.ones(1, 65, dtype=torch.int64))
 
 
 def filled(directory: Path, tmp_path: Path, side: str, *, ends: tuple[int, int] = (1, 1)) -> Cut:

@@ -165,9 +165,12 @@ def test_chunks_of_attention_would_be_straddled() -> None:
 
 
 def test_trying_leaves_nothing_behind() -> None:
-    model = model_of("llama", "sdpa")
+    model = model_of("llama", "sdpa").train()
     state = torch.random.get_rng_state()
-    check_packing(Cut.of(model, bottom_layers=1, top_layers=1).backbone().base, max_seq_length=64)
+    base = Cut.of(model, bottom_layers=1, top_layers=1).backbone().base.train()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        check_packing(base, max_seq_length=64)
+    assert all(module.training for module in base.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
 

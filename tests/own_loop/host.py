@@ -36,6 +36,7 @@ def settings(directory: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, dict[str, Any]] = {
         "model": {"model_name_or_path": str(directory)},
         "lora": LORA,
+        "train": {"loss": "plain"},
         "federation": {"num_rounds": 0, "server_mode": "sequential"},
         "text": {"max_seq_length": 64},
         "storage": {"fsync": "never"},

@@ -87,6 +87,20 @@ class TestTrl:
         assert lines == expected
         assert len({line["loss"] for line in lines if "loss" in line}) == 3
 
+    def test_with_its_defaults(self, host: Start, tmp_path: Path) -> None:
+        """The first packed batch comes in the middle of bf16 autocast and gradient checkpointing."""
+        pytest.importorskip("trl", reason="the extra `trl` is not installed")
+        from own_loop.test_trl import ONLY_BACKBONE, TEXTS, arguments, run
+        from transformers import AutoTokenizer
+        from trl import SFTConfig, SFTTrainer
+
+        server = host(train=ONLY_BACKBONE)
+        split = server.connect()
+        tokenizer = AutoTokenizer.from_pretrained(split.name_or_path)
+        lines = run(SFTTrainer, split, arguments(SFTConfig, tmp_path, packing=True), TEXTS, tokenizer)
+        assert len({line["loss"] for line in lines if "loss" in line}) == 3
+        assert all(module.training for module in split.modules())
+
     def test_a_row_beyond_the_servers_bound(self, host: Start) -> None:
         model = host(text={"max_seq_length": 8}).connect().train()
         with pytest.raises(ConfigError, match=r"rows of 10 tokens, more than text\.max_seq_length = 8"):

@@ -189,6 +189,21 @@ class TestPeft:
         assert torch.equal(self.logits(split, given[0]), self.logits(whole, given[0]))
         assert not torch.equal(self.logits(split, given[0]), before)
 
+    def test_generating_without_adapters(self, host: Start) -> None:
+        server = host(train=ONLY_BACKBONE)
+        split, whole = adapted(server.connect()), whole_model(server.directory, is_lora=True)
+        asked = {"inputs": torch.tensor([[5, 6, 7, 8]]), "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        for model in (split, whole):
+            train(model, torch.optim.AdamW(model.parameters(), lr=0.5), batches(2))
+            model.eval()
+        found = []
+        for model in (split, whole):
+            with model.disable_adapter():
+                without = model.generate(**asked)
+            found.append((without.tolist(), model.generate(**asked).tolist()))
+        assert found[0] == found[1]
+        assert found[0][0] != found[0][1]
+
     def logits(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         model.eval()
         with torch.no_grad():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_loop.host import LORA, SEED, Host, whole_name
+from own_loop.host import FULL, LORA, SEED, Host, whole_name
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,6 +105,24 @@ class TestTrl:
         whole = AutoModelForCausalLM.from_pretrained(server.directory, dtype=torch.float32)
         assert lines == run(kind, whole, arguments(config, tmp_path / "whole", **exact), data, tokenizer)
         assert len({line["loss"] for line in lines if "loss" in line}) == 3
+
+
+def test_reference_log_probs_before_the_training(host: Start, tmp_path: Path) -> None:
+    """Neither adapters nor a second model: the way for a backbone that trains in full."""
+    server = host(train=FULL)
+    losses = []
+    for model in (server.connect(), AutoModelForCausalLM.from_pretrained(server.directory, dtype=torch.float32)):
+        exact = {"bf16": False, "optim": "adamw_torch", "learning_rate": 5e-3, "precompute_ref_log_probs": True}
+        trainer = trl.DPOTrainer(
+            model=model,
+            args=arguments(trl.DPOConfig, tmp_path / str(len(losses)), **exact),
+            train_dataset=datasets.Dataset.from_list(PAIRS),
+            processing_class=AutoTokenizer.from_pretrained(server.directory),
+        )
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
 
 
 def test_a_fully_trained_backbone_has_no_reference(host: Start, tmp_path: Path) -> None:
