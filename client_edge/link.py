@@ -21,8 +21,8 @@ from torch import Tensor
 from splitfl import __version__
 from splitfl.config import ClientSection, LinkSection, RunConfig
 from splitfl.errors import ConfigError, LocalProtocolError, PeerGone, Refused, RemoteProtocolError, SplitflError
-from splitfl.protocol import codec
 from splitfl.models.layout import Layout
+from splitfl.protocol import codec
 from splitfl.protocol.messages import (
     WIRE_VERSION,
     Attach,

@@ -127,9 +127,7 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
         while to_send and link.session.has_credit:
             number, batch = to_send.pop(0)
             micro_batch = edge.bottom_forward(batch, step=step, number=number)
-            request_id = link.send_forward(
-                micro_batch.hidden_BSD.detach(), batch.layout, step=step, micro_batch=number
-            )
+            request_id = link.send_forward(micro_batch.hidden_BSD.detach(), batch.layout, step=step, micro_batch=number)
             under_way[request_id] = micro_batch
 
         # the top's share of the last step, while the server computes

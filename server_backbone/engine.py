@@ -268,6 +268,4 @@ class Engine:
 
 
 def _layout(message: Forward) -> Layout:
-    return Layout(
-        lengths_B=message.lengths_B, left_padded=message.left_padded, example_lengths=message.example_lengths
-    )
+    return Layout(lengths_B=message.lengths_B, left_padded=message.left_padded, example_lengths=message.example_lengths)

@@ -85,7 +85,7 @@ def _run(base: nn.Module, given_1SD: Tensor, layout: Layout) -> Tensor:
     hidden_1SD = base(
         inputs_embeds=given_1SD, attention_mask=None, position_ids=position_ids, use_cache=False
     ).last_hidden_state
-    return hidden_1SD[0]  # type: ignore[no-any-return]
+    return hidden_1SD[0]
 
 
 def _sample(base: nn.Module, length: int) -> Tensor:
@@ -95,7 +95,7 @@ def _sample(base: nn.Module, length: int) -> Tensor:
     if isinstance(embedding, nn.Embedding):
         ids_1S = torch.linspace(0, embedding.num_embeddings - 1, length, device=embedding.weight.device).long()[None]
         with torch.no_grad():
-            return embedding(ids_1S).detach()  # type: ignore[no-any-return]
+            return embedding(ids_1S).detach()
     config: Any = base.config
     return _waves(torch.empty(1, length, config.get_text_config().hidden_size, device=weight.device)).to(weight.dtype)
 

@@ -74,7 +74,7 @@ class Terms:
             raise RemoteProtocolError("rows packed from several examples, which this run does not take")
         if len(example_lengths) > self.max_packed_examples:
             raise RemoteProtocolError(
-                f"rows packed from {len(example_lengths)} examples, more than the {self.max_packed_examples} of this run"
+                f"rows packed from {len(example_lengths)} examples, where {self.max_packed_examples} is the most"
             )
         ends = set(accumulate(example_lengths))
         if min(example_lengths) < 1 or not ends.issuperset(accumulate(lengths_B)) or max(ends) != sum(lengths_B):

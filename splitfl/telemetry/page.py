@@ -190,8 +190,8 @@ def _quote(name: str, text: str | None) -> str:
 
 
 def _client_section(report: Report) -> str:
-    header = ["client", "examples", "cut short", "steps", "label tokens", "padding", "loss before", "loss after", "change"]
-    header += ["sent", "received", "peak memory", "seconds", "computing"]
+    header = ["client", "examples", "cut short", "steps", "label tokens", "padding"]
+    header += ["loss before", "loss after", "change", "sent", "received", "peak memory", "seconds", "computing"]
     mean = [report["eval_loss_before"], report["eval_loss_after"]]
     means = ["mean", *[""] * 5, *map(_number, mean), _change(*mean), *[""] * 5]
     rows = [_client_row(client) for client in report["clients"]]
@@ -208,7 +208,8 @@ def _client_row(client: Mapping[str, Any]) -> list[Cell]:
     losses = [client["eval_loss_before"], client["eval_loss_after"]]
     left = "" if client["left"] is None else f" <small>left: {_text(_without_paths(client['left']))}</small>"
     name = _text(client["client_id"]) + left
-    return [name, *map(_count, counts), _share(client["padding_share"]), *map(_number, losses), _change(*losses), *_use(client)]
+    known = [*map(_count, counts), _share(client["padding_share"]), *map(_number, losses), _change(*losses)]
+    return [name, *known, *_use(client)]
 
 
 def _use(row: Mapping[str, Any]) -> list[Cell]:

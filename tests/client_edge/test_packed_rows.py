@@ -1,4 +1,4 @@
-"""Rows that several examples share, and micro-batches of about equal length: each example once an epoch, by the seed."""
+"""Rows that several examples share, and micro-batches of about equal length: each example once an epoch."""
 
 import random
 from collections import Counter
@@ -112,7 +112,11 @@ class TestCollate:
         assert all((each.labels == each.input_ids).all() for each in examples)
 
 
-@pytest.mark.parametrize("changed", [{"packed_length": 64}, {"groups_by_length": True}, {"packed_length": 64} | {"groups_by_length": True}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"packed_length": 64}, {"groups_by_length": True}, {"packed_length": 64, "groups_by_length": True}],
+    ids=["packed", "grouped", "both"],
+)
 class TestEpochs:
     def test_each_has_each_example_once_and_its_own_order(self, changed: dict[str, Any]) -> None:
         epochs = epochs_in(batches_of(unlike_lengths(203), **changed), 3)

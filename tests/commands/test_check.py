@@ -253,7 +253,9 @@ class TestClient:
         found: dict[str, Any] = {}
 
         def look() -> None:
-            found.update({each.topic: each for each in check_client(client_file(tmp_path, address, data, "clinic"), ())})
+            found.update(
+                {each.topic: each for each in check_client(client_file(tmp_path, address, data, "clinic"), ())}
+            )
 
         thread = threading.Thread(target=look)
         thread.start()

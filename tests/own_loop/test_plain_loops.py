@@ -235,7 +235,10 @@ class TestRefused:
             for name, value in (("attention_mask", mask), ("position_ids", positions))
             if value
         }
-        with torch.no_grad(), pytest.raises(DataError, match=r"an attention_mask with holes|position_ids that begin anew"):
+        with (
+            torch.no_grad(),
+            pytest.raises(DataError, match=r"an attention_mask with holes|position_ids that begin anew"),
+        ):
             model(input_ids=torch.tensor([[5, 6, 7, 8]]), **given)
 
     def test_batches_beyond_the_servers_bounds(self, host: Start) -> None:

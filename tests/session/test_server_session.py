@@ -7,6 +7,7 @@ import pytest
 from sample_messages import WIDTH, commit, forward, frames_of, layers, merged, opened, terms
 
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
+from splitfl.protocol.codec import encode
 from splitfl.protocol.messages import (
     Attach,
     Backward,
@@ -26,7 +27,6 @@ from splitfl.protocol.messages import (
     StepRefused,
     Upload,
 )
-from splitfl.protocol.codec import encode
 from splitfl.session.limits import HEADER_BYTES
 from splitfl.session.server import Phase, Reply, ServerSession
 from splitfl.session.terms import MAX_PACKED_EXAMPLES
