@@ -26,6 +26,7 @@ from splitfl.config import ClientConfig, RunConfig, ServerConfig
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
 from splitfl.federation.strategies import strategy_for
+from splitfl.federation.strategies.fed_buff import Rebased
 from splitfl.federation.strategy import Folded
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, empty_cut, weights_of
@@ -60,6 +61,10 @@ class _Quiet:
         self.batches = {each.client.client_id: self._batches(each, model.directory) for each in clients}
         self.strategy = strategy_for(self.run.federation, self.run.strategy, self.run.seed)
         self.merged = Folded(layers=next(iter(self.edges.values())).layers())
+        self.versions = {0: self.merged.layers}
+        """Where clients have rounds of their own: everyone's layers after each merge."""
+        self.uploads: dict[str, tuple[dict[str, Tensor], int]] = {}
+        """And the uploads by name, with the merge that each began with."""
         self.replayed = Replayed(clients={name: {} for name in self.edges})
 
     def _edge(self, config: ClientConfig, directory: Path, files: Mapping[str, Path]) -> Edge:
@@ -79,6 +84,12 @@ class _Quiet:
                 self._commit(entry.fields)
             case "merge":
                 self._merge(entry)
+            case "turn":
+                (client_id,) = entry.fields["clients"]
+                self.edges[client_id].load(list(self.merged.layers.values()))
+            case "buffered":
+                layers = self.edges[entry.fields["client_id"]].layers()
+                self.uploads[entry.fields["name"]] = layers, entry.fields["begun"]
 
     def _commit(self, fields: Mapping[str, Any]) -> None:
         contributions = [self._compute(client_id, step) for client_id, step in fields["members"]]
@@ -119,7 +130,7 @@ class _Quiet:
     def _merge(self, entry: Record) -> None:
         if entry.fields["accepted"]:
             weights = sorted(entry.fields["weights"].items())
-            updates = [(self.edges[name].layers(), weight) for name, weight in weights]
+            updates = [(self._update_of(name, entry.fields["round"]), weight) for name, weight in weights]
             self.merged = self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state)
         layers = self.merged.layers
         tensors = [*layers.values(), *self.merged.state.values()]  # as the record has them, in this order
@@ -128,8 +139,17 @@ class _Quiet:
                 f"merge of round {entry.fields['round']}: other layers or strategy state than in the log"
             )
         self.replayed.merges[entry.fields["round"]] = digest_of(layers.values())
-        for edge in self.edges.values():
-            edge.load(list(layers.values()))
+        self.versions[entry.fields["round"]] = layers
+        if entry.fields.get("closes", True):
+            for edge in self.edges.values():
+                edge.load(list(layers.values()))
+
+    def _update_of(self, name: str, number: int) -> Mapping[str, Tensor]:
+        """Return a client's layers now, or those of an upload of that name as they count in this merge."""
+        if not self.run.is_buffered:
+            return self.edges[name].layers()
+        layers, begun = self.uploads.pop(name)
+        return Rebased(layers, self.versions[begun], self.merged.layers, number - 1 - begun)
 
 
 def quiet_replay(run_dir: Path, clients: Sequence[ClientConfig]) -> Replayed:

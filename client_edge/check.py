@@ -10,13 +10,13 @@ from pathlib import Path
 from client_edge.data import TrainBatches, padding_share
 from client_edge.link import Link
 from client_edge.received import fetch_description
-from client_edge.run import check_files, describe, read_text
+from client_edge.run import Text, check_files, describe, read_text
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.models.source import WEIGHTS_FILE, empty_cut
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.units import format_bytes, format_share
 from splitfl.training.device import open_device
-from splitfl.training.forecast import Part, memory_of, sight_of, steps_of, wire_of
+from splitfl.training.forecast import EvaluationWork, Part, evaluations_of, memory_of, sight_of, steps_of, wire_of
 from splitfl.training.terms import terms_of
 
 
@@ -33,7 +33,9 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
         yield _server(link)
         with tempfile.TemporaryDirectory() as folder:
             directory = fetch_description(link, config.client, Path(folder))
-            yield _data(config, link.run, directory)
+            text = read_text(config, link.run, directory)
+            yield _data(text, link.run, config.client.client_id)
+            yield evaluations_of(link.run, _evaluation_work(text))
             cut, _ = empty_cut(directory, link.run)
     finally:
         link.close()
@@ -58,12 +60,22 @@ def _server(link: Link) -> Finding:
     )
 
 
-def _data(config: ClientConfig, run: RunConfig, directory: Path) -> Finding:
-    text = read_text(config, run, directory)
+def _evaluation_work(text: Text) -> EvaluationWork:
+    if text.held_out is None:
+        return EvaluationWork(examples=0)
+    return EvaluationWork(
+        examples=len(text.held_out),
+        classified=len(text.exam.to_classify),
+        labels=len(text.exam.labels),
+        answered=len(text.exam.to_answer),
+    )
+
+
+def _data(text: Text, run: RunConfig, client_id: str) -> Finding:
     num_tokens = sum(len(example.input_ids) for example in text.train.examples)
     steps = run.total_steps
     batch = run.federation.per_device_train_batch_size * run.federation.gradient_accumulation_steps
-    batches = TrainBatches.of(text.train, run, config.client.client_id)
+    batches = TrainBatches.of(text.train, run, client_id)
     num_rows = len(batches.rows)
     counted = min(steps, -(-num_rows // batch))
     padding = padding_share(batches, counted)
@@ -72,7 +84,8 @@ def _data(config: ClientConfig, run: RunConfig, directory: Path) -> Finding:
     sentences = [
         f"{describe(text, run)}.",
         f"{num_tokens:,} tokens in the training examples{packed}; {steps} steps of {batch} {of_what} go through them"
-        f" {steps * batch / num_rows:.2f} times.",
+        f" {steps * batch / num_rows:.2f} times"
+        + (", and how many steps this client comes to depends on its speed." if run.is_buffered else "."),
     ]
     if padding is not None:
         sentences.append(

@@ -36,6 +36,18 @@ class MicroBatch:
     """The head's gradients of tensors that the bottom has too, until the bottom's are added."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """How well the label tokens of one batch of an evaluation are predicted."""
+
+    loss: float
+    """Sum over the label tokens."""
+    num_correct: int
+    """Label tokens whose logit is the largest."""
+    losses_B: tuple[float, ...]
+    """Sum over each row's label tokens: minus the log-likelihood of the row's labels."""
+
+
 class Edge:
     """Bottom and top of one client."""
 
@@ -114,12 +126,18 @@ class Edge:
         with self.compute.running(), torch.inference_mode():
             return self._run_bottom(batch)
 
-    def evaluate_top(self, batch: Batch, hidden_BSD: Tensor) -> float:
-        """Return the sum of the loss over the batch's label tokens."""
+    def evaluate_top(self, batch: Batch, hidden_BSD: Tensor) -> Scored:
+        """Return how well the batch's label tokens are predicted."""
         self.finish_step()
         self._top.eval()
         with self.compute.running(), torch.inference_mode():
-            return float(self._loss(batch, hidden_BSD.to(self._device), 1))
+            labels_BS = batch.labels_BS.to(self._device)
+            scores = self._top.scores(hidden_BSD.to(self._device), self._where(batch)[0], labels_BS)
+            losses_B = torch.zeros(len(labels_BS), dtype=torch.float64)
+            losses_B.index_add_(0, scores.rows_N.cpu(), scores.losses_N.cpu().double())
+            return Scored(
+                loss=float(scores.loss), num_correct=int(scores.hits_N.sum()), losses_B=tuple(losses_B.tolist())
+            )
 
     def add_proximal_term(self) -> None:
         """Add mu (w - w0) to a step's gradients, w0 being the layers of the last merge, before norms are taken.

@@ -148,6 +148,11 @@ class Journal:
         self.place = replace(self.place, evaluated=self.place.held_round)
         self._append(Record(kind="evaluated", fields={}))
 
+    def evaluates_again(self) -> None:
+        """Have the layers held evaluated once more: what was measured may not have arrived."""
+        if self.place.evaluated >= self.place.held_round:
+            self.place = replace(self.place, evaluated=self.place.held_round - 1)
+
     def snapshot(self) -> None:
         """Write this moment down whole."""
         self._store.snapshot(Record(kind="snapshot", fields=asdict(self.place), tensors=self._edge.state()))

@@ -44,6 +44,7 @@ from splitfl.protocol.messages import (
     Report,
     Resumed,
     RoundOpened,
+    RoundsEnded,
     Shutdown,
     StepRefused,
     TensorFrames,
@@ -440,10 +441,10 @@ class Link:
 
     # rounds
 
-    def open_round(self, num_examples: int) -> RoundOpened:
-        """Wait for the next round."""
+    def open_round(self, num_examples: int) -> RoundOpened | RoundsEnded:
+        """Wait for the next round, or for the word that there is none."""
         self._send(self.session.ready(num_examples))
-        return self._answer(RoundOpened, "the next round")
+        return cast(RoundOpened | RoundsEnded, self._one_of((RoundOpened, RoundsEnded), "the next round"))
 
     def merge(self, layers: Mapping[str, Tensor], *, num_examples: int, num_tokens: int) -> Merged:
         """Hand over this round's layers and wait for everyone's; the tensors must not be written to meanwhile."""
@@ -527,6 +528,8 @@ class Link:
                         continue
             if isinstance(message, Merged):
                 self.is_parting = message.is_last
+            elif isinstance(message, RoundsEnded):
+                self.is_parting = True
             match message:
                 case StepRefused():
                     self.session.abandon_step(message.next_step)

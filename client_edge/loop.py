@@ -7,7 +7,7 @@ Where it begins is the session's affair: `train` may be called again after a los
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from client_edge.data import Batch, TrainBatches
 from client_edge.edge import Edge, MicroBatch
 from client_edge.journal import Journal
 from client_edge.link import Link, RoundClosed, StepClosed
-from splitfl.protocol.messages import Merged, RoundOpened
+from splitfl.protocol.messages import Merged, RoundOpened, RoundsEnded
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,9 @@ class Observer(Protocol):
     def round_opened(self, round_: RoundOpened) -> None:
         """A round has begun."""
 
+    def rounds_ended(self, ended: RoundsEnded) -> None:
+        """There is no further round; the layers to end with are loaded."""
+
     def stepped(self, step: Step) -> None:
         """A step is committed."""
 
@@ -69,9 +72,14 @@ def train(
         round_ = link.session.open_round
         if round_ is None:
             observer.between_rounds()
-            round_ = link.open_round(num_examples)
+            answer = link.open_round(num_examples)
+            if isinstance(answer, RoundsEnded):
+                _end_rounds(edge, link, journal, answer, observer)
+                return
+            round_ = answer
             if round_.layers:
                 journal.loaded(link.realise(round_.layers), round_.round_number - 1)
+                report_layers(edge, link, round_.round_number - 1)
             observer.round_opened(round_)
 
         # local steps, then everyone's layers in place of ours
@@ -92,6 +100,13 @@ def report_layers(edge: Edge, link: Link, round_number: int) -> str:
     digest = edge.merged_digest()
     link.report("loaded", phase="round", round_number=round_number, metrics={}, digest=digest)
     return digest
+
+
+def _end_rounds(edge: Edge, link: Link, journal: Journal, ended: RoundsEnded, observer: Observer) -> None:
+    if ended.layers:
+        journal.loaded(link.realise(ended.layers), ended.round_number)
+        report_layers(edge, link, ended.round_number)
+    observer.rounds_ended(ended)
 
 
 def _train_round(
@@ -156,24 +171,3 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
     committed = link.commit(num_label_tokens=num_label_tokens, loss=loss, norms_P=edge.optimizer.norms())
     journal.acknowledged(commit_number=committed.commit_number, clip_coefficient=committed.clip_coefficient)
     return Step.of(step, loss, batches)
-
-
-def evaluate(edge: Edge, link: Link, batches: Iterable[Batch]) -> float:
-    """Return the mean loss per label token; the server keeps no graph, uses no dropout and counts no step."""
-    total, num_label_tokens = 0.0, 0
-    under_way: dict[int, Batch] = {}
-
-    def take_one() -> None:
-        nonlocal total
-        request_id, hidden_BSD, _ = link.receive()
-        if hidden_BSD is not None:
-            total += edge.evaluate_top(under_way.pop(request_id), hidden_BSD)
-
-    for batch in batches:
-        if not link.session.has_credit:
-            take_one()
-        under_way[link.send_forward(edge.evaluate_bottom(batch), batch.layout, step=0, micro_batch=0)] = batch
-        num_label_tokens += batch.num_label_tokens
-    while under_way:
-        take_one()
-    return total / num_label_tokens if num_label_tokens else float("nan")

@@ -1,6 +1,7 @@
 """One client's whole part in a run: what `splitfl client` does."""
 
 import collections
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from client_edge.data import Dataset, TrainBatches, eval_batches, hold_out, read_examples
+from client_edge.data import Dataset, TrainBatches, hold_out, read_examples
 from client_edge.edge import Edge
+from client_edge.evaluation import Answerer, Evaluator, Exam, Tokenizer
+from client_edge.generation import FarGenerator
 from client_edge.journal import Journal
 from client_edge.link import Link
-from client_edge.loop import Step, evaluate, report_layers, train
+from client_edge.loop import Step, report_layers, train
 from client_edge.received import fetch_description, fetch_layers
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
@@ -24,9 +27,10 @@ from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, DataError, ModelError, PeerGone, RemoteProtocolError, SplitflError
 from splitfl.federation.records import read_file
 from splitfl.models.source import read_config
-from splitfl.protocol.messages import Merged, Resumed, RoundOpened
+from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
+from splitfl.telemetry.measures import ALSO, event_of
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.device import open_device
@@ -37,12 +41,15 @@ STATE_DIR = "state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Text:
+class Text:
     """The client's examples."""
 
     train: Dataset
     held_out: Dataset | None
     also: dict[str, Dataset]
+    exam: Exam
+    """What is asked of the model about the held-out text."""
+    tokenizer: Tokenizer
 
 
 def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
@@ -103,7 +110,11 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
         )
         for note in journal.recover():
             metrics.emit("note", text=note)
-        part = Participation(config, link, edge, journal, text, metrics, begun_s)
+        answerer = None
+        if text.exam.to_answer:
+            answerer = Answerer(cut.client_model(FarGenerator(link)), text.tokenizer, run)
+        evaluator = Evaluator(run, edge, link, text.exam, answerer)
+        part = Participation(config, link, edge, journal, text, evaluator, metrics, begun_s)
         try:
             part.run()
         except KeyboardInterrupt:
@@ -130,7 +141,8 @@ class Participation:
         link: Link,
         edge: Edge,
         journal: Journal,
-        text: _Text,
+        text: Text,
+        evaluator: Evaluator,
         metrics: MetricsLog,
         begun_s: float,
     ) -> None:
@@ -140,6 +152,7 @@ class Participation:
         self._edge = edge
         self._journal = journal
         self._text = text
+        self._evaluator = evaluator
         self._metrics = metrics
         self._begun_s = begun_s
         self._federation = link.run.federation
@@ -206,6 +219,8 @@ class Participation:
             digest = report_layers(self._edge, self._link, resumed.held_round)
             self._emit("loaded", round=resumed.held_round, accepted=True, reason="", digest=digest)
         self._round_number = resumed.round_number or self._round_number
+        if self._federation.compares_rounds and not resumed.round_number:
+            self._journal.evaluates_again()
 
     def _ask_where(self) -> Resumed:
         place, pending = self._journal.place, self._journal.pending
@@ -247,6 +262,10 @@ class Participation:
             num_steps=round_.num_steps,
         )
 
+    def rounds_ended(self, ended: RoundsEnded) -> None:
+        """Log why, and which round's layers these are."""
+        self._emit("rounds_ended", reason=ended.reason, best_round=ended.best_round)
+
     def stepped(self, step: Step) -> None:
         """Log the step."""
         self._emit(
@@ -269,24 +288,15 @@ class Participation:
     def _evaluate(self, phase: str) -> None:
         if self._text.held_out is None:
             return
-        batch_size = self._federation.per_device_eval_batch_size
-        loss = evaluate(self._edge, self._link, eval_batches(self._text.held_out, batch_size))
+        measured = self._evaluator.measure(self._text.held_out)
         also = {
-            name: evaluate(self._edge, self._link, eval_batches(dataset, batch_size))
+            name: self._evaluator.loss(dataset)
             for name, dataset in (self._text.also.items() if phase == "after" else ())
         }
-        num_examples, round_number = len(self._text.held_out), self._journal.place.held_round
-        measured = {"eval_loss": loss, "num_eval_examples": float(num_examples)}
-        measured |= {f"also:{name}": other for name, other in also.items()}
-        self._link.report("evaluated", phase=phase, round_number=round_number, metrics=measured)
-        self._emit(
-            "evaluated",
-            phase=phase,
-            round=round_number,
-            eval_loss=loss,
-            num_eval_examples=num_examples,
-            also=also,
-        )
+        round_number = self._journal.place.held_round
+        beside = {ALSO + name: loss for name, loss in also.items() if math.isfinite(loss)}
+        self._link.report("evaluated", phase=phase, round_number=round_number, metrics=measured | beside)
+        self._emit("evaluated", phase=phase, round=round_number, **event_of(measured), also=also)
 
     def _say_goodbye(self) -> None:
         totals = {
@@ -306,7 +316,7 @@ class Participation:
         self._metrics.emit(event, client_id=self._client_id, **fields)
 
 
-def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
+def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
     """Read this client's examples with the tokenizer that came with the welcome."""
     from transformers import AutoTokenizer
 
@@ -330,16 +340,18 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> _Text:
 
     dataset = read(section.path)
     if section.eval_path is not None:
-        return _Text(
-            train=dataset,
-            held_out=read(section.eval_path),
-            also={name: read(path) for name, path in section.also_evaluate.items()},
-        )
-    if not section.eval_fraction:
-        return _Text(train=dataset, held_out=None, also={})
-    train_set, held_out = hold_out(dataset, section.eval_fraction, run.seed)
-    also = {name: read(path) for name, path in section.also_evaluate.items()}
-    return _Text(train=train_set, held_out=held_out, also=also)
+        train_set, held_out = dataset, read(section.eval_path)
+    elif section.eval_fraction:
+        train_set, held_out = hold_out(dataset, section.eval_fraction, run.seed)
+    else:
+        return Text(train=dataset, held_out=None, also={}, exam=Exam(), tokenizer=tokenizer)
+    return Text(
+        train=train_set,
+        held_out=held_out,
+        also={name: read(path) for name, path in section.also_evaluate.items()},
+        exam=Exam.of(run, tokenizer, train_set, held_out),
+        tokenizer=tokenizer,
+    )
 
 
 @contextmanager
@@ -375,7 +387,7 @@ def check_files(config: ClientConfig) -> None:
             collections.deque(read_file(path), maxlen=0)  # all of it, keeping nothing
 
 
-def describe(text: _Text, run: RunConfig) -> str:
+def describe(text: Text, run: RunConfig) -> str:
     """Say how many examples there are, and what became of long ones."""
     held_out = f"{len(text.held_out)} held out" if text.held_out is not None else "none held out"
     limit = f"longer than max_seq_length = {run.text.max_seq_length}"

@@ -15,7 +15,7 @@ from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.units import format_bytes
 from splitfl.training.device import open_device
-from splitfl.training.forecast import Part, memory_of, sight_of, steps_of, wire_of
+from splitfl.training.forecast import Part, evaluations_of, memory_of, sight_of, steps_of, wire_of
 from splitfl.training.terms import terms_of
 from splitfl.transport.security import ServerSecurity
 
@@ -33,6 +33,7 @@ def check_server(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     terms = terms_of(config, cut)
     backbone, client = (Part.of(cut, side, config.optimizer) for side in ("server", "client"))
     yield steps_of(config)
+    yield evaluations_of(config)
     yield wire_of(config, terms)
     yield memory_of(backbone, "The backbone has", topic="memory")
     yield memory_of(client, "Each client holds", topic="clients")

@@ -3,15 +3,18 @@
 One thread calls everything here, in the order of its queue (`Jobs`); nothing here knows a socket.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
+from server_backbone.buffered_merger import BufferedMerger
 from server_backbone.ledger import Ledger
 from server_backbone.merger import Merger
 from server_backbone.rounds import Merge, Open
+from server_backbone.standing import Standing, value_of
 from server_backbone.worker import Contribution, Worker
 from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
@@ -43,8 +46,31 @@ class MergedLayers:
     """Why they are the old ones, "" if they are not."""
     digest: str
     weights: dict[str, float]
+    """What each client's layers counted."""
+    uploads: list[dict[str, Any]] | None
+    """The uploads of a merge that nobody waited for: client_id, weight, staleness."""
     note: str
     """Why no snapshot could be taken, "" if one was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spooled:
+    """A client's layers, taken or dropped."""
+
+    name: str
+    objection: str = ""
+    """Why they are in no merge, "" if they are in the next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How good a merge was, beside those before."""
+
+    value: float | None
+    """The measure that rounds are compared by; None where nobody has measured it."""
+    standing: Standing
+    reason: str
+    """Why no further round is worth its while, "" if one is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +91,7 @@ class Engine:
         self._realise = partial(realise, max_rms=run.link.max_rms)
         self.worker = worker
         self.merger = merger
+        self._buffer = merger if isinstance(merger, BufferedMerger) else None
         self.ledger = ledger
 
     # micro-batches
@@ -174,6 +201,7 @@ class Engine:
     def opened(self, round_: Open, num_steps: int) -> None:
         """Write that a round opens."""
         self.ledger.opened(
+            alone=self._buffer is not None,
             number=round_.round_number,
             first_step=round_.first_step,
             num_steps=num_steps,
@@ -194,14 +222,64 @@ class Engine:
         self.ledger.note("closed", client_id=client_id, next_step=next_step)
         self._history.note("step_closed", client_id=client_id, step=step, next_step=next_step)
 
-    def spool(self, client_id: str, upload: Upload) -> None:
+    def last_call(self) -> set[str]:
+        """Return whose steps of the open round have come to something, once all that are decided are written."""
+        return set(self.ledger.state.round.finished) if self.ledger.state.round is not None else set()
+
+    def restore(self) -> list[str]:
+        """Go on with the layers that the ledger has; return whose uploads cannot be read any more."""
+        ledger, state = self.ledger, self.ledger.state
+        self._stand()
+        lost = self.merger.restore(ledger.merged_layers, ledger.strategy_state, state.uploaded)
+        for name in lost:
+            ledger.note("upload_lost", client_id=name)
+        return lost
+
+    def spool(self, client_id: str, upload: Upload) -> Spooled:
         """Keep a client's layers for the merge."""
-        weight = self.merger.spool(client_id, upload)
+        if self._buffer is not None:
+            return self._spool_for(self._buffer, client_id, upload)
+        weight = self.merger.spool(client_id, upload, self._share_of_work(client_id))
         self.ledger.uploaded(client_id, weight)
         crash_point("upload-after-record")
+        return Spooled(name=client_id)
+
+    def _share_of_work(self, client_id: str) -> float:
+        """Return the share of the round's steps that count for a client's weight: all, unless partial work does."""
+        round_ = self.ledger.state.round
+        if self._run.federation.partial_work == "drop" or round_ is None:
+            return 1.0
+        return round_.finished.get(client_id, 0) / round_.num_steps
+
+    def _spool_for(self, buffer: BufferedMerger, client_id: str, upload: Upload) -> Spooled:
+        """Keep layers with what they began with, or drop them by rule; either way the client's turn is over."""
+        turn = self.ledger.state.turns.get(client_id)
+        if turn is None:  # they came while the last merge was made
+            return Spooled(name="", objection="the run's last merge came first")
+        begun, name = turn.number - 1, f"{client_id}@{turn.first_step}"
+        objection = self._objection_to(buffer, begun)
+        if objection:
+            self.ledger.note("turn_ended", client_id=client_id)
+        else:
+            weight = buffer.spool(name, upload)
+            self.ledger.buffered(client_id=client_id, name=name, begun=begun, weight=weight)
+            crash_point("upload-after-record")
+        return Spooled(name=name, objection=objection)
+
+    def _objection_to(self, buffer: BufferedMerger, begun: int) -> str:
+        staleness, most = self.ledger.state.num_merged - begun, self._run.strategy.max_staleness
+        if most and staleness > most:
+            return f"begun {staleness} merges ago, strategy.max_staleness = {most}"
+        return "" if buffer.has(begun) else f"the layers of merge {begun}, which it began with, cannot be read any more"
+
+    def _stand(self) -> None:
+        if self._buffer is not None:
+            state = self.ledger.state
+            self._buffer.stand(state.num_merged, {name: upload.begun for name, upload in state.buffer.items()})
 
     def merge(self, merge: Merge) -> MergedLayers:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""
+        uploads = self._retire(self._buffer, merge) if self._buffer is not None else None
         reason = merge.reason or self.merger.objection(merge.uploaded)
         weights = {} if reason else self.merger.merge(merge.uploaded)
         layers = self.merger.layers()
@@ -213,11 +291,15 @@ class Engine:
             accepted=not reason,
             reason=reason,
             weights=weights,
+            **({} if uploads is None else {"taken": list(merge.uploaded), "closes": merge.closes}),
         )
         crash_point("merge-after-record")
+        self._stand()
         self.merger.save(self.worker.trained())
         note = self.snapshot()
-        self.merger.forget_uploads()
+        self.merger.forget_uploads(self.ledger.state.buffer)
+        if self._buffer is not None and merge.closes:
+            self._buffer.retire(())
         digest = digest_of(layers.values())
         self._history.note(
             "merged",
@@ -226,7 +308,70 @@ class Engine:
             clients=list(merge.uploaded),
             digest=digest,
         )
-        return MergedLayers(layers=self.describe_layers(), reason=reason, digest=digest, weights=weights, note=note)
+        return MergedLayers(
+            layers=self.describe_layers(),
+            reason=reason,
+            digest=digest,
+            weights=weights if uploads is None else _summed(uploads, weights),
+            uploads=uploads,
+            note=note,
+        )
+
+    def _retire(self, buffer: BufferedMerger, merge: Merge) -> list[dict[str, Any]]:
+        """Put aside the layers that this merge replaces, if somebody trains from them; describe its uploads."""
+        state, most = self.ledger.state, self._run.strategy.max_staleness
+        self._stand()
+        begun = set() if merge.closes else {turn.number - 1 for turn in state.turns.values()}
+        too_old = state.num_merged + 1 - most if most else 0  # what began before this is going to be dropped
+        waiting = {upload.begun for upload in state.buffer.values()}
+        buffer.retire(waiting | {number for number in begun if number >= too_old})
+        return [
+            {
+                "name": name,
+                "client_id": state.buffer[name].client_id,
+                "weight": state.buffer[name].weight,
+                "staleness": buffer.staleness_of(name),
+            }
+            for name in merge.uploaded
+        ]
+
+    def measured(self, client_id: str, round_number: int, measured: Mapping[str, float]) -> None:
+        """Write what a client measured of a merge's layers."""
+        self.ledger.note("evaluated", client_id=client_id, round=round_number, measured=dict(measured))
+
+    def judge(self, round_number: int) -> Verdict:
+        """Compare the last merge with those before, and keep it aside if it is the best so far."""
+        federation = self._run.federation
+        value = value_of(self.ledger.state.measured, federation)
+        standing = self.ledger.state.standing.after(round_number, value, federation)
+        is_best = standing.best_round == round_number
+        if is_best and federation.load_best_model_at_end:
+            self.merger.keep_best(round_number)
+        crash_point("judge-before-record")
+        self.ledger.judged(standing)
+        crash_point("judge-after-record")
+        if is_best and federation.load_best_model_at_end:
+            self.merger.forget_other_bests(round_number)
+        return Verdict(value=value, standing=standing, reason=standing.reason_to_stop(federation))
+
+    def end_rounds(self, reason: str) -> str:
+        """Write that there is no further round, and go back to the best one if that is asked for; return a note."""
+        state, note = self.ledger.state, ""
+        best_round = state.standing.best_round if self._run.federation.load_best_model_at_end else 0
+        best = None
+        if best_round not in (0, state.num_merged):
+            try:
+                best = self.merger.best(best_round)
+            except ModelError as error:
+                best_round, note = 0, f"the best round cannot be gone back to, so the run ends with its last: {error}"
+        self.ledger.ended(reason, best_round, best)
+        crash_point("end-after-record")
+        if best is not None:
+            self.merger.end_with(best[0])
+            self.worker.load_trained(best[1])
+            self.merger.save(self.worker.trained())
+        self.merger.forget_other_bests(0)
+        return note
 
     def describe_layers(self) -> tuple[TensorFrames, ...]:
         """Describe everyone's layers: those of the last merge, or what every client starts with."""
@@ -269,3 +414,12 @@ class Engine:
 
 def _layout(message: Forward) -> Layout:
     return Layout(lengths_B=message.lengths_B, left_padded=message.left_padded, example_lengths=message.example_lengths)
+
+
+def _summed(uploads: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, float]:
+    """Add up by client what the uploads of a merge weighed."""
+    by_client: dict[str, float] = {}
+    for upload in uploads:
+        if (weight := weights.get(upload["name"])) is not None:
+            by_client[upload["client_id"]] = by_client.get(upload["client_id"], 0) + weight
+    return by_client

@@ -88,12 +88,15 @@ class SharedGate:
         self._asked: dict[str, Commit] = {}
         self._deadline_s = float("inf")
         self._step = 0
+        self._is_open = False
 
     def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        self._is_open = True
         self._expected = set(trainers)
         self._step = first_step
 
     def round_closed(self) -> None:
+        self._is_open = False
         self._expected = set()
         self._asked = {}
         self._deadline_s = float("inf")
@@ -120,7 +123,8 @@ class SharedGate:
         return []
 
     def returned(self, client_id: str) -> int:
-        self._expected.add(client_id)
+        if self._is_open:
+            self._expected.add(client_id)
         return self._step
 
     def ticked(self, now_s: float) -> list[Action]:
@@ -222,17 +226,20 @@ class SequentialGate:
 class FrozenGate:
     """No weight of the server moves, so nobody waits for anybody."""
 
+    def __init__(self) -> None:
+        self._is_open = False
+
     def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
-        pass
+        self._is_open = True
 
     def round_closed(self) -> None:
-        pass
+        self._is_open = False
 
     def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
         return [Compute(client_id=client_id, message=message)]
 
     def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
-        return [Apply(members=((client_id, message),))]
+        return [Apply(members=((client_id, message),))] if self._is_open else []  # the round closed before it came
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
         return []

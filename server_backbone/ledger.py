@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server_backbone.standing import Standing
 from server_backbone.worker import Contribution, Worker
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
@@ -20,6 +21,9 @@ from splitfl.session.server import Applied
 _LAYERS = "layers/"
 _STRATEGY = "strategy/"
 _WORKER = "worker/"
+_BACKBONE = "backbone/"
+# What is not done again from the log of a run whose records are not kept, but for these: they move no weights, or all.
+_ALWAYS_REDONE = ("joined", "finished", "evaluated", "judged", "ended")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -37,6 +41,18 @@ class RoundState:
     """Weights of the uploads on disk, by client."""
     out: list[str] = field(default_factory=list)
     """Clients that the round goes on without."""
+    finished: dict[str, int] = field(default_factory=dict)
+    """Steps of the round that each client has finished."""
+
+
+@dataclass(slots=True, kw_only=True)
+class BufferedUpload:
+    """Layers on disk that wait for a merge, where merges are made as uploads come in."""
+
+    client_id: str
+    begun: int
+    """The merge whose layers their client began with."""
+    weight: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,9 +82,42 @@ class RunState:
     """The commit whose weights the backbone has: the last one, or an earlier one that a client has gone back to."""
     num_merged: int = 0
     round: RoundState | None = None
+    turns: dict[str, RoundState] = field(default_factory=dict)
+    """Open rounds that a client has for itself, by client: see `server_backbone.turns`."""
+    buffer: dict[str, BufferedUpload] = field(default_factory=dict)
+    """Uploads of such rounds by their names, in the order in which they came in."""
     members: dict[str, MemberState] = field(default_factory=dict)
     durable_step: int = 0
     """Last step of the last merged round: what `durability = "snapshot"` keeps."""
+    held_round: int = 0
+    """What clients hold: the number of the last merge, or the one above it once the run ends with an earlier one's."""
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What clients measured of the last merge's layers, by client."""
+    standing: Standing = field(default_factory=Standing)
+    has_ended: bool = False
+    """Whether no further round is opened."""
+    end_reason: str = ""
+    """Why that is before the last round, "" if it is not."""
+    ends_with: int = 0
+    """The merge whose layers and backbone the run ends with, where that was asked for; else 0."""
+
+    @property
+    def uploaded(self) -> dict[str, float]:
+        """Weights of the uploads on disk: by client in an open round, by name in a buffer."""
+        if self.round is not None:
+            return self.round.uploaded
+        return {name: upload.weight for name, upload in self.buffer.items()}
+
+    def round_of(self, client_id: str) -> RoundState | None:
+        """Return the open round that a client is in: its own, or everybody's if it was there when that opened."""
+        if self.round is not None and client_id in self.round.clients:
+            return self.round
+        return self.turns.get(client_id)
+
+    def next_step_of(self, client_id: str) -> int:
+        """Return where a client's next turn begins."""
+        turn, member = self.turns.get(client_id), self.members[client_id]
+        return turn.first_step + turn.num_steps if turn is not None else member.next_step
 
     def fold(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Take in one entry."""
@@ -87,14 +136,39 @@ class RunState:
                 self.round.uploaded[entry["client_id"]] = entry["weight"]
             case "upload_lost" if self.round is not None:
                 self.round.uploaded.pop(entry["client_id"], None)
+            case "turn":
+                client_id = entry["clients"][0]
+                self.turns[client_id] = RoundState(**entry, step=entry["first_step"])
+                self.members[client_id].next_step = entry["first_step"]
+            case "buffered":
+                self.turns.pop(entry["client_id"])
+                self.buffer[entry["name"]] = BufferedUpload(
+                    client_id=entry["client_id"], begun=entry["begun"], weight=entry["weight"]
+                )
+            case "turn_ended":
+                self.turns.pop(entry["client_id"], None)
+            case "upload_lost":
+                self.buffer.pop(entry["client_id"], None)
             case "left" if self.round is not None:
                 self.round.out.append(entry["client_id"])
             case "returned" if self.round is not None:
                 self.round.out = [client_id for client_id in self.round.out if client_id != entry["client_id"]]
             case "merge":
                 self.durable_step = self.round.first_step + self.round.num_steps - 1 if self.round else 0
-                self.num_merged = entry["round"]
+                self.num_merged = self.held_round = entry["round"]
+                self.measured = {}
                 self.round = None
+                for name in entry.get("taken", ()):
+                    self.buffer.pop(name)
+                if entry.get("closes", True):
+                    self.turns, self.buffer = {}, {}
+            case "evaluated" if entry["round"] == self.num_merged and self.round is None:
+                self.measured[entry["client_id"]] = entry["measured"]
+            case "judged":
+                self.standing = Standing(**entry)
+            case "ended":
+                self.has_ended, self.end_reason = True, entry["reason"]
+                self.held_round, self.ends_with = entry["held_round"], entry["best_round"]
             case "finished":
                 self.members[entry["client_id"]].has_finished = True
             case "went_back":
@@ -109,6 +183,7 @@ class RunState:
             member.commit_number, member.clip_coefficient = entry["number"], entry["clip_coefficient"]
             if self.round is not None:
                 self.round.step = max(self.round.step, step + 1)
+                self.round.finished[client_id] = self.round.finished.get(client_id, 0) + 1
 
     def to_fields(self) -> dict[str, Any]:
         """Write the state as plain values."""
@@ -122,6 +197,9 @@ class RunState:
             **{
                 **fields,
                 "round": None if round_ is None else RoundState(**round_),
+                "turns": {name: RoundState(**turn) for name, turn in fields.get("turns", {}).items()},
+                "buffer": {name: BufferedUpload(**upload) for name, upload in fields.get("buffer", {}).items()},
+                "standing": Standing(**fields.get("standing", {})),
                 "members": {name: MemberState(**member) for name, member in fields["members"].items()},
             }
         )
@@ -161,7 +239,7 @@ class Ledger:
             return recovered.notes
         self.go_to(snapshot, worker)
         for entry in recovered.entries:
-            if self._keeps_records or entry.kind in ("joined", "finished"):
+            if self._keeps_records or entry.kind in _ALWAYS_REDONE:
                 self.redo(entry, worker)
                 if entry.kind == "commit":
                     redone(self.state.commit_number)
@@ -197,6 +275,9 @@ class Ledger:
             worker.redo(fields["step"], fields["clip_coefficient"], entry.tensors, fields["learning_rate"])
         elif entry.kind == "went_back":
             worker.load(entry.tensors)
+        elif entry.kind == "ended" and entry.tensors:
+            self.merged_layers = _without(_LAYERS, entry.tensors)
+            worker.load_trained(_without(_BACKBONE, entry.tensors))
 
     def note(self, kind: str, **entry: Any) -> None:
         """Write an entry that need not be on disk before anything else happens."""
@@ -225,14 +306,38 @@ class Ledger:
         """Write that a client's layers are on disk."""
         self._write(Record(kind="uploaded", fields={"client_id": client_id, "weight": weight}), durable=True)
 
-    def opened(self, **entry: Any) -> None:
-        """Write that a round opens."""
-        self._write(Record(kind="round", fields=entry), durable=True)
+    def opened(self, *, alone: bool, **entry: Any) -> None:
+        """Write that a round opens, for everybody or for one client alone."""
+        self._write(Record(kind="turn" if alone else "round", fields=entry), durable=True)
+
+    def buffered(self, **entry: Any) -> None:
+        """Write that a client's layers are on disk, and its turn is over."""
+        self._write(Record(kind="buffered", fields=entry), durable=True)
 
     def merged(self, layers: Mapping[str, Tensor], strategy_state: Mapping[str, Tensor], **entry: Any) -> None:
         """Write a merge: number, layers and round are one entry, durable before any client hears of it."""
         self.merged_layers, self.strategy_state = layers, strategy_state
         self._write(Record(kind="merge", fields=entry, tensors=self._tensors_of_the_merge()), durable=True)
+
+    def judged(self, standing: Standing) -> None:
+        """Write how good the last merge was."""
+        self._write(Record(kind="judged", fields=asdict(standing)), durable=True)
+
+    def ended(
+        self, reason: str, best_round: int, best: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
+    ) -> None:
+        """Write that no further round is opened.
+
+        `best` are layers and backbone of an earlier round that the run ends with; the entry holds them, so that it can
+        be done again when the kept file is gone.
+        """
+        held_round = self.state.num_merged + (best is not None)
+        fields = {"reason": reason, "held_round": held_round, "best_round": best_round}
+        tensors: dict[str, Tensor] = {}
+        if best is not None:
+            self.merged_layers = best[0]
+            tensors = _with(_LAYERS, best[0]) | _with(_BACKBONE, best[1])
+        self._write(Record(kind="ended", fields=fields, tensors=tensors), durable=True)
 
     def snapshot(self, worker: Worker) -> None:
         """Write state and tensors of this moment; raise `StorageError` and keep what there was if that fails."""

@@ -5,7 +5,7 @@ clients' ids, one tensor at a time, so the order in which they arrived never mat
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,8 @@ from splitfl.models.checkpoint import TensorFile
 from splitfl.models.export import TRAINED_FILE
 from splitfl.protocol.messages import Upload
 from splitfl.protocol.tensors import realise
+
+_BEST_FILES = "best-*.safetensors"
 
 
 class FirstLayers(Mapping[str, Tensor]):
@@ -51,7 +53,7 @@ class Merger:
         """`first_layers` are what every client starts with, by name, in the model's order."""
         self.strategy = strategy
         self._names = list(first_layers)
-        self._layers = first_layers
+        self._first_layers = self._layers = first_layers
         self._run_dir = run_dir
         self._weight_by = weight_by
         self._max_rms = max_rms
@@ -68,8 +70,11 @@ class Merger:
         self._weights = {client_id: weight for client_id, weight in weights.items() if self._is_readable(client_id)}
         return sorted(weights.keys() - self._weights.keys())
 
-    def spool(self, client_id: str, upload: Upload) -> float:
-        """Write one client's layers to disk and return their weight; raise `RemoteProtocolError` for poison."""
+    def spool(self, client_id: str, upload: Upload, share: float = 1.0) -> float:
+        """Write one client's layers to disk and return their weight; raise `RemoteProtocolError` for poison.
+
+        `share` of the round's steps are behind them; tokens are counted step by step anyway.
+        """
         layers = {
             name: realise(frames, max_rms=self._max_rms)
             for name, frames in zip(self._names, upload.layers, strict=True)
@@ -77,7 +82,7 @@ class Merger:
         self._spool_dir.mkdir(exist_ok=True)
         checkpoint.save_tensors(self._spooled(client_id), layers)
         self._weights[client_id] = {
-            "num_examples": upload.num_examples,
+            "num_examples": upload.num_examples * share,
             "num_tokens": upload.num_tokens,
             "uniform": 1,
         }[self._weight_by]
@@ -90,15 +95,21 @@ class Merger:
     def merge(self, clients: Sequence[str]) -> dict[str, float]:
         """Fold these clients' layers into everyone's; return the weights used."""
         weights = self._weights_of(clients)
-        updates = [(TensorFile(self._spooled(client_id)), weight) for client_id, weight in weights.items()]
+        updates = [(self._update_of(client_id), weight) for client_id, weight in weights.items()]
         folded = self.strategy.aggregate_train(updates, self._layers, self._state)
         self._layers, self._state = folded.layers, folded.state
         return weights
 
-    def forget_uploads(self) -> None:
-        """Remove what was spooled, merged or not."""
-        self._weights = {}
-        shutil.rmtree(self._spool_dir, ignore_errors=True)
+    def forget_uploads(self, waiting: Collection[str] = ()) -> None:
+        """Remove what was spooled, merged or not, but for those that wait for another merge."""
+        self._weights = {upload: weight for upload, weight in self._weights.items() if upload in waiting}
+        if not waiting:
+            shutil.rmtree(self._spool_dir, ignore_errors=True)
+            return
+        kept = {self._spooled(upload) for upload in waiting}
+        for path in self._spool_dir.iterdir():
+            if path not in kept:
+                path.unlink()
 
     def layers(self) -> Mapping[str, Tensor]:
         """Return everyone's layers, in the model's order; they are never written to again."""
@@ -108,6 +119,31 @@ class Merger:
         """Return what the strategy wants to be given at the next merge; never written to again."""
         return self._state
 
+    def end_with(self, layers: Mapping[str, Tensor]) -> None:
+        """Make an earlier merge's layers everyone's; nothing is merged behind that."""
+        self._layers = {name: layers[name] for name in self._names}
+
+    def keep_best(self, round_number: int) -> None:
+        """Keep what `save` has written last beside what it will write, as the best round's; the copy appears whole."""
+        saved = TensorFile(self._run_dir / TRAINED_FILE)
+        pieces = {name: checkpoint.piece_of_entry(entry) for name, entry in saved.entries.items()}
+        checkpoint.write(self._best(round_number), pieces, mode=0o600)
+
+    def forget_other_bests(self, round_number: int) -> None:
+        """Remove what `keep_best` has kept of any other round than this."""
+        for path in self._run_dir.glob(_BEST_FILES):
+            if path != self._best(round_number):
+                path.unlink(missing_ok=True)
+
+    def best(self, round_number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the layers and the backbone that `keep_best` has kept; raise `ModelError` if they cannot be read."""
+        kept = TensorFile(self._best(round_number))
+        layers = {name: kept[name] for name in self._names}
+        return layers, {name: kept[name] for name in kept if name not in layers}
+
+    def _best(self, round_number: int) -> Path:
+        return self._run_dir / _BEST_FILES.replace("*", f"{round_number:05d}")
+
     def save(self, backbone: Mapping[str, Tensor]) -> None:
         """Write all that is trained, both sides of one moment in one file, which replaces the last one whole."""
         checkpoint.save_tensors(self._run_dir / TRAINED_FILE, {**self._layers, **backbone})
@@ -115,6 +151,10 @@ class Merger:
     def _weights_of(self, clients: Sequence[str]) -> dict[str, float]:
         """Return the weights of those that weigh anything: rules that know no weights must not count the others."""
         return {client_id: self._weights[client_id] for client_id in sorted(clients) if self._weights[client_id] > 0}
+
+    def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
+        """Return the layers that a strategy folds, read as they are asked for."""
+        return TensorFile(self._spooled(client_id))
 
     def _is_readable(self, client_id: str) -> bool:
         try:

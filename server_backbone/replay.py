@@ -91,7 +91,8 @@ def _check_order(ledger: Ledger, entry: Record, found: Replay) -> None:
 
 def _compare_saved(run_dir: Path, ledger: Ledger, worker: Worker, found: Replay) -> None:
     path = run_dir / TRAINED_FILE
-    if ledger.state.round is not None or not ledger.state.num_merged or not path.exists():
+    is_training = ledger.state.round is not None or ledger.state.turns
+    if is_training or not ledger.state.num_merged or not path.exists():
         return  # in the middle of a round the last merge's file is older than the log
     saved = TensorFile(path)
     trained = {**(ledger.merged_layers or {}), **worker.trained()}

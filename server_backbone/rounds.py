@@ -1,10 +1,10 @@
 """When a round opens, closes and is merged: pure state, time comes in as a number.
 
 A round gathers clients, opens for those the strategy chooses, and closes when all of them have uploaded or left, or at
-its deadline with those that are done.
+its deadline: with those that are done, or after a last call for what the others have (`federation.partial_work`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
@@ -25,12 +25,43 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LastCall:
+    """A round is about to close: these clients are still at work in it, and are asked for what they have."""
+
+    round_number: int
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
     """A round closes; an empty `reason` means that these uploads become everyone's layers."""
 
     round_number: int
     uploaded: tuple[str, ...]
     absent: tuple[str, ...]
+    reason: str
+    closes: bool = True
+    """Whether all clients end their round with it; else they hear of it when they have uploaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """A client's layers are in: it gets the newest ones and goes on, whatever the others do."""
+
+    client_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """All who take part have evaluated this merge's layers: compare it with the rounds before, then call `judged`."""
+
+    round_number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """There is no further round; an empty `reason` means that all were done. Clients evaluate and say goodbye."""
+
     reason: str
 
 
@@ -41,15 +72,18 @@ class End:
     reason: str
 
 
-Decision: TypeAlias = Open | Merge | End
+Decision: TypeAlias = Open | LastCall | Merge | Release | Judge | Stop | End
 
 
-class _Stage(Enum):
+class Stage(Enum):
     ENDLESS = auto()
     """There are no rounds: clients train in loops of their own."""
     GATHERING = auto()
     OPEN = auto()
+    LAST_CALL = auto()
+    """Open no longer than `step_timeout`: no step begins, and clients upload what they have."""
     MERGING = auto()
+    JUDGING = auto()
     PARTING = auto()
     """All rounds are merged; clients evaluate and say goodbye."""
     OVER = auto()
@@ -61,7 +95,7 @@ class Rounds:
     def __init__(self, federation: FederationSection, choose: Choose, now_s: float) -> None:
         self._federation = federation
         self._choose = choose
-        self._stage = _Stage.GATHERING if federation.num_rounds else _Stage.ENDLESS
+        self._stage = Stage.GATHERING if federation.num_rounds else Stage.ENDLESS
         self._deadline_s = now_s + federation.wait_timeout
         self._connected: set[str] = set()
         self._ready: set[str] = set()
@@ -70,6 +104,7 @@ class Rounds:
         self._uploaded: set[str] = set()
         self.round_number = 0
         self.num_merged = 0
+        self._num_judged = 0
 
     @property
     def first_step(self) -> int:
@@ -78,39 +113,53 @@ class Rounds:
 
     @property
     def is_last(self) -> bool:
-        """Whether the open round is the run's last."""
-        return self.round_number == self._federation.num_rounds
+        """Whether the open round's merge is the end of all rounds; where rounds are compared, the verdict on it is."""
+        return self.round_number == self._federation.num_rounds and not self._federation.compares_rounds
 
     @property
     def is_parting(self) -> bool:
         """Whether all rounds are done."""
-        return self._stage in (_Stage.PARTING, _Stage.OVER)
+        return self._stage in (Stage.PARTING, Stage.OVER)
 
-    def restore(self, open_round: Open | None, uploaded: Iterable[str], out: Iterable[str], *, num_merged: int) -> None:
-        """Set where a run stands that was interrupted; `resumed` then says what follows."""
+    def restore(
+        self,
+        open_round: Open | None,
+        uploaded: Iterable[str],
+        out: Iterable[str],
+        *,
+        num_merged: int,
+        next_steps: Mapping[str, int],
+        num_judged: int = 0,
+        has_stopped: bool = False,
+    ) -> None:
+        """Set where a run stands that was interrupted; `resumed` then says what follows.
+
+        `next_steps` are where each client's next round of its own would begin (see `turns`).
+        """
         self.num_merged = self.round_number = num_merged
+        self._num_judged = num_judged
         if open_round is not None:
             self.round_number = open_round.round_number
-            self._stage = _Stage.OPEN
+            self._stage = Stage.OPEN
             self._chosen = set(open_round.trainers)
             self._uploaded = set(uploaded)
             self._trainers = self._chosen - (set(out) - self._uploaded)
-        elif num_merged == self._federation.num_rounds and self._stage is not _Stage.ENDLESS:
-            self._stage = _Stage.PARTING
+        elif has_stopped or (self._are_all_merged and not self._federation.compares_rounds):
+            self._stage = Stage.PARTING
 
     def resumed(self, clients: Iterable[str], now_s: float) -> list[Decision]:
         """Begin again with these clients expected back."""
         self._connected = set(clients)
-        waits = self._stage is _Stage.GATHERING
+        waits = self._stage is Stage.GATHERING
         self._deadline_s = now_s + (self._federation.wait_timeout if waits else self._federation.round_timeout)
-        if self._stage is _Stage.PARTING and not self._connected:
+        if self._stage is Stage.PARTING and not self._connected:
             return self._end("")
-        return self._close_if_complete() if self._stage is _Stage.OPEN else []
+        return self._close_if_complete()
 
     def joined(self, client_id: str, *, takes_part: bool = False) -> None:
         """Take note of a client, new or back; from the next round on, or in the open one if it `takes_part` in that."""
         self._connected.add(client_id)
-        if takes_part and self._stage is _Stage.OPEN and client_id in self._chosen:
+        if takes_part and self._stage is Stage.OPEN and client_id in self._chosen:
             self._trainers.add(client_id)
 
     def lost(self, client_id: str) -> None:
@@ -120,16 +169,19 @@ class Rounds:
     def gave_up(self, client_id: str) -> list[Decision]:
         """Take note that a connected client takes no further part in the open round."""
         self._trainers.discard(client_id)
-        return self._close_if_complete() if self._stage is _Stage.OPEN else []
+        return self._close_if_complete()
 
     def ready(self, client_id: str) -> list[Decision]:
         """Take note that a client waits for the next round."""
         self._ready.add(client_id)
         return self._open_if_complete()
 
-    def uploaded(self, client_id: str) -> list[Decision]:
-        """Take note of a trainer's layers; they come too late when the round has closed without them."""
-        if self._stage is not _Stage.OPEN or client_id not in self._chosen:
+    def uploaded(self, client_id: str, upload: str = "") -> list[Decision]:
+        """Take note of a trainer's layers; they come too late when the round has closed without them.
+
+        `upload` is their name where a client may upload more than once before a merge (see `turns`).
+        """
+        if not self._is_open or client_id not in self._chosen:
             return []
         self._uploaded.add(client_id)
         return self._close_if_complete()
@@ -140,11 +192,11 @@ class Rounds:
         self._ready.discard(client_id)
         self._trainers.discard(client_id)
         match self._stage:
-            case _Stage.GATHERING:
+            case Stage.GATHERING:
                 return self._open_if_complete()
-            case _Stage.OPEN:
+            case Stage.OPEN | Stage.LAST_CALL:
                 return self._close_if_complete()
-            case _Stage.PARTING if not self._connected:
+            case Stage.PARTING if not self._connected:
                 return self._end("")
         return []
 
@@ -152,7 +204,7 @@ class Rounds:
         """Take note that the clients have been told of the merge."""
         self.num_merged += 1
         is_last = self.is_last
-        self._stage = _Stage.PARTING if is_last else _Stage.GATHERING
+        self._stage = Stage.PARTING if is_last else Stage.GATHERING
         self._deadline_s = now_s + (self._federation.round_timeout if is_last else self._federation.wait_timeout)
         if is_last:
             return [] if self._connected else self._end("")
@@ -163,16 +215,33 @@ class Rounds:
         if now_s < self._deadline_s:
             return []
         match self._stage:
-            case _Stage.GATHERING if len(self._ready) >= self._federation.min_available_clients:
-                return self._open()
-            case _Stage.GATHERING:
+            case Stage.GATHERING if len(self._ready) >= self._fewest:
+                return self._go_on()
+            case Stage.GATHERING:
                 waited = f"waited {self._federation.wait_timeout:g} s (federation.wait_timeout) for"
                 return self._end(f"{waited} {self._wanted()}; ready: {', '.join(sorted(self._ready)) or 'none'}")
-            case _Stage.OPEN:
+            case Stage.OPEN if self._federation.partial_work == "accept":
+                return self._call(now_s)
+            case Stage.OPEN | Stage.LAST_CALL:
                 return self._close()
-            case _Stage.PARTING:
+            case Stage.PARTING:
                 return self._end("")
         return []
+
+    def judged(self, reason: str, now_s: float) -> list[Decision]:
+        """Take note of the verdict on the last merge; a `reason` means that no further round is worth its while."""
+        self._num_judged = self.num_merged
+        if reason or self._are_all_merged:
+            self._stage = Stage.PARTING
+            return [Stop(reason=reason)]
+        self._stage = Stage.GATHERING
+        self._deadline_s = now_s + self._federation.wait_timeout
+        return self._open() if len(self._ready) >= self._fewest else []  # some may have left meanwhile
+
+    def stopped(self, now_s: float) -> list[Decision]:
+        """Start the clock of the clients' last evaluations, who have been told that they are the last."""
+        self._deadline_s = now_s + self._federation.round_timeout
+        return [] if self._connected else self._end("")
 
     def opened(self, now_s: float) -> None:
         """Start the clock of the round that was just announced."""
@@ -181,13 +250,15 @@ class Rounds:
     def waiting_for(self) -> str:
         """Say in words what the run waits for, "" when clients are at work."""
         match self._stage:
-            case _Stage.GATHERING:
+            case Stage.GATHERING:
                 missing = sorted(self._connected - self._ready)
                 busy = f", {', '.join(missing)} still at work" if missing else ""
-                return f"{self._wanted()} to begin round {self.round_number + 1} ({len(self._ready)} ready{busy})"
-            case _Stage.OPEN if self._uploaded:
+                what = "the evaluation of" if self._are_all_merged else f"{self._wanted()} to begin"
+                number = self.round_number + (not self._are_all_merged)
+                return f"{what} round {number} ({len(self._ready)} ready{busy})"
+            case Stage.OPEN | Stage.LAST_CALL if self._uploaded or self._stage is Stage.LAST_CALL:
                 return f"layers of {', '.join(sorted(self._trainers - self._uploaded))}"
-            case _Stage.PARTING:
+            case Stage.PARTING:
                 return f"last evaluations of {', '.join(sorted(self._connected))}"
         return ""
 
@@ -195,10 +266,27 @@ class Rounds:
         wanted = self._federation.min_available_clients
         return f"{wanted} client" + ("s" if wanted > 1 else "")
 
+    @property
+    def _are_all_merged(self) -> bool:
+        return self.num_merged == self._federation.num_rounds and self._stage is not Stage.ENDLESS
+
+    @property
+    def _fewest(self) -> int:
+        """Clients that must be ready; for the verdict on the last merge, whoever is still there."""
+        return min(1, len(self._connected)) if self._are_all_merged else self._federation.min_available_clients
+
     def _open_if_complete(self) -> list[Decision]:
-        enough = len(self._ready) >= self._federation.min_available_clients
-        if self._stage is not _Stage.GATHERING or not enough or self._connected - self._ready:
+        enough = len(self._ready) >= self._fewest
+        if self._stage is not Stage.GATHERING or not enough or self._connected - self._ready:
             return []
+        return self._go_on()
+
+    def _go_on(self) -> list[Decision]:
+        """Open the next round; where rounds are compared, not before the verdict on the last one."""
+        if self._federation.compares_rounds and self._num_judged < self.num_merged:
+            self._stage = Stage.JUDGING
+            self._deadline_s = float("inf")
+            return [Judge(round_number=self.num_merged)]
         return self._open()
 
     def _open(self) -> list[Decision]:
@@ -209,15 +297,25 @@ class Rounds:
         self._trainers = set(trainers)
         self._uploaded = set()
         self._ready = set()
-        self._stage = _Stage.OPEN
+        self._stage = Stage.OPEN
         self._deadline_s = float("inf")
         return [Open(round_number=self.round_number, clients=clients, trainers=trainers, first_step=self.first_step)]
 
+    @property
+    def _is_open(self) -> bool:
+        return self._stage in (Stage.OPEN, Stage.LAST_CALL)
+
+    def _call(self, now_s: float) -> list[Decision]:
+        self._stage = Stage.LAST_CALL
+        self._deadline_s = now_s + self._federation.step_timeout
+        clients = tuple(sorted(self._trainers - self._uploaded))
+        return [LastCall(round_number=self.round_number, clients=clients)]
+
     def _close_if_complete(self) -> list[Decision]:
-        return self._close() if self._trainers <= self._uploaded else []
+        return self._close() if self._is_open and self._trainers <= self._uploaded else []
 
     def _close(self) -> list[Decision]:
-        self._stage = _Stage.MERGING
+        self._stage = Stage.MERGING
         self._deadline_s = float("inf")
         done = tuple(sorted(self._uploaded))
         fewest = self._federation.min_train_clients
@@ -232,6 +330,6 @@ class Rounds:
         ]
 
     def _end(self, reason: str) -> list[Decision]:
-        self._stage = _Stage.OVER
+        self._stage = Stage.OVER
         self._deadline_s = float("inf")
         return [End(reason=reason)]

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from server_backbone.buffered_merger import BufferedMerger
 from server_backbone.engine import Engine
 from server_backbone.ledger import Ledger
 from server_backbone.merger import FirstLayers, Merger
@@ -39,7 +40,7 @@ from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog, read_events
-from splitfl.telemetry.report import build_report, summary_table, write_report
+from splitfl.telemetry.report import build_report, measures_table, summary_table, write_report
 from splitfl.training.device import open_device
 from splitfl.training.terms import merged_layers, terms_of
 from splitfl.transport.keys import AllowList, read_key_pair
@@ -140,13 +141,11 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
     for note in notes:
         metrics.emit("note", text=note)
     state = ledger.state
-    for client_id in engine.merger.restore(
-        ledger.merged_layers, ledger.strategy_state, state.round.uploaded if state.round else {}
-    ):
-        ledger.note("upload_lost", client_id=client_id)
-        metrics.emit(
-            "note", text=f"the layers that {client_id} had uploaded cannot be read: it is asked for them again"
-        )
+    for name in engine.restore():
+        then = "they are in no merge" if config.run_config().is_buffered else "it is asked for them again"
+        metrics.emit("note", text=f"the layers that {name.partition('@')[0]} had uploaded cannot be read: {then}")
+    if state.has_ended:
+        engine.merger.forget_other_bests(0)  # it may have ended before that
     if state.round is None and state.num_merged:
         engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
     server.recover()
@@ -243,7 +242,8 @@ def build_server(
 
     first_layers = FirstLayers(list(layers), read)
     strategy = strategy_for(run.federation, run.strategy, run.seed)
-    merger = Merger(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
+    kind = BufferedMerger if run.is_buffered else Merger
+    merger = kind(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
     ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
     worker = Worker(cut, run, device, model.device_map)
     terms = _terms(run, cut, worker)
@@ -389,4 +389,11 @@ def _report(run_dir: Path, console: Console, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(report) + "\n")
         return
     console.print(summary_table(report))
+    measures = measures_table(report)
+    if measures is not None:
+        console.print(measures)
+    if report["stopped_early"]:
+        console.print(f"stopped early: {report['stopped_early']}", markup=False, soft_wrap=True)
+    if report["best_round"]:
+        console.print(f"ended with the best round: {report['best_round']}", markup=False)
     console.print(f"run: {run_dir}", markup=False, soft_wrap=True)

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from server_backbone.caches import CacheBook
-from server_backbone.engine import Decided, Engine, MergedLayers
+from server_backbone.engine import Decided, Engine, MergedLayers, Spooled, Verdict
 from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
 from server_backbone.jobs import Jobs
+from server_backbone.ledger import RoundState
 from server_backbone.members import Connection, Member, Members
 from server_backbone.provisions import Provisions
-from server_backbone.rounds import Decision, End, Merge, Open, Rounds
+from server_backbone.rounds import Decision, End, Judge, LastCall, Merge, Open, Release, Rounds, Stop
+from server_backbone.turns import Turns
 from server_backbone.worker import Contribution, Scaling
 from splitfl.config import NAME_PATTERN, RunConfig
 from splitfl.durability.crash import crash_point
@@ -57,6 +59,7 @@ from splitfl.protocol.messages import (
     Resume,
     Resumed,
     RoundOpened,
+    RoundsEnded,
     Shutdown,
     TensorFrames,
     Upload,
@@ -70,6 +73,7 @@ from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 from splitfl.telemetry.history import History
+from splitfl.telemetry.measures import ALSO, Measured, complete, event_of, federated
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.optimizer import NO_GRADIENT
 from splitfl.transport.keys import AllowList
@@ -107,12 +111,19 @@ class Server:
         self._gate = gate_for(federation.server_mode, federation.step_timeout, is_patient=self.run.has_own_loops)
         if self.run.has_own_loops:
             self._gate.round_opened((), first_step=1)  # and never closed
-        self._rounds = Rounds(federation, self.engine.merger.strategy.configure_train, time.monotonic())
+        if self.run.is_buffered:
+            self._rounds: Rounds = Turns(federation, self.run.strategy.buffer_size, time.monotonic())
+        else:
+            self._rounds = Rounds(federation, self.engine.merger.strategy.configure_train, time.monotonic())
         self._members = Members()
         self._caches = CacheBook(self.run.link)
         self._strikes: dict[str, int] = {}
-        self._layers: tuple[TensorFrames, ...] = ()
+        self._layers = self._layers_of_all(0)
         self._merge_number = 0
+        self._last_merge: Merged | None = None
+        self._have_rounds_ended = False
+        self._evaluated: dict[tuple[str, int], dict[str, Measured]] = {}
+        self._unsaid: set[tuple[str, int]] = set()
         self._is_over = False
         self._waiting_said = ("", 0.0)
 
@@ -154,41 +165,40 @@ class Server:
     def recover(self) -> None:
         """Go on where the ledger's log ends: every client is expected back."""
         state, now_s = self.engine.ledger.state, time.monotonic()
-        self._merge_number = state.num_merged
-        self._layers = self.engine.describe_layers() if state.num_merged else ()
-        open_round = state.round
-        opened = None
-        if open_round is not None:
-            opened = Open(
-                round_number=open_round.number,
-                clients=tuple(open_round.clients),
-                trainers=tuple(open_round.trainers),
-                first_step=open_round.first_step,
-            )
-            self._gate.round_opened((), open_round.step)
+        self._merge_number = state.held_round
+        self._have_rounds_ended = state.has_ended
+        self._layers = self._layers_of_all(state.num_merged)
+        if state.round is not None or state.turns:
+            self._gate.round_opened((), state.round.step if state.round is not None else 1)
         for client_id, known in state.members.items():
             if known.has_finished:
                 continue
             member = self._add(client_id)
             member.absent_since_s = now_s
-            in_round = open_round is not None and client_id in open_round.clients
+            round_ = state.round_of(client_id)
             member.session.restore(
                 applied=known.applied,
-                round_=self._opening(opened, client_id) if opened is not None and in_round else None,
+                round_=self._opening(_open_of(round_), client_id) if round_ is not None else None,
                 next_step=known.next_step,
-                awaits_merge=open_round is not None
-                and (client_id in open_round.uploaded or client_id not in open_round.trainers),
+                awaits_merge=round_ is not None and (client_id in round_.uploaded or client_id not in round_.trainers),
             )
-            is_expected = open_round is not None and client_id not in open_round.out
+            is_expected = state.round is not None and client_id not in state.round.out
             if is_expected and member.session.phase is Phase.TRAINING and not member.session.has_done_its_steps:
                 self._gate.returned(client_id)
         self._rounds.restore(
-            opened,
-            open_round.uploaded if open_round else (),
-            open_round.out if open_round else (),
+            _open_of(state.round) if state.round is not None else None,
+            state.uploaded,
+            state.round.out if state.round is not None else (),
             num_merged=state.num_merged,
+            next_steps={client_id: state.next_step_of(client_id) for client_id in state.members},
+            num_judged=state.standing.judged_round,
+            has_stopped=state.has_ended,
         )
         self._decide(self._rounds.resumed([member.client_id for member in self._members], now_s), now_s)
+
+    def _layers_of_all(self, num_merged: int) -> tuple[TensorFrames, ...]:
+        """Describe everyone's layers; the first ones only where a client comes back to them, since all begin so."""
+        return self.engine.describe_layers() if num_merged or self.run.is_buffered else ()
 
     def _add(self, client_id: str) -> Member:
         member = self._new_member(client_id)
@@ -263,7 +273,11 @@ class Server:
         match message:
             case Ready():
                 member.held_round, member.num_examples = message.round_number, message.num_examples
-                self._decide(self._rounds.ready(client_id), now_s)
+                if self._have_rounds_ended:
+                    self._say_ended(member)  # it was evaluating still
+                else:
+                    self._decide(self._rounds.ready(client_id), now_s)
+                    self._dismiss_if_parting(member)
             case Forward(step=0):
                 self._compute(member, partial(self.engine.evaluate, message))
             case Decode():
@@ -280,7 +294,7 @@ class Server:
             case Upload():
                 self._spool(member, message)
             case Report():
-                self._note(member, message)
+                self._take_report(member, message)
             case Goodbye():
                 self._part(member, message)
             case Discard(step=step):
@@ -312,7 +326,7 @@ class Server:
 
     def _part(self, member: Member, message: Goodbye) -> None:
         self.metrics.emit("client_done", client_id=member.client_id, **_with_counts(message.metrics))
-        self._jobs.submit(partial(self.engine.ledger.note, "finished", client_id=member.client_id), _nothing)
+        self._note("finished", member)
         self._tell(member, Farewell())
         self._free_caches(member)
         if member.connection is not None:
@@ -333,22 +347,46 @@ class Server:
         )
         self._send_to(peer, connection, pong)
 
-    def _note(self, member: Member, report: Report) -> None:
+    def _take_report(self, member: Member, report: Report) -> None:
         if report.topic == "loaded":
             self.metrics.emit(
                 "loaded", client_id=member.client_id, round=report.round_number, digest=report.digest[:64]
             )
             return
-        also = {name.removeprefix("also:"): v for name, v in report.metrics.items() if name.startswith("also:")}
+        if report.round_number > self._merge_number:
+            raise RemoteProtocolError(f"a measurement of round {report.round_number}, which is not merged")
+        if report.phase != "after":
+            measured = {name: value for name, value in report.metrics.items() if not name.startswith(ALSO)}
+            self._jobs.submit(partial(self.engine.measured, member.client_id, report.round_number, measured), _nothing)
+        also = {name.removeprefix(ALSO): value for name, value in report.metrics.items() if name.startswith(ALSO)}
+        round_number = self.engine.ledger.state.ends_with if self._is_of_the_best(report) else report.round_number
+        self._evaluated.setdefault((report.phase, round_number), {})[member.client_id] = complete(report.metrics)
+        self._unsaid.add((report.phase, round_number))
         self.metrics.emit(
             "evaluated",
             client_id=member.client_id,
-            phase=report.phase[:16],
-            round=report.round_number,
-            eval_loss=report.metrics.get("eval_loss"),
-            num_eval_examples=int(report.metrics.get("num_eval_examples", 0)),
+            phase=report.phase,
+            round=round_number,
+            **event_of(report.metrics),
             also=also,
         )
+
+    def _say_federated(self) -> None:
+        """Say what clients have measured, all together, where that has changed since it was last said."""
+        for (phase, round_number), clients in self._evaluated.items():
+            if (phase, round_number) in self._unsaid:
+                self.metrics.emit(
+                    "federated",
+                    phase=phase,
+                    round=round_number,
+                    num_clients=len(clients),
+                    measures=federated(clients),
+                )
+        self._unsaid.clear()
+
+    def _is_of_the_best(self, report: Report) -> bool:
+        """Tell whether a report is of the round that the run ends with, whose number clients do not know."""
+        return self._have_rounds_ended and report.phase == "after" and self.engine.ledger.state.ends_with > 0
 
     # who comes in
 
@@ -482,7 +520,10 @@ class Server:
             self._take_back(member)
         self._send(connection, resumed)
         if was_training and member.session.phase is not Phase.TRAINING:
-            self._note_out(member)
+            if self.run.is_buffered:
+                self._note("turn_ended", member)
+            else:
+                self._note("left", member)
             self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
             self._decide(self._rounds.gave_up(member.client_id), now_s)
         elif member.session.phase is Phase.TRAINING and member.session.has_done_its_steps:
@@ -491,7 +532,7 @@ class Server:
     def _take_back(self, member: Member) -> None:
         takes_part = member.session.phase in (Phase.TRAINING, Phase.MERGING)
         if member.is_out and takes_part:
-            self._jobs.submit(partial(self.engine.ledger.note, "returned", client_id=member.client_id), _nothing)
+            self._note("returned", member)
         if member.is_out or member.absent_since_s is not None:
             self._rounds.joined(member.client_id, takes_part=takes_part)
             self.metrics.emit("client_returned", client_id=member.client_id, step=member.session.applied.step)
@@ -665,16 +706,28 @@ class Server:
                         partial(self.engine.opened, decision, self.run.federation.local_steps),
                         partial(self._open_round, decision),
                     )
+                case LastCall():
+                    self._gate.round_closed()  # what is decided is acknowledged before anybody is called
+                    self._jobs.submit(self.engine.last_call, partial(self._call_for_layers, decision))
                 case Merge():
-                    self._gate.round_closed()
+                    if decision.closes:
+                        self._gate.round_closed()
                     self._jobs.submit(partial(self.engine.merge, decision), partial(self._merged, decision))
+                case Release(client_id=client_id):
+                    self._release(client_id, "")
+                case Judge(round_number=number):
+                    self._jobs.submit(partial(self.engine.judge, number), self._judged)
+                case Stop(reason=reason):
+                    self._jobs.submit(partial(self.engine.end_rounds, reason), self._rounds_ended)
                 case End(reason=reason):
+                    self._say_federated()
                     self.reason = reason
                     self._is_over = True
 
     def _open_round(self, round_: Open, _: None) -> None:
         """Tell everybody of a round that is written down."""
         self._gate.round_opened(round_.trainers, round_.first_step)
+        self._say_federated()
         self.metrics.emit(
             "round_opened",
             round=round_.round_number,
@@ -692,6 +745,52 @@ class Server:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
         self._rounds.opened(time.monotonic())
 
+    def _judged(self, verdict: Verdict) -> None:
+        """Say what the verdict on the last merge is, and go on as it asks."""
+        standing = verdict.standing
+        self._say_federated()
+        self.metrics.emit(
+            "judged",
+            round=standing.judged_round,
+            metric=self.run.federation.metric_for_best_model,
+            value=verdict.value,
+            best_round=standing.best_round,
+            best_value=standing.best_value if standing.best_round else None,
+            rounds_without_improvement=standing.rounds_without_improvement,
+        )
+        now_s = time.monotonic()
+        self._decide(self._rounds.judged(verdict.reason, now_s), now_s)
+
+    def _rounds_ended(self, note: str) -> None:
+        """Tell everybody who waits for the next round that there is none."""
+        state = self.engine.ledger.state
+        self._have_rounds_ended = True
+        if note:
+            self.metrics.emit("note", text=note)
+        self.metrics.emit("rounds_ended", reason=state.end_reason, round=state.num_merged, best_round=state.ends_with)
+        if state.held_round != self._merge_number:
+            self._merge_number, self._layers = state.held_round, self.engine.describe_layers()
+        for member in self._members:
+            if member.session.phase is Phase.READY:
+                self._say_ended(member)
+        now_s = time.monotonic()
+        self._decide(self._rounds.stopped(now_s), now_s)
+
+    def _say_ended(self, member: Member) -> None:
+        state = self.engine.ledger.state
+        layers = () if member.held_round == self._merge_number else self._layers
+        member.session.rounds_ended()
+        member.held_round = self._merge_number
+        self._tell(
+            member,
+            RoundsEnded(
+                round_number=self._merge_number,
+                best_round=state.ends_with,
+                reason=state.end_reason,
+                layers=layers,
+            ),
+        )
+
     def _opening(self, round_: Open, client_id: str) -> RoundOpened:
         member = self._members[client_id]
         return RoundOpened(
@@ -700,6 +799,19 @@ class Server:
             num_steps=self.run.federation.local_steps if client_id in round_.trainers else 0,
             layers=() if member.held_round == self._merge_number else self._layers,
         )
+
+    def _call_for_layers(self, call: LastCall, able: set[str]) -> None:
+        """End the round's steps for those still at work; who has finished none has nothing to upload."""
+        self.metrics.emit("last_call", round=call.round_number, clients=sorted(able.intersection(call.clients)))
+        reason = f"the round closes after {self.run.federation.round_timeout:g} s (federation.round_timeout)"
+        now_s = time.monotonic()
+        for client_id in call.clients:
+            session = self._members[client_id].session
+            if client_id not in able:
+                self._decide(self._rounds.gave_up(client_id), now_s)
+            elif not session.has_done_its_steps:
+                end = session.last_step + 1
+                self._close_step(CloseStep(client_id=client_id, next_step=end, reason=reason), now_s)
 
     def _merged(self, merge: Merge, merged: MergedLayers) -> None:
         self._layers = merged.layers
@@ -720,15 +832,55 @@ class Server:
             absent=merge.absent,
             num_tensors=len(self._layers),
             digest=merged.digest,
+            **({} if merged.uploads is None else {"uploads": merged.uploads}),
         )
         self._said_of_snapshot(merged.note)
-        for member in self._members:
-            if member.session.phase in (Phase.TRAINING, Phase.COMMITTING, Phase.MERGING):
-                member.session.merged(message)
-                self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
-                self._tell(member, message)
+        if merge.closes:
+            self._close_round(message)
         now_s = time.monotonic()
         self._decide(self._rounds.merged(now_s), now_s)
+
+    def _close_round(self, message: Merged) -> None:
+        """Tell everybody of the merge that ends their round."""
+        self._last_merge = message
+        for member in self._members:
+            if member.session.phase in (Phase.TRAINING, Phase.COMMITTING, Phase.MERGING):
+                self._end_round(member, message)
+            elif message.is_last and member.session.phase is Phase.READY:
+                self._dismiss(member)
+
+    def _end_round(self, member: Member, message: Merged) -> None:
+        member.session.merged(message)
+        self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
+        self._tell(member, message)
+
+    def _dismiss_if_parting(self, member: Member) -> None:
+        if self._rounds.is_parting and not self.run.federation.compares_rounds:  # there, the verdict tells them
+            self._dismiss(member)
+
+    def _dismiss(self, member: Member) -> None:
+        """Let a client that waits for another round sit the last one out, now that it is merged."""
+        if self._last_merge is None:
+            return  # no merge since this server began: it has been told that the run is parting
+        number, step = self._last_merge.round_number, max(1, member.session.next_step)
+        opened = RoundOpened(round_number=number, first_step=step, num_steps=0, layers=())
+        member.session.opened(opened)
+        self._tell(member, opened)
+        self._end_round(member, self._last_merge)
+
+    def _release(self, client_id: str, objection: str) -> None:
+        """Give a client that has uploaded the newest layers; it goes on with a round of its own."""
+        member = self._members[client_id]
+        if member.session.phase is not Phase.MERGING:
+            return  # the last merge came first
+        message = Merged(
+            round_number=self._merge_number,
+            accepted=not objection,
+            reason=objection,
+            is_last=False,
+            layers=self._layers,
+        )
+        self._end_round(member, message)
 
     # what the compute thread is asked for
 
@@ -778,8 +930,12 @@ class Server:
         self._jobs.submit(partial(self.engine.worker.end_caches, member.client_id), _nothing)
 
     def _spool(self, member: Member, upload: Upload) -> None:
-        def count(_: None) -> None:
-            self._decide(self._rounds.uploaded(member.client_id), time.monotonic())
+        def count(spooled: Spooled) -> None:
+            if spooled.objection:
+                self.metrics.emit("upload_dropped", client_id=member.client_id, reason=spooled.objection)
+                self._release(member.client_id, spooled.objection)
+            else:
+                self._decide(self._rounds.uploaded(member.client_id, spooled.name), time.monotonic())
 
         self._jobs.submit(
             partial(self.engine.spool, member.client_id, upload),
@@ -867,12 +1023,13 @@ class Server:
         now_s = time.monotonic()
         member.absent_since_s, member.is_out = None, True
         self.metrics.emit("client_left", client_id=member.client_id, reason=reason)
-        self._note_out(member)
+        self._note("left", member)
         self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
         self._decide(self._rounds.left(member.client_id), now_s)
 
-    def _note_out(self, member: Member) -> None:
-        self._jobs.submit(partial(self.engine.ledger.note, "left", client_id=member.client_id), _nothing)
+    def _note(self, kind: str, member: Member) -> None:
+        """Write into the ledger that a member has come or gone."""
+        self._jobs.submit(partial(self.engine.ledger.note, kind, client_id=member.client_id), _nothing)
 
     # what goes out
 
@@ -909,6 +1066,16 @@ class Server:
             self.listener.send(peer, codec.encode(message))
         except PeerGone:
             log.info("a peer had gone before it was told of %s", type(message).__name__)
+
+
+def _open_of(round_: RoundState) -> Open:
+    """Say again how a round opened."""
+    return Open(
+        round_number=round_.number,
+        clients=tuple(round_.clients),
+        trainers=tuple(round_.trainers),
+        first_step=round_.first_step,
+    )
 
 
 def _nothing(_: object) -> None:

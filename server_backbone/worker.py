@@ -246,6 +246,14 @@ class Worker:
         """Return a copy of what trains here, by its name in the whole model."""
         return {name: p.detach().to("cpu", copy=True) for name, p in self._trainable.items()}
 
+    def load_trained(self, trained: Mapping[str, Tensor]) -> None:
+        """Take over what `trained` has returned; nothing is trained behind that."""
+        self._slots.clear()
+        self._version += 1
+        with torch.no_grad():
+            for name, parameter in self._trainable.items():
+                parameter.copy_(trained[name])
+
     def _run_blocks(self, hidden_BSD: Tensor, layout: Layout) -> Tensor:
         length = hidden_BSD.shape[1]
         return self._backbone(hidden_BSD, layout.mask(length, self._device), layout.position_ids(length, self._device))

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard
@@ -24,6 +24,7 @@ StrategyName = Literal[
     "FedAvg",
     "FedProx",
     "FedAvgM",
+    "FedBuff",
     "FedAdagrad",
     "FedAdam",
     "FedYogi",
@@ -33,6 +34,19 @@ StrategyName = Literal[
     "MultiKrum",
     "NormClippedMean",
 ]
+
+MeasureName = Literal[
+    "eval_loss",
+    "perplexity",
+    "token_accuracy",
+    "exact_match",
+    "rouge_l",
+    "accuracy",
+    "macro_f1",
+]
+
+# Measured only where `evaluation.measures` has them.
+OPTIONAL_MEASURES = ("exact_match", "rouge_l", "accuracy", "macro_f1")
 
 # TOML has no null: an empty string says "not set" for a path as it does for a name.
 OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if value == "" else value)]
@@ -152,8 +166,9 @@ class FederationSection(Section):
     `frozen`: the backbone does not learn."""
 
     num_rounds: int = Field(3, ge=0)
-    """Rounds in the run; each ends with a merge of the client-side layers. 0 means no rounds and no merges: each client
-    trains in a loop of its own (`client_edge.connect`), and the server runs until it is stopped."""
+    """Rounds in the run; each ends with a merge of the client-side layers (with FedBuff it is merges that are counted).
+    0 means no rounds and no merges: each client trains in a loop of its own (`client_edge.connect`), and the server
+    runs until it is stopped."""
 
     local_steps: int = Field(10, ge=1)
     """Optimizer steps of each client per round."""
@@ -192,11 +207,32 @@ class FederationSection(Section):
     evaluate: Literal["ends", "rounds"] = "ends"
     """Evaluate each client's held-out text before and after the run, or after every round as well."""
 
+    metric_for_best_model: MeasureName = "eval_loss"
+    """The measure by which rounds are compared, over all clients' held-out text (docs/evaluation.md); its name decides
+    whether more is better."""
+
+    early_stopping_patience: int = Field(0, ge=0)
+    """Rounds in a row without improvement after which the run ends, as in transformers; 0 never ends it early. Needs
+    `evaluate = "rounds"`."""
+
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """How much better than the best round so far a round must be to count as an improvement."""
+
+    load_best_model_at_end: bool = False
+    """Whether the run ends with the layers and the backbone of its best round, and not with those of its last: on all
+    clients and in the exported model. Needs `evaluate = "rounds"`."""
+
     wait_timeout: float = Field(600.0, gt=0)
     """Seconds to wait for `min_available_clients` before the run is given up."""
 
     round_timeout: float = Field(3600.0, gt=0)
-    """Seconds after which a round closes with the clients that are done."""
+    """Seconds after which a round closes with the clients that are done; `partial_work` says what becomes of the
+    others' work."""
+
+    partial_work: Literal["drop", "accept"] = "drop"
+    """`drop`: clients still at work at `round_timeout` are left out of the merge; `accept`: they have `step_timeout`
+    more to upload what their finished steps have made, and a client's `num_examples` count by the share of the round's
+    steps that it has finished."""
 
     step_timeout: float = Field(120.0, gt=0)
     """Seconds after which a step goes on without a client that has not finished it, and a round without one whose
@@ -208,6 +244,26 @@ class FederationSection(Section):
             raise ValueError(
                 f"min_train_clients ({self.min_train_clients}) must not exceed min_available_clients"
                 f" ({self.min_available_clients})"
+            )
+        return self
+
+    @property
+    def compares_rounds(self) -> bool:
+        """Whether what happens next hangs on how good each round was."""
+        return self.early_stopping_patience > 0 or self.load_best_model_at_end
+
+    @model_validator(mode="after")
+    def _compares_what_is_evaluated(self) -> Self:
+        if self.compares_rounds and (self.evaluate != "rounds" or not self.num_rounds):
+            asks = "early_stopping_patience" if self.early_stopping_patience else "load_best_model_at_end"
+            raise ValueError(
+                f'{asks} compares rounds, and no round is evaluated: set federation.evaluate to "rounds"'
+                + (" and num_rounds to 1 or more" if not self.num_rounds else "")
+            )
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise ValueError(
+                f"early_stopping_threshold = {self.early_stopping_threshold:g} means nothing without"
+                " early_stopping_patience: set that to the rounds to wait for an improvement"
             )
         return self
 
@@ -228,8 +284,10 @@ class StrategySection(Section):
 
     USED_BY: ClassVar[Mapping[str, frozenset[StrategyName]]] = {
         "proximal_mu": frozenset({"FedProx"}),
-        "server_learning_rate": frozenset({"FedAvgM"}),
+        "server_learning_rate": frozenset({"FedAvgM", "FedBuff"}),
         "server_momentum": frozenset({"FedAvgM"}),
+        "buffer_size": frozenset({"FedBuff"}),
+        "max_staleness": frozenset({"FedBuff"}),
         "eta": frozenset({"FedAdagrad", "FedAdam", "FedYogi"}),
         "beta_1": frozenset({"FedAdam", "FedYogi"}),
         "beta_2": frozenset({"FedAdam", "FedYogi"}),
@@ -244,10 +302,16 @@ class StrategySection(Section):
     """FedProx: how strongly a client's layers are pulled towards those of the last merge; 0 is FedAvg."""
 
     server_learning_rate: float = Field(1.0, gt=0)
-    """FedAvgM: scale of the server's step."""
+    """FedAvgM, FedBuff: scale of the server's step."""
 
     server_momentum: float = Field(0.9, ge=0, lt=1)
     """FedAvgM: share of the last step that is kept; 0 and `server_learning_rate = 1` is FedAvg."""
+
+    buffer_size: int = Field(2, ge=1)
+    """FedBuff: uploads in a merge (K), whoever they come from; `federation.num_rounds` counts these merges."""
+
+    max_staleness: int = Field(0, ge=0)
+    """FedBuff: an upload begun more merges ago than this is dropped; 0 means that none is."""
 
     eta: float = Field(0.1, gt=0)
     """FedAdagrad, FedAdam, FedYogi: the server's learning rate, about the largest change of a value in a merge."""
@@ -306,6 +370,43 @@ class TextSection(Section):
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"
     """Which examples share a micro-batch, as in transformers: any, or such of about the same length, so that less is
     padding; drawn anew each epoch either way."""
+
+
+class EvaluationSection(Section):
+    """What is measured on held-out text besides loss, perplexity and token accuracy; see docs/evaluation.md."""
+
+    measures: tuple[Literal["exact_match", "rouge_l", "accuracy", "macro_f1"], ...] = ()
+    """`exact_match` and `rouge_l` compare greedily generated text with the completions; `accuracy` and `macro_f1`
+    classify: the label word that is likeliest as completion is the prediction. All need prompts and completions."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens that are generated at most in answer to a prompt."""
+
+    num_examples: int = Field(32, ge=0)
+    """Prompts that are answered in an evaluation, spread evenly over the held-out examples; 0 answers all. Classifying
+    takes all."""
+
+    label_words: tuple[str, ...] = ()
+    """The label words, spelt as the completions are, a leading space included; empty takes each client's from its own
+    completions."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether prompts are answered."""
+        return bool({"exact_match", "rouge_l"} & set(self.measures))
+
+    @property
+    def classifies(self) -> bool:
+        """Whether label words are compared."""
+        return bool({"accuracy", "macro_f1"} & set(self.measures))
+
+    @model_validator(mode="after")
+    def _has_words_to_choose_from(self) -> Self:
+        if len(set(self.label_words)) != len(self.label_words) or len(self.label_words) == 1 or "" in self.label_words:
+            raise ValueError("label_words must be two or more different words, or [] to take them from the data")
+        if self.label_words and not self.classifies:
+            raise ValueError('label_words are for classification: add "accuracy" or "macro_f1" to measures')
+        return self
 
 
 class LinkSection(Section):
@@ -544,6 +645,7 @@ class RunConfig(Config):
     strategy: StrategySection = StrategySection()
     merge: MergeSection = MergeSection()
     text: TextSection = TextSection()
+    evaluation: EvaluationSection = EvaluationSection()
     link: LinkSection = LinkSection()
     storage: StorageSection = StorageSection()
 
@@ -556,6 +658,11 @@ class RunConfig(Config):
     def has_own_loops(self) -> bool:
         """Whether each client trains in a loop of its own, without rounds and merges."""
         return self.federation.num_rounds == 0
+
+    @property
+    def is_buffered(self) -> bool:
+        """Whether each client has rounds of its own, and layers are merged as they come in."""
+        return self.federation.strategy == "FedBuff"
 
     @property
     def proximal_mu(self) -> float:
@@ -580,6 +687,69 @@ class RunConfig(Config):
             raise ValueError(
                 f"strategy.{name} = {getattr(self.strategy, name)} is an option of {users}: leave it out, or choose"
                 f" another federation.strategy than {strategy}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_fed_buff_needs(self) -> Self:
+        if self.is_buffered and (objections := list(self._objections_to_fed_buff())):
+            raise ValueError('federation.strategy = "FedBuff": ' + "; ".join(objections))
+        return self
+
+    def _objections_to_fed_buff(self) -> Iterator[str]:
+        federation, schedule = self.federation, self.optimizer.lr_scheduler_type
+        if federation.server_mode not in ("sequential", "frozen"):
+            yield (
+                f'federation.server_mode = "{federation.server_mode}" has clients wait for each other, and FedBuff has'
+                ' none wait: set it to "sequential" or "frozen"'
+            )
+        if not schedule.startswith("constant"):
+            yield (
+                f'optimizer.lr_scheduler_type = "{schedule}" needs a last step, and how many steps a client comes to is'
+                ' not known beforehand: set it to "constant" or "constant_with_warmup"'
+            )
+        if self.storage.durability != "redo":
+            yield (
+                f'storage.durability = "{self.storage.durability}" takes all clients back to one merge, and they are at'
+                ' different ones: set it to "redo"'
+            )
+        unused = {"fraction_train": 1.0, "min_train_clients": 1, "partial_work": "drop"}
+        for name, usual in unused.items():
+            if (value := getattr(federation, name)) != usual:
+                yield f"federation.{name} = {value} is of rounds that all clients share: leave it out"
+        if federation.compares_rounds:
+            yield (
+                "federation.early_stopping_patience and load_best_model_at_end compare rounds that all clients share:"
+                " leave them out"
+            )
+
+    @model_validator(mode="after")
+    def _measures_what_it_compares(self) -> Self:
+        metric = self.federation.metric_for_best_model
+        if metric in OPTIONAL_MEASURES and metric not in self.evaluation.measures and self.federation.compares_rounds:
+            raise ValueError(
+                f"federation.metric_for_best_model = {metric}, which is not measured: add it to evaluation.measures"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_go_back_to_the_best(self) -> Self:
+        if self.federation.load_best_model_at_end and set(self.merge.parts) != {"bottom", "top"}:
+            raise ValueError(
+                f"federation.load_best_model_at_end with merge.parts = {list(self.merge.parts)}: a part that is not"
+                " merged is kept by its client as it is now, and not as it was after the best round; merge both parts,"
+                " or leave load_best_model_at_end out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit_the_cache(self) -> Self:
+        positions = self.text.max_seq_length + self.evaluation.max_new_tokens
+        if self.evaluation.generates and positions > self.link.max_cache_tokens:
+            raise ValueError(
+                f"a prompt of text.max_seq_length = {self.text.max_seq_length} tokens and evaluation.max_new_tokens ="
+                f" {self.evaluation.max_new_tokens} behind it are more than link.max_cache_tokens ="
+                f" {self.link.max_cache_tokens}: raise that, or shorten one of them"
             )
         return self
 

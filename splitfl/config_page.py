@@ -30,6 +30,7 @@ joins, so nothing has to be kept equal by hand on two machines. A client's file 
 
 Some settings are tied to others, and a file that breaks a rule is refused: `federation.min_train_clients` must not
 exceed `federation.min_available_clients`; an option in `[strategy]` must be one that `federation.strategy` uses;
+FedBuff needs a `federation.server_mode` in which clients do not share steps and a constant learning rate;
 `link.heartbeat_timeout` must be at least twice `link.heartbeat_interval`;
 a frame of `link.frame_bytes` must take less than half of `link.heartbeat_timeout` at
 `link.slowest_link_bytes_per_second`.

@@ -120,6 +120,13 @@ class TestUnknownSettings:
             loaded("lora.zzzzzzzzzzzzzzzzzzzz=1")
 
 
+BUFFERED = [
+    "federation.strategy=FedBuff",
+    "federation.server_mode=frozen",
+    "optimizer.lr_scheduler_type=constant",
+]
+
+
 class TestRanges:
     @pytest.mark.parametrize(
         "override",
@@ -138,7 +145,7 @@ class TestRanges:
             "federation.fraction_train=1.1",
             "federation.server_mode=per_client",
             "federation.round_timeout=0",
-            "federation.strategy=FedBuff",
+            "federation.strategy=FedNova",
             "strategy.proximal_mu=-0.1",
             "strategy.eta=0",
             "strategy.eta=inf",
@@ -147,6 +154,9 @@ class TestRanges:
             "strategy.beta=0.5",
             "strategy.num_malicious_clients=-1",
             "strategy.clipping_norm=0",
+            "strategy.buffer_size=0",
+            "strategy.max_staleness=-1",
+            "federation.partial_work=most",
             "merge.parts=middle",
             "text.max_seq_length=1",
             "link.max_in_flight=0",
@@ -183,6 +193,21 @@ class TestRanges:
                 r" federation\.strategy than FedAvg",
             ),
             (["federation.strategy=Krum", "strategy.num_clients_to_keep=2"], r"is an option of MultiKrum: leave"),
+            (["strategy.buffer_size=4"], r"is an option of FedBuff: leave it out"),
+            (
+                ["federation.strategy=FedBuff"],
+                r'FedBuff": federation\.server_mode = "shared" has clients wait for each other, and FedBuff has none'
+                r' wait: set it to "sequential" or "frozen"; optimizer\.lr_scheduler_type = "linear" needs a last step',
+            ),
+            (
+                [*BUFFERED, "storage.durability=snapshot", "federation.fraction_train=0.5"],
+                r'"snapshot" takes all clients back to one merge, .* "redo"; federation\.fraction_train = 0\.5 is of'
+                r" rounds that all clients share: leave it out",
+            ),
+            (
+                [*BUFFERED, "federation.partial_work=accept"],
+                r"partial_work = accept is of rounds that all clients share",
+            ),
         ],
     )
     def test_settings_that_do_not_fit_each_other(self, overrides: list[str], rule: str) -> None:
@@ -258,7 +283,7 @@ def another(annotation: Any, value: Any) -> Any:
         case str() | Path() | None:
             return "other"
         case tuple():
-            return typing.get_args(typing.get_args(annotation)[0])[:1] or ("other",)
+            return typing.get_args(typing.get_args(annotation)[0])[:1] or ("other", "another")
     raise AssertionError(f"no other value of {annotation}")
 
 
@@ -281,10 +306,24 @@ BASE = merged(MODEL, {"federation": {"min_available_clients": 3}})
 
 
 def base_for(path: tuple[str, ...]) -> dict[str, Any]:
-    """Return settings in which a setting may be changed: an option needs a strategy that uses it."""
-    if path[0] != "strategy":
-        return BASE
-    return merged(BASE, {"federation": {"strategy": sorted(StrategySection.USED_BY[path[1]])[0]}})
+    """Return settings in which a setting may be changed: an option needs what uses it."""
+    match path:
+        case ("federation", "early_stopping_threshold"):
+            return merged(BASE, {"federation": {"evaluate": "rounds", "early_stopping_patience": 1}})
+        case ("federation", "early_stopping_patience" | "load_best_model_at_end"):
+            return merged(BASE, {"federation": {"evaluate": "rounds"}})
+        case ("evaluation", "label_words"):
+            return merged(BASE, {"evaluation": {"measures": ["accuracy"]}})
+        case ("strategy", option):
+            return merged(BASE, needs_of(sorted(StrategySection.USED_BY[option])[0]))
+    return BASE
+
+
+def needs_of(strategy: str) -> dict[str, Any]:
+    federation = {"federation": {"strategy": strategy}}
+    if strategy != "FedBuff":
+        return federation
+    return merged(federation, {"federation": {"server_mode": "frozen"}, "optimizer": {"lr_scheduler_type": "constant"}})
 
 
 def built(path: tuple[str, ...], annotation: Any, default: Any) -> ServerConfig:
@@ -343,3 +382,55 @@ def test_settings_do_not_change_once_read() -> None:
     config = loaded()
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize(
+        ("settings", "why"),
+        [
+            ({"federation": {"early_stopping_patience": 2}}, 'set federation.evaluate to "rounds"'),
+            ({"federation": {"load_best_model_at_end": True}}, "load_best_model_at_end compares rounds"),
+            (
+                {
+                    "federation": {
+                        "early_stopping_patience": 1,
+                        "evaluate": "rounds",
+                        "num_rounds": 0,
+                        "server_mode": "frozen",
+                    }
+                },
+                "num_rounds to 1 or more",
+            ),
+            ({"federation": {"early_stopping_threshold": 0.1}}, "means nothing without early_stopping_patience"),
+            (
+                {
+                    "federation": {
+                        "early_stopping_patience": 1,
+                        "evaluate": "rounds",
+                        "metric_for_best_model": "rouge_l",
+                    }
+                },
+                "add it to evaluation.measures",
+            ),
+            ({"federation": {"metric_for_best_model": "bleu"}}, "metric_for_best_model"),
+            (
+                {
+                    "federation": {"load_best_model_at_end": True, "evaluate": "rounds"},
+                    "merge": {"parts": ["top"]},
+                },
+                "a part that is not merged is kept by its client",
+            ),
+            ({"evaluation": {"measures": ["bleu"]}}, "measures"),
+            ({"evaluation": {"measures": ["accuracy"], "label_words": ["yes"]}}, "two or more different words"),
+            ({"evaluation": {"measures": ["accuracy"], "label_words": ["yes", "yes"]}}, "different words"),
+            ({"evaluation": {"label_words": ["yes", "no"]}}, "are for classification"),
+            (
+                {"evaluation": {"measures": ["rouge_l"]}, "link": {"max_cache_tokens": 575}},
+                "more than link.max_cache_tokens = 575",
+            ),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_what_cannot_be_measured_is_refused(self, settings: dict[str, Any], why: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(why)):
+            ServerConfig.from_tree(merged(MODEL, settings), source="test")

@@ -1,6 +1,7 @@
 """What crosses the wire: a proxy records every byte of a run, and no token, label, text or logit is among them."""
 
 import asyncio
+import json
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from conftest import Finished, free_port, write_text
 from torch import Tensor
 
 from client_edge.edge import Edge, MicroBatch
+from client_edge.evaluation import Answerer
 from client_edge.link import Link
 from splitfl.models.cut import Top
 
@@ -131,11 +133,11 @@ def watch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Watched]:
-    """Run two clients with training, evaluation and a merge behind a recorder."""
+    """Run two clients with training, every kind of evaluation, and merges behind a recorder."""
 
     def run(**text: Any) -> Watched:
         watched = Watched()
-        run_blocks, run_bottom = Top.forward, Edge.bottom_forward
+        run_blocks, run_bottom, decode = Top.forward, Edge.bottom_forward, Answerer._text
 
         def top(self: Top, *args: Any) -> Tensor:
             logits_BSV = run_blocks(self, *args)
@@ -152,14 +154,24 @@ def watch(
             watched.activations.append(micro_batch.hidden_BSD.detach()[0, 0].numpy().tobytes())
             return micro_batch
 
+        def text(self: Answerer, ids: Tensor) -> str:
+            watched.secrets.add_ids(ids.tolist(), "answers")
+            said = decode(self, ids)
+            watched.secrets.add_text(said)
+            return said
+
+        monkeypatch.setattr(Answerer, "_text", text)
         monkeypatch.setattr(Top, "forward", top)
         monkeypatch.setattr(Edge, "bottom_forward", bottom)
         directory = make_model("llama")
         data = {}
         for number, name in enumerate(("ash", "birch")):
-            path = write_text(tmp_path / f"{name}.txt", num_lines=16, seed=number, lengths=(20, 30))
-            for line in path.read_text().splitlines():
-                watched.secrets.add_text(line)
+            lines = write_text(tmp_path / f"{name}.txt", num_lines=16, seed=number, lengths=(20, 30))
+            path = tmp_path / f"{name}.jsonl"
+            with path.open("w", encoding="utf-8") as file:
+                for line in lines.read_text().splitlines():
+                    watched.secrets.add_text(line)
+                    file.write(json.dumps({"prompt": line[:8], "completion": line[8:]}) + "\n")
             data[name] = {"path": path, "eval_fraction": 0.25}
         server_port, proxy_port = free_port(), free_port()
         recorder = Recorder(proxy_port, server_port)
@@ -176,6 +188,10 @@ def watch(
                     },
                     "federation": {"num_rounds": 2, "local_steps": 2, "min_available_clients": 2, "evaluate": "rounds"},
                     "text": text,
+                    "evaluation": {
+                        "measures": ["exact_match", "rouge_l", "accuracy", "macro_f1"],
+                        "max_new_tokens": 12,
+                    },
                     "server": {"export_model": False},
                 },
                 data,
@@ -201,7 +217,7 @@ def test_no_secret_crosses(text: dict[str, Any], watch: Callable[..., Watched]) 
 
 
 def _leak_in_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token ids as the characters of a word in a report."""
+    """Token ids as the characters of a name in a report."""
     run_bottom, seen = Edge.bottom_forward, []
 
     def bottom(self: Edge, batch: Any, **where: int) -> MicroBatch:
@@ -211,8 +227,8 @@ def _leak_in_report(monkeypatch: pytest.MonkeyPatch) -> None:
     send_report = Link.report
 
     def report(self: Link, topic: str, **rest: Any) -> None:
-        phase = "".join(map(chr, seen[0])) if seen else rest["phase"]
-        send_report(self, topic, **{**rest, "phase": phase})
+        said = {"also:" + "".join(map(chr, seen[0])): 1.0} if seen else {}
+        send_report(self, topic, **{**rest, "metrics": rest["metrics"] | said})
 
     monkeypatch.setattr(Edge, "bottom_forward", bottom)
     monkeypatch.setattr(Link, "report", report)
@@ -238,7 +254,7 @@ def _leak_text(monkeypatch: pytest.MonkeyPatch) -> None:
     read, seen = client_edge.run.read_text, []
 
     def read_text(config: Any, *rest: Any) -> Any:
-        seen.append(config.data.path.read_text().splitlines()[0])
+        seen.append(json.loads(config.data.path.read_text().splitlines()[0])["completion"])
         return read(config, *rest)
 
     send_report = Link.report

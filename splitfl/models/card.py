@@ -53,6 +53,8 @@ def _facts(run: RunConfig, report: Mapping[str, Any], base: str) -> Iterator[tup
     yield "cut", f"{run.model.bottom_layers} blocks below and {run.model.top_layers} above on the clients"
     yield "run begun", report["date"]
     yield "rounds merged", f"{report['num_rounds']} of {federation.num_rounds}"
+    if report["best_round"]:
+        yield "weights of", f"round {report['best_round']}, the best by {federation.metric_for_best_model}"
     yield "optimizer steps in a round", federation.local_steps
     yield "commits", report["steps"]
     yield "clients", len(report["clients"])

@@ -202,16 +202,16 @@ class TensorFile(Mapping[str, Tensor]):
     """A safetensors file as a mapping that reads a tensor each time it is asked for one, and keeps none."""
 
     def __init__(self, path: Path) -> None:
-        self._entries = entries_of(path)
+        self.entries = entries_of(path)
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
+        entry = self.entries[name]
         values = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         read_into(entry, values)
         return values
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)

@@ -19,7 +19,7 @@ from splitfl.errors import ModelError
 from splitfl.models.anatomy import Anatomy, anatomy_of, base_of, config_for, view_of
 from splitfl.models.deferred import deferrable_head
 from splitfl.models.far_cache import BackboneCache
-from splitfl.models.loss import Head, chunked_loss, head_of
+from splitfl.models.loss import Head, Scores, chunked_loss, chunked_scores, head_of, plain_scores
 from splitfl.models.stand_in import FarBlocks, StandIn
 
 Side = Literal["client", "server"]
@@ -121,12 +121,24 @@ class Top(nn.Module):
                 inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False, **_positions(position_ids_BS)
             ).last_hidden_state
             return chunked_loss(self._head, last, labels_BS, num_items)
-        return self.view.loss_function(
-            logits=self(hidden_BSD, mask_BS, position_ids_BS),
+        return self._library_loss(self(hidden_BSD, mask_BS, position_ids_BS), labels_BS, num_items)
+
+    def scores(self, hidden_BSD: Tensor, mask_BS: Tensor | None, labels_BS: Tensor) -> Scores:
+        """Return how well each label is predicted; their loss is what `loss` gives for 1 item."""
+        if self._head is not None:
+            last = self.base(inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False).last_hidden_state
+            return chunked_scores(self._head, last, labels_BS)
+        logits_BSV = self(hidden_BSD, mask_BS)
+        return plain_scores(logits_BSV, labels_BS, self._library_loss(logits_BSV, labels_BS, 1))
+
+    def _library_loss(self, logits_BSV: Tensor, labels_BS: Tensor, num_items: int | None) -> Tensor:
+        loss: Tensor = self.view.loss_function(
+            logits=logits_BSV,
             labels=labels_BS,
             vocab_size=self.view.config.get_text_config().vocab_size,
             num_items_in_batch=num_items,
         )
+        return loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,6 +108,43 @@ def chunked_loss(head: Head, hidden_BSD: Tensor, labels_BS: Tensor, num_items: T
     return total / (torch.tensor(labels_N.numel()) if num_items is None else num_items)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """How well a batch's labels were predicted; N counts those on which a loss is taken, row after row."""
+
+    loss: Tensor
+    """Sum of the losses, float32."""
+    losses_N: Tensor
+    """Minus the log-likelihood of each label, float32."""
+    hits_N: Tensor
+    """Whether a label's logit is the largest, bool."""
+    rows_N: Tensor
+    """Which row of the batch a label is in, int64."""
+
+
+def chunked_scores(head: Head, hidden_BSD: Tensor, labels_BS: Tensor) -> Scores:
+    """Return the scores of `head`'s logits, which never exist as a whole; for no gradient."""
+    rows_N, at_N = (labels_BS[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+    labels_N = labels_BS[rows_N, at_N + 1]
+    hidden_ND = hidden_BSD[rows_N, at_N]
+    losses, hits = [labels_N.new_empty(0, dtype=torch.float32)], [labels_N.new_empty(0, dtype=torch.bool)]
+    for rows in _chunks(hidden_ND):
+        logits_RV = head.logits(hidden_ND[rows]).float()
+        hits.append(logits_RV.argmax(dim=1) == labels_N[rows])
+        losses.append(_losses_and_softmax(logits_RV, labels_N[rows])[0])
+    losses_N = torch.cat(losses)
+    return Scores(loss=losses_N.sum(), losses_N=losses_N, hits_N=torch.cat(hits), rows_N=rows_N)
+
+
+def plain_scores(logits_BSV: Tensor, labels_BS: Tensor, loss: Tensor) -> Scores:
+    """Return the scores of these logits; `loss` is the library's own sum of losses over them."""
+    rows_N, at_N = (labels_BS[:, 1:] != IGNORED_LABEL).nonzero(as_tuple=True)
+    labels_N = labels_BS[rows_N, at_N + 1]
+    logits_NV = logits_BSV[rows_N, at_N].float()
+    losses_N = nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
+    return Scores(loss=loss, losses_N=losses_N, hits_N=logits_NV.argmax(dim=1) == labels_N, rows_N=rows_N)
+
+
 def _sum(head: Head, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _ChunkedSum.apply(hidden_ND, head.weight_VD, head.bias_V, head, labels_N)  # type: ignore[no-untyped-call]

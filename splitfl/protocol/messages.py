@@ -18,7 +18,7 @@ from typing import TypeAlias
 Buffer: TypeAlias = bytes | memoryview
 
 # Must match exactly before 1.0; add one whenever a message changes.
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 # Bytes an element takes, for the types that may cross.
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"f32": 4, "bf16": 2, "u8": 1})
@@ -415,6 +415,20 @@ class Declined:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoundsEnded:
+    """Server, in answer to `Ready`: there is no further round; evaluate what you hold now, and say goodbye."""
+
+    round_number: int
+    """What you hold from now on: the last merge, or a number above it when `layers` are those of an earlier one."""
+    best_round: int
+    """The merge whose layers and backbone the run ends with, where rounds were compared for that; else 0."""
+    reason: str
+    """Why the run ends before its last round, "" if it does not."""
+    layers: tuple[TensorFrames, ...]
+    """Empty where you hold them."""
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -450,6 +464,7 @@ Message: TypeAlias = (
     | GoBack
     | WentBack
     | Declined
+    | RoundsEnded
 )
 
 # Wire numbers are forever: add, never renumber.
@@ -489,5 +504,6 @@ KINDS: Mapping[int, type[Message]] = MappingProxyType(
         32: GoBack,
         33: WentBack,
         34: Declined,
+        35: RoundsEnded,
     }
 )

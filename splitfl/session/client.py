@@ -23,6 +23,7 @@ from splitfl.protocol.messages import (
     Resume,
     Resumed,
     RoundOpened,
+    RoundsEnded,
     StepRefused,
     TensorFrames,
     Upload,
@@ -227,8 +228,16 @@ class ClientSession:
                 self.open_round = message
                 self.next_step = message.first_step
                 return message
+            case RoundsEnded():
+                if self._waits_for is not RoundOpened:
+                    raise RemoteProtocolError("RoundsEnded was not asked for")
+                if message.layers:
+                    self.terms.check_layers(message.layers)
+                self._waits_for = None
+                self.round_number = message.round_number
+                return message
             case Merged():
-                if self.open_round is None or message.round_number != self.open_round.round_number:
+                if self.open_round is None or not self._ends(message, self.open_round):
                     raise RemoteProtocolError(f"layers of round {message.round_number}, which is not open here")
                 self.terms.check_layers(message.layers)
                 self.abandon_step(self.next_step)
@@ -241,6 +250,12 @@ class ClientSession:
                 self._waits_for = None
                 return message
         raise RemoteProtocolError(f"{type(message).__name__} is not a server's to send here")
+
+    def _ends(self, merge: Merged, round_: RoundOpened) -> bool:
+        """Tell whether a merge may end a round; one of its own ends with the newest layers there are."""
+        if self.terms.is_buffered:
+            return merge.round_number >= round_.round_number - 1
+        return merge.round_number == round_.round_number
 
     def _go_on(self, message: Resumed) -> None:
         if message.verdict not in ("go", "rewind", "anew"):

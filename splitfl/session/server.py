@@ -39,6 +39,7 @@ from splitfl.protocol.messages import (
     Upload,
 )
 from splitfl.session.terms import Terms
+from splitfl.telemetry.measures import objection
 
 # An evaluation and the layers loaded, and the same again for every connection lost meanwhile.
 _MAX_REPORTS = 64
@@ -225,11 +226,16 @@ class ServerSession:
 
         `held_round` is the last merge and `layers` are its. A client that is behind leaves its open round.
         """
-        verdict, reason = self._compare(claim, held_round)
+        begun_with = self._begun_with(claim, held_round)
+        verdict, reason = self._compare(claim, begun_with)
         if verdict == "anew" and self.phase is Phase.TRAINING:  # layers that it uploaded stay in the round
             self.phase = Phase.IDLE
         takes_part = self.phase in (Phase.TRAINING, Phase.MERGING)
+        if takes_part and verdict != "anew":
+            held_round = begun_with
         is_older = verdict == "anew" or (verdict == "go" and claim.held_round < held_round)
+        if self.terms.is_buffered and not takes_part and verdict == "go" and claim.step:
+            is_older = True  # between two rounds of its own it may have trained on from layers that are still the last
         return Resumed(
             verdict=verdict,
             reason=reason,
@@ -245,6 +251,18 @@ class ServerSession:
             awaits_merge=self.phase is Phase.MERGING,
             is_parting=is_parting,
         )
+
+    def _begun_with(self, claim: Resume, held_round: int) -> int:
+        """Return the merge that the client should hold: the last, or in a round of its own the one it began with.
+
+        A round of its own that it never heard of is over: the layers to begin it with may be gone.
+        """
+        if not self.terms.is_buffered or self.phase not in (Phase.TRAINING, Phase.MERGING):
+            return held_round
+        if self.phase is Phase.TRAINING and claim.held_round < self.round_number - 1:
+            self.phase = Phase.IDLE
+            return held_round
+        return self.round_number - 1
 
     def _compare(self, claim: Resume, held_round: int) -> tuple[str, str]:
         mine, theirs = self.applied.step, claim.step
@@ -301,6 +319,13 @@ class ServerSession:
             self._forget_step(self.last_step + 1)  # the merge itself tells the client, so no refusal is recorded
         self.phase = Phase.IDLE
         self.round_number = merge.round_number
+        self._num_reports = 0
+
+    def rounds_ended(self) -> None:
+        """Take note that this client is told that there is no further round."""
+        if self.phase is not Phase.READY:
+            raise LocalProtocolError(f"the rounds end for a client that is {self.phase.name}")
+        self.phase = Phase.IDLE
         self._num_reports = 0
 
     def _require(self, message: Message, *phases: Phase) -> None:
@@ -432,6 +457,10 @@ class ServerSession:
         """Bound what a client can have written down: a few measurements a round."""
         if self._num_reports >= _MAX_REPORTS:
             raise RemoteProtocolError(f"more than {_MAX_REPORTS} reports in one round")
+        if message.topic not in ("evaluated", "loaded") or message.phase not in ("before", "round", "after"):
+            raise RemoteProtocolError(f"a report of {message.topic!r:.40} in phase {message.phase!r:.40}")
+        if wrong := objection(message.metrics):
+            raise RemoteProtocolError(f"a report with {wrong}")
         self._num_reports += 1
         return message
 

@@ -33,6 +33,8 @@ class Terms:
     layer_shapes: tuple[tuple[int, ...], ...]
     """Shapes of those that are merged, in the model's order."""
     layer_dtypes: tuple[str, ...]
+    is_buffered: bool = False
+    """Whether each client has rounds of its own, and merges are made as uploads come in."""
 
     @property
     def element_bytes(self) -> int:

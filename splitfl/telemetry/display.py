@@ -14,10 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from splitfl.telemetry.measures import MEASURES
 from splitfl.telemetry.metrics import Event
 from splitfl.telemetry.units import (
     format_bytes,
     format_loss,
+    format_measure,
     format_seconds,
     format_share,
     format_weight,
@@ -258,8 +260,21 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
             return "step", _say_step(event, progress)
         case "evaluated":
             return "evaluated", _say_evaluation(event, progress)
+        case "federated" if event["num_clients"] > 1:
+            return "together", _say_federated(event)
+        case "judged":
+            return "compared", _say_judgement(event)
+        case "rounds_ended":
+            return "ended", _say_rounds_ended(event)
         case "merged":
             return "merged", _say_merge(event)
+        case "last_call":
+            return (
+                "closing",
+                f"round {event['round']} waits for the finished steps of {', '.join(event['clients']) or 'nobody'}",
+            )
+        case "upload_dropped":
+            return "dropped", f"{event['client_id']}: its layers, {event['reason']}"
         case "client_done":
             return "done", _say_done(event, progress)
         case "run_finished":
@@ -288,8 +303,43 @@ def _say_step(event: Event, progress: RunProgress) -> str:
 def _say_evaluation(event: Event, progress: RunProgress) -> str:
     phase = f"after round {event['round']}" if event["phase"] == "round" else f"{event['phase']} training"
     loss = f"held-out loss {format_loss(event['eval_loss'])} on {event['num_eval_examples']} examples"
+    others = "".join(
+        f", {measure.title} {format_measure(name, event[name])}"
+        for name, measure in MEASURES.items()
+        if name != "eval_loss" and event.get(name) is not None
+    )
     also = "".join(f", {name} {format_loss(loss)}" for name, loss in (event.get("also") or {}).items())
-    return f"{_padded(event, progress)}  {phase}: {loss}{also}"
+    return f"{_padded(event, progress)}  {phase}: {loss}{others}{also}"
+
+
+def _say_federated(event: Event) -> str:
+    phase = f"after round {event['round']}" if event["phase"] == "round" else f"{event['phase']} training"
+    said = [f"{MEASURES[name].title} {format_measure(name, found['value'])}" for name, found in _in_order(event)]
+    worst = "".join(
+        f"; worst {MEASURES[name].title} {format_measure(name, found['worst'])} ({found['worst_client']})"
+        for name, found in _in_order(event)[:1]
+    )
+    return f"{event['num_clients']} clients {phase}: {', '.join(said)}{worst}"
+
+
+def _in_order(event: Event) -> list[tuple[str, dict[str, Any]]]:
+    """Return what was measured of all clients' text, the loss first."""
+    return [(name, event["measures"][name]) for name in MEASURES if name in event["measures"]]
+
+
+def _say_judgement(event: Event) -> str:
+    title = MEASURES[event["metric"]].title
+    if event["value"] is None:
+        return f"round {event['round']}: no client has measured {title}"
+    value, best = (format_measure(event["metric"], event[name]) for name in ("value", "best_value"))
+    if event["best_round"] == event["round"]:
+        return f"round {event['round']}: {title} {value}, the best so far"
+    return f"round {event['round']}: {title} {value}; the best was {best} after round {event['best_round']}"
+
+
+def _say_rounds_ended(event: Event) -> str:
+    said = event["reason"] or "all rounds are done"
+    return said + (f"; the run ends with the layers of round {event['best_round']}" if event["best_round"] else "")
 
 
 def _say_merge(event: Event) -> str:

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
 from splitfl.telemetry import plots
+from splitfl.telemetry.figures import client_rows, measure_rows
 from splitfl.telemetry.page_style import STYLE
 from splitfl.telemetry.units import (
     format_bytes,
@@ -22,6 +23,7 @@ Cell: TypeAlias = str
 """HTML, already escaped."""
 
 _DASH = "&ndash;"
+_UNKNOWN = "\u2013"
 _DIGEST_CHARACTERS = 12
 _PATH = re.compile(r"(?:(?<=ipc://)|(?<![\w/.:~<-]))(?:/|[A-Za-z]:[\\/])[^\s\"'<>|,;]+")
 
@@ -33,6 +35,7 @@ def render_page(report: Report) -> str:
         _loss_section(report),
         _alone_section(report),
         _sample_section(report),
+        _measure_section(report),
         _client_section(report),
         _merge_section(report),
         _limits_section(),
@@ -187,6 +190,41 @@ def _sample(sample: Mapping[str, Any]) -> str:
 
 def _quote(name: str, text: str | None) -> str:
     return "" if text is None else f"<div><h4>{name}</h4><pre>{_text(text)}</pre></div>"
+
+
+def _measure_section(report: Report) -> str:
+    """Show what was measured of held-out text, over all clients and for each."""
+    figures = measure_rows(report)
+    if not figures:
+        return ""
+    together = [
+        [
+            _text(row["title"]),
+            *(_text(row[name] or _UNKNOWN) for name in ("before", "after", "mean")),
+            _DASH if row["worst"] is None else f"{_text(row['worst'])} <small>{_text(row['worst_client'])}</small>",
+        ]
+        for row in figures
+    ]
+    titles, clients = client_rows(report)
+    header = ["measure", "before", "after", "mean of clients", "worst client"]
+    note = (
+        "Before and after are over the held-out text of all clients: weighted by label tokens, or by examples where"
+        " answers or labels are counted. Mean and worst are of the clients' own figures, the last ones."
+    )
+    best = f"<p>{_text(_ending(report))}</p>" if _ending(report) else ""
+    body = f"{best}{_table(header, together)}<p class=note>{note}</p>"
+    rows = [[_text(cell) for cell in row] for row in clients]
+    return _section("Held-out measures", body + _table(["client, before and after", *titles], rows))
+
+
+def _ending(report: Report) -> str:
+    """Say how the comparison of rounds has ended the run, "" where it has not."""
+    said = []
+    if report["stopped_early"]:
+        said.append(f"The run was ended early: {report['stopped_early']}.")
+    if report["best_round"]:
+        said.append(f"It ended with the layers and the backbone of round {report['best_round']}, the best one.")
+    return " ".join(said)
 
 
 def _client_section(report: Report) -> str:

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from splitfl.telemetry.figures import measure_rows
+from splitfl.telemetry.measures import federated, measured_in
 from splitfl.telemetry.metrics import Event, jsonable
 from splitfl.telemetry.page import render_page
 from splitfl.telemetry.units import format_bytes, format_change, format_loss, printable
@@ -40,8 +42,11 @@ def build_report(events: Sequence[Event]) -> Report:
         "num_rounds": sum(merge["accepted"] for merge in merges),
         "num_rounds_planned": started.get("num_rounds"),
         "steps": _num_commits(events, started.get("server_mode")),
+        "stopped_early": _last(events, "rounds_ended").get("reason") or None,
+        "best_round": _last(events, "rounds_ended").get("best_round") or None,
         "eval_loss_before": before,
         "eval_loss_after": after,
+        "federated": _federated(events),
         "clients": clients,
         "server": {name: finished.get(name) for name in _SERVER_FIELDS},
         "merges": merges,
@@ -87,6 +92,26 @@ def summary_table(report: Report) -> "Table":
     return table
 
 
+def measures_table(report: Report) -> "Table | None":
+    """Draw what was measured of the held-out text of all clients together; None where nothing was."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = measure_rows(report)
+    if not rows:
+        return None
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("held-out")
+    for name in ("before", "after", "mean of clients", "worst client"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        worst = "-" if row["worst"] is None else f"{row['worst']} ({printable(row['worst_client'])})"
+        cells = [row["title"], row["before"] or "-", row["after"] or "-", row["mean"] or "-", worst]
+        table.add_row(*map(Text, cells))
+    return table
+
+
 def _cells(name: str, row: dict[str, Any], *, unknown: str = "-") -> list["Text"]:
     """Write a row; `Text`, because a name may look like markup."""
     from rich.text import Text
@@ -111,6 +136,8 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
             "eval_loss_before": before.get("eval_loss"),
             "eval_loss_after": after.get("eval_loss"),
             "num_eval_examples": (after or before).get("num_eval_examples"),
+            "measures_before": measured_in(before),
+            "measures_after": measured_in(after),
             "also": after.get("also") or {},
             "also_before": before.get("also") or {},
             "bytes_sent": last.get("bytes_sent"),
@@ -129,17 +156,29 @@ def _padding_share(steps: Sequence[Event]) -> float | None:
     return 1 - sum(step.get("num_tokens", 0) for step in steps) / positions if positions else None
 
 
+def _federated(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Put together what the clients measured before, after each round and after the run, in that order."""
+    groups: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    for event in _named(events, "evaluated"):
+        groups.setdefault((event["phase"], event["round"]), {})[event["client_id"]] = measured_in(event)
+    order = ("before", "round", "after")
+    return [
+        {"phase": phase, "round": round_, "num_clients": len(clients), "measures": federated(clients)}
+        for (phase, round_), clients in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    ]
+
+
 def _merge(event: Event, events: Sequence[Event]) -> dict[str, Any]:
     """Join a merge with the digests its clients computed after loading it.
 
     `equal` asks for the server's digest from every client in the merge that did not leave early, and from any other
-    that loaded it.
+    that loaded it; where merges are made as uploads come in, a client may get a later one instead.
     """
     loaded = [other for other in _named(events, "loaded") if other["round"] == event["round"]]
     digests = {other["client_id"]: other["digest"] for other in loaded}
     gone = {other["client_id"] for other in _named(events, "client_left")}
     gone -= {other["client_id"] for other in _named(events, "client_done")}
-    expected = (set(event["clients"]) - gone) | set(digests)
+    expected = set(digests) if "uploads" in event else (set(event["clients"]) - gone) | set(digests)
     equal = bool(digests) and all(digests.get(client_id) == event["digest"] for client_id in expected)
     fields = ("round", "accepted", "reason", "clients", "absent", "digest")
     return {name: event[name] for name in fields} | {"client_digests": digests, "equal": event["accepted"] and equal}

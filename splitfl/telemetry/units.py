@@ -1,5 +1,7 @@
 """Bytes, seconds and losses as people read them."""
 
+from splitfl.telemetry.measures import MEASURES
+
 
 def format_bytes(num_bytes: float | None) -> str:
     """Write a size in decimal units (1 kB is 1000 B), as `1.2 MB`; unknown is a dash."""
@@ -30,6 +32,16 @@ def format_seconds(seconds: float | None) -> str:
 def format_loss(loss: float | None) -> str:
     """Write a loss (nats a token) with three decimals; unknown is a dash."""
     return "-" if loss is None else f"{loss:.3f}"
+
+
+def format_measure(name: str, value: float | None) -> str:
+    """Write a measure of held-out text by its name: shares as a percentage, others with three decimals."""
+    if value is None:
+        return "-"
+    measure = MEASURES[name]
+    if measure.highest == 1.0 and name != "rouge_l":
+        return f"{value:.1%}"
+    return f"{value:,.3f}" if value < 1e5 else f"{value:.3g}"
 
 
 def format_change(before: float | None, after: float | None) -> str:

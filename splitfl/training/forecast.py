@@ -9,6 +9,7 @@ from splitfl.config import OptimizerSection, RunConfig
 from splitfl.models.cut import Cut, Side
 from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding
+from splitfl.telemetry.measures import MEASURES
 from splitfl.telemetry.units import format_bytes
 
 # Tensors like its gradient that an optimizer keeps for each one that trains.
@@ -80,18 +81,91 @@ def steps_of(run: RunConfig) -> Finding:
     federation = run.federation
     rows = federation.per_device_train_batch_size * federation.gradient_accumulation_steps
     what = "rows of packed examples" if run.text.packing else "examples"
+    rounds = f"{federation.num_rounds} rounds of {federation.local_steps} steps of each client: {run.total_steps} steps"
+    if run.is_buffered:
+        rounds = (
+            f"{federation.num_rounds} merges of {run.strategy.buffer_size} uploads of {federation.local_steps} steps,"
+            f" whoever they come from: {run.total_steps * run.strategy.buffer_size} steps of all clients together"
+        )
     return Finding(
         topic="steps",
-        sentences=(
-            f"{federation.num_rounds} rounds of {federation.local_steps} steps of each client: {run.total_steps} steps,"
-            f" each from {rows} {what} in {federation.gradient_accumulation_steps} micro-batches.",
-        ),
+        sentences=(f"{rounds}, each from {rows} {what} in {federation.gradient_accumulation_steps} micro-batches.",),
         numbers={
             "rounds": federation.num_rounds,
             "steps": run.total_steps,
             "rows_per_step" if run.text.packing else "examples_per_step": rows,
         },
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationWork:
+    """What one evaluation of one client takes."""
+
+    examples: int
+    """Held-out examples that are run forward with their labels."""
+    classified: int = 0
+    labels: int = 0
+    answered: int = 0
+    """Prompts that are answered by generating."""
+
+
+def evaluations_of(run: RunConfig, work: EvaluationWork | None = None) -> Finding:
+    """Say what is measured and how often; and, where a client's text is known, what that takes."""
+    federation, asked = run.federation, run.evaluation
+    if run.has_own_loops or (work is not None and not work.examples):
+        said = "loops of clients' own evaluate as they are written" if run.has_own_loops else "no text is held out"
+        return Finding(topic="evaluation", sentences=(f"Nothing is evaluated: {said}.",), numbers={"evaluations": 0})
+    # before and after; between them every round's, the last one's only where it is compared
+    between = federation.num_rounds - 1 + federation.compares_rounds if federation.evaluate == "rounds" else 0
+    times = 2 + between
+    names = ["eval_loss", "perplexity", "token_accuracy", *asked.measures]
+    when = "before, after every round, and after" if between else "before and after"
+    sentences = [
+        f"Each client with held-out text is evaluated {when} the run, {times} times:"
+        f" {', '.join(MEASURES[name].title for name in names)}."
+    ]
+    numbers: dict[str, object] = {"evaluations": times, "measures": names}
+    if work is not None:
+        said, more = _work_of(run, work)
+        sentences.append(said)
+        numbers |= more
+    elif asked.generates:
+        limit = f"at most {asked.num_examples} prompts" if asked.num_examples else "every held-out prompt"
+        sentences.append(
+            f"Each time {limit} are answered with up to {asked.max_new_tokens} tokens, a round trip for each token of a"
+            f" batch of up to {federation.per_device_eval_batch_size} prompts."
+        )
+    if federation.compares_rounds:
+        sentences.append(_comparison(run))
+    return Finding(topic="evaluation", sentences=tuple(sentences), numbers=numbers)
+
+
+def _work_of(run: RunConfig, work: EvaluationWork) -> tuple[str, dict[str, object]]:
+    rows = run.federation.per_device_eval_batch_size
+    candidates = work.classified * work.labels
+    forward = -(-work.examples // rows) + -(-candidates // rows)
+    answers = -(-work.answered // rows)
+    tokens = work.answered * run.evaluation.max_new_tokens
+    said = f"Each takes {forward} forward passes of up to {rows} rows"
+    if candidates:
+        said += f", those of {work.classified} prompts with each of {work.labels} label words among them"
+    if work.answered:
+        said += (
+            f", and at most {tokens} generated tokens: {work.answered} prompts in about {answers} batches, up to"
+            f" {answers * run.evaluation.max_new_tokens} round trips"
+        )
+    return f"{said}.", {"forward_passes": forward, "generated_tokens": tokens, "classified": work.classified}
+
+
+def _comparison(run: RunConfig) -> str:
+    federation = run.federation
+    said = f"Rounds are compared by the {MEASURES[federation.metric_for_best_model].title} over all clients' text"
+    if federation.early_stopping_patience:
+        said += f"; the run ends after {federation.early_stopping_patience} in a row without improvement"
+    if federation.load_best_model_at_end:
+        said += "; clients, backbone and exported model end with the best round's"
+    return f"{said}."
 
 
 def wire_of(run: RunConfig, terms: Terms) -> Finding:
@@ -141,7 +215,10 @@ def sight_of(run: RunConfig) -> Finding:
     seen = ["activations of every position, of held-out text too"]
     seen += ["gradients"] * learns
     seen += ["lengths of rows and of each example in them" if run.text.packing else "lengths of rows"]
-    seen += ["counts of examples and tokens", "losses", "the layers of every merge"]
+    seen += ["counts of examples and tokens", "losses and other measures"]
+    seen += ["the layers of every merge"]
+    if run.evaluation.generates:
+        seen += ["activations and lengths of the answers to held-out prompts"]
     sentences = [
         f"The server sees {'; '.join(seen)}. Token ids, labels and text are not sent.",
         "From activations text can often be worked out, the more the fewer blocks are below the first cut"

@@ -24,6 +24,7 @@ def terms_of(run: RunConfig, cut: Cut) -> Terms:
         num_trainable=0 if run.has_own_loops else len(cut.trainable("client")),
         layer_shapes=tuple(tuple(layer.shape) for layer in layers),
         layer_dtypes=tuple(wire_dtype(layer.dtype) for layer in layers),
+        is_buffered=run.is_buffered,
     )
 
 

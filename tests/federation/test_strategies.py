@@ -17,6 +17,7 @@ from server_backbone.merger import Merger
 from splitfl.config import FederationSection, StrategyName, StrategySection
 from splitfl.errors import ConfigError
 from splitfl.federation.strategies import STRATEGIES, strategy_for
+from splitfl.federation.strategies.fed_buff import Rebased, staleness_scale
 from splitfl.federation.strategy import Strategy
 from splitfl.federation.updates import Update, weighted_mean
 from splitfl.protocol.messages import Upload
@@ -25,7 +26,7 @@ from splitfl.protocol.tensors import describe
 MIB = 1 << 20
 SHAPES = {"bottom.weight": (7, 5), "top.bias": (9,), "scale": ()}
 SERVER_OPTIMIZERS: list[StrategyName] = ["FedAvgM", "FedAdagrad", "FedAdam", "FedYogi"]
-MEANS: list[StrategyName] = ["FedAvg", "FedProx", "NormClippedMean"]
+MEANS: list[StrategyName] = ["FedAvg", "FedProx", "FedBuff", "NormClippedMean"]
 UNWEIGHTED: list[StrategyName] = ["FedMedian", "FedTrimmedAvg"]
 CHOOSERS: list[StrategyName] = ["Krum", "MultiKrum"]
 STATELESS = MEANS + UNWEIGHTED + CHOOSERS
@@ -126,6 +127,39 @@ class TestLaws:
             strategy(name).aggregate_train(updates, held, {})
 
 
+class TestFedBuff:
+    """Against algorithm 1 of arXiv:2106.06639: w + rate / K * sum of changes, scaled by 1 / sqrt(1 + staleness)."""
+
+    def test_a_stale_change_counts_less(self) -> None:
+        assert [staleness_scale(staleness) for staleness in (0, 1, 3, 8)] == [1.0, pytest.approx(2**-0.5), 0.5, 1 / 3]
+
+    def test_it_takes_the_papers_step(self) -> None:
+        versions = {5: 1.0, 6: 3.0, 8: 10.0}  # of a layer of one value; 8 is the newest
+        buffer = [(8, 12.0), (6, 3.5), (5, 0.0)]  # begun with, uploaded
+        held = {"x": torch.tensor([versions[8]])}
+        updates = [
+            (Rebased({"x": torch.tensor([up])}, {"x": torch.tensor([versions[begun]])}, held, 8 - begun), 1.0)
+            for begun, up in buffer
+        ]
+        changes = [(up - versions[begun]) / (1 + 8 - begun) ** 0.5 for begun, up in buffer]
+        for rate in (1.0, 0.3):
+            folded = strategy("FedBuff", server_learning_rate=rate).aggregate_train(updates, held, {})
+            assert folded.layers["x"].dtype == torch.float32
+            assert folded.layers["x"].item() == pytest.approx(10.0 + rate * sum(changes) / 3, abs=1e-6)
+            assert not folded.state
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_with_nothing_stale_it_is_fed_avg_to_the_bit(self, dtype: torch.dtype) -> None:
+        held = layers(0, dtype)
+        updates = [(layers(seed, dtype), float(seed)) for seed in (1, 2, 3)]
+        fresh = [(Rebased(layers, held, held, 0), weight) for layers, weight in updates]
+        assert is_same(strategy("FedBuff").aggregate_train(fresh, held, {}).layers, weighted_mean(updates))
+
+    def test_who_has_not_moved_moves_nothing_however_stale(self) -> None:
+        old, held = layers(1), layers(2)
+        assert is_same(strategy("FedBuff").aggregate_train([(Rebased(old, old, held, 7), 3.0)], held, {}).layers, held)
+
+
 class TestMergerWithEveryStrategy:
     @pytest.mark.parametrize("name", STRATEGIES)
     def test_arrival_never_matters(self, name: StrategyName, tmp_path: Path) -> None:
@@ -149,6 +183,23 @@ class TestMergerWithEveryStrategy:
         assert merger.objection("abcde") == ""
         assert merger.merge("abcde") == {"a": 3, "b": 3, "c": 3}
         assert merger.layers()["x"].item() == 1.0
+
+    @pytest.mark.parametrize(
+        ("weight_by", "share", "weight"),
+        [
+            ("num_examples", 1.0, 30),
+            ("num_examples", 0.25, 7.5),
+            ("num_tokens", 0.25, 11),
+            ("uniform", 1.0, 1),
+            ("uniform", 0.25, 1),
+        ],
+    )
+    def test_what_weighs_an_upload(self, weight_by: Any, share: float, weight: float, tmp_path: Path) -> None:
+        """With the share of the round's steps behind it; tokens are those of finished steps anyway."""
+        merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, max_rms=1e30)
+        frames = (describe(torch.ones(1), 1 << 10),)
+        upload = Upload(round_number=1, num_examples=30, num_tokens=11, layers=frames)
+        assert merger.spool("a", upload, share) == weight
 
     @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
     def test_a_restart_changes_nothing(self, name: StrategyName, tmp_path: Path) -> None:

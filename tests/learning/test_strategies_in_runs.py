@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -102,6 +102,37 @@ class TestKrumWithTooFewClients:
         ] * 2
         assert length(trained) == 0.0
         assert spread(finished, "lora") == 0.0
+
+
+class TestFedBuff:
+    SETTINGS: ClassVar[dict[str, Any]] = {
+        "federation": {"strategy": "FedBuff", "server_mode": "sequential"},
+        "optimizer": {"learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+    }
+
+    def test_one_client_and_a_buffer_of_one_is_fed_avg_to_the_bit(self, train: Callable[..., Any]) -> None:
+        _, buffered = train(1, **self.SETTINGS, strategy={"buffer_size": 1})
+        usual = {"federation": {"server_mode": "sequential"}, "optimizer": self.SETTINGS["optimizer"]}
+        assert equal(buffered, train(1, **usual)[1])
+
+    @pytest.mark.parametrize("server_mode", ["sequential", "frozen"])
+    def test_every_client_ends_with_the_last_merges_layers(self, train: Callable[..., Any], server_mode: str) -> None:
+        settings = {**self.SETTINGS, "federation": {**self.SETTINGS["federation"], "server_mode": server_mode}}
+        settings["federation"]["num_rounds"] = 5
+        finished, trained = train(3, **settings, strategy={"buffer_size": 2})
+        found = merges(finished)
+        assert [merge["round"] for merge in found] == [1, 2, 3, 4, 5]
+        assert all(merge["accepted"] and len(merge["uploads"]) == 2 for merge in found)
+        weighed = [sum(merge["clients"].values()) for merge in found]
+        assert weighed == [2 * 12] * 5
+        held = [held_by(finished, f"clinic-{number}") for number in range(3)]
+        assert equal(held[0], held[1])
+        assert equal(held[0], held[2])
+        assert all(torch.equal(trained[name], held[0][name]) for name in held[0])
+        report = json.loads((finished.run_dir / "report.json").read_text())
+        assert all(merge["equal"] for merge in report["merges"])
+        assert not list((finished.run_dir / "versions").iterdir())
+        assert not (finished.run_dir / "uploads").exists()
 
 
 class TestMergeParts:

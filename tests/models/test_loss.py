@@ -113,3 +113,38 @@ class TestEnds:
         model = model_of("llama")
         model.lm_head.register_forward_hook(lambda _module, _given, logits_BSV: logits_BSV * 1.01)
         assert not Cut.of(model, bottom_layers=1, top_layers=1).top().chunk_the_loss()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunked", [True, False])
+def test_scores_are_those_of_the_whole_logits(family: str, chunked: bool) -> None:
+    top = Cut.of(model_of(family).eval(), bottom_layers=1, top_layers=1).top()
+    hidden_BSD, labels_BS = batch()
+    with torch.no_grad():
+        logits_BSV = top(hidden_BSD, None).float()
+        wanted = top.loss(hidden_BSD, None, labels_BS, 1)
+        if chunked:
+            assert top.chunk_the_loss()
+        found = top.scores(hidden_BSD, None, labels_BS)
+        again = top.loss(hidden_BSD, None, labels_BS, 1)
+    is_label_BT = labels_BS[:, 1:] != -100
+    log_BTV = logits_BSV[:, :-1].log_softmax(dim=-1)
+    labels_BT = labels_BS[:, 1:].clamp(min=0)
+    losses_BT = -log_BTV.gather(2, labels_BT.unsqueeze(2)).squeeze(2)
+    assert torch.equal(found.hits_N, (logits_BSV[:, :-1].argmax(dim=-1) == labels_BS[:, 1:])[is_label_BT])
+    assert torch.equal(found.rows_N, is_label_BT.nonzero()[:, 0])
+    assert torch.allclose(found.losses_N, losses_BT[is_label_BT], rtol=1e-5, atol=1e-6)
+    assert distance(found.loss, wanted) < 1e-6
+    assert distance(found.loss, again) < 1e-6
+    assert torch.equal(found.loss, again) or chunked
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_batch_without_a_label_scores_nothing(chunked: bool) -> None:
+    top = Cut.of(model_of("llama").eval(), bottom_layers=1, top_layers=1).top()
+    if chunked:
+        assert top.chunk_the_loss()
+    hidden_BSD, labels_BS = batch()
+    with torch.no_grad():
+        found = top.scores(hidden_BSD, None, torch.full_like(labels_BS, -100))
+    assert (float(found.loss), len(found.losses_N), len(found.hits_N)) == (0.0, 0, 0)

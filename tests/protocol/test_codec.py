@@ -59,6 +59,7 @@ NUMBERS = {
     32: "GoBack",
     33: "WentBack",
     34: "Declined",
+    35: "RoundsEnded",
 }
 
 

@@ -224,7 +224,21 @@ class TestFrozen:
         assert gate.finished("a", 0.0) == []
         assert gate.ticked(1e9) == []
         assert gate.waiting_for() == []
+
+    def test_a_commit_that_comes_after_the_round_is_applied_nowhere(self) -> None:
+        gate = FrozenGate()
+        gate.round_opened(["a"], 1)
         gate.round_closed()
+        assert gate.commit("a", commit(1), 0.0) == []
+
+
+@pytest.mark.parametrize(
+    "gate", [shared("a", "b"), sequential("a", "b"), FrozenGate()], ids=lambda gate: type(gate).__name__
+)
+def test_whoever_comes_back_after_the_round_has_closed_applies_nothing(gate: Gate) -> None:
+    gate.round_closed()
+    gate.returned("a")
+    assert gate.commit("a", commit(1), 0.0) == []
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server_backbone.rounds import Decision, End, Merge, Open, Rounds
+from server_backbone.rounds import Decision, End, Judge, LastCall, Merge, Open, Rounds, Stop
 from splitfl.config import FederationSection, StrategySection
 from splitfl.federation.strategies.fed_avg import FedAvg
 
@@ -170,6 +170,37 @@ class TestClosing:
         assert rounds.left("b") == []
 
 
+class TestPartialWork:
+    @pytest.fixture
+    def rounds(self) -> Rounds:
+        rounds = rounds_of("a", "b", "c", partial_work="accept", step_timeout=10.0)
+        opened(rounds, "a", "b", "c")
+        rounds.uploaded("b")
+        assert rounds.ticked(99.9) == []
+        assert rounds.ticked(100.0) == [LastCall(round_number=1, clients=("a", "c"))]
+        assert rounds.waiting_for() == "layers of a, c"
+        return rounds
+
+    def test_all_answer_the_call(self, rounds: Rounds) -> None:
+        assert rounds.uploaded("c") == []
+        assert rounds.uploaded("a") == [Merge(round_number=1, uploaded=("a", "b", "c"), absent=(), reason="")]
+
+    def test_the_round_closes_one_steps_time_after_the_call(self, rounds: Rounds) -> None:
+        rounds.uploaded("c")
+        assert rounds.ticked(109.9) == []
+        assert rounds.ticked(110.0) == [Merge(round_number=1, uploaded=("b", "c"), absent=("a",), reason="")]
+        assert rounds.uploaded("a") == []
+
+    def test_one_that_has_finished_no_step_is_not_waited_for(self, rounds: Rounds) -> None:
+        assert rounds.gave_up("a") == []
+        assert rounds.uploaded("c") == [Merge(round_number=1, uploaded=("b", "c"), absent=("a",), reason="")]
+
+    def test_one_that_leaves_or_comes_back_after_the_call_is_not_waited_for(self, rounds: Rounds) -> None:
+        assert rounds.left("a") == []
+        rounds.joined("a", takes_part=True)
+        assert rounds.uploaded("c") == [Merge(round_number=1, uploaded=("b", "c"), absent=("a",), reason="")]
+
+
 class TestFromRoundToRound:
     def test_steps_are_counted_over_the_run(self) -> None:
         rounds = rounds_of("a", num_rounds=3)
@@ -231,3 +262,85 @@ class TestParting:
     def test_ends_at_the_deadline_without_complaint(self, rounds: Rounds) -> None:
         assert rounds.ticked(99.9) == []
         assert rounds.ticked(100.0) == [End(reason="")]
+
+
+class TestComparing:
+    def rounds(self, *clients: str, **settings: Any) -> Rounds:
+        return rounds_of(*clients, **{"evaluate": "rounds", "early_stopping_patience": 1, **settings})
+
+    def merged(self, *clients: str, **settings: Any) -> Rounds:
+        """Return rounds of which one is merged."""
+        rounds = self.rounds(*clients, **settings)
+        opened(rounds, *clients)
+        uploaded(rounds, *clients)
+        assert rounds.merged(0.0) == []
+        return rounds
+
+    def test_nothing_is_judged_before_the_first_merge(self) -> None:
+        assert isinstance(opened(self.rounds("a"), "a"), Open)
+
+    def test_a_round_is_judged_when_all_have_evaluated_and_the_next_opens_behind(self) -> None:
+        rounds = self.merged("a", "b")
+        assert rounds.ready("a") == []
+        assert rounds.ready("b") == [Judge(round_number=1)]
+        assert rounds.ready("late") == []
+        assert rounds.ticked(1e6) == []
+        (decision,) = rounds.judged("", 0.0)
+        assert isinstance(decision, Open)
+        assert (decision.round_number, decision.clients) == (2, ("a", "b", "late"))
+
+    def test_a_reason_stops_the_run_and_clients_part(self) -> None:
+        rounds = self.merged("a", "b")
+        ready(rounds, "a", "b")
+        assert rounds.judged("no better", 5.0) == [Stop(reason="no better")]
+        assert rounds.is_parting
+        assert rounds.stopped(5.0) == []
+        assert rounds.left("a") == []
+        assert rounds.left("b") == [End(reason="")]
+
+    def test_the_last_round_is_judged_too(self) -> None:
+        rounds = self.merged("a", num_rounds=1)
+        assert not rounds.is_parting
+        assert rounds.waiting_for() == "the evaluation of round 1 (0 ready, a still at work)"
+        assert rounds.ready("a") == [Judge(round_number=1)]
+        assert rounds.judged("", 5.0) == [Stop(reason="")]
+
+    def test_the_last_verdict_waits_for_nobody_who_is_gone(self) -> None:
+        rounds = self.merged("a", "b", num_rounds=1, min_available_clients=2)
+        assert rounds.left("a") == []
+        assert rounds.left("b") == [Judge(round_number=1)]
+        assert rounds.judged("", 5.0) == [Stop(reason="")]
+        assert rounds.stopped(5.0) == [End(reason="")]
+
+    def test_all_who_leave_while_it_is_judged_are_waited_for(self) -> None:
+        rounds = self.merged("a")
+        ready(rounds, "a")
+        assert rounds.left("a") == []
+        assert rounds.judged("", 100.0) == []
+        assert rounds.ticked(159.9) == []
+        assert [type(decision) for decision in rounds.ticked(160.0)] == [End]
+
+    def test_one_that_does_not_finish_its_evaluation_is_not_waited_for_for_ever(self) -> None:
+        rounds = self.merged("a", "b")
+        rounds.ready("a")
+        assert rounds.ticked(60.0) == [Judge(round_number=1)]
+
+    def test_an_interrupted_run_judges_what_it_has_not_judged(self) -> None:
+        again = self.rounds("a")
+        again.restore(None, (), (), num_merged=1, next_steps={}, num_judged=0)
+        again.resumed(["a"], 0.0)
+        assert again.ready("a") == [Judge(round_number=1)]
+        again = self.rounds("a")
+        again.restore(None, (), (), num_merged=1, next_steps={}, num_judged=1)
+        again.resumed(["a"], 0.0)
+        assert [type(decision) for decision in again.ready("a")] == [Open]
+
+    def test_an_interrupted_run_that_had_stopped_only_parts(self) -> None:
+        again = self.rounds("a")
+        again.restore(None, (), (), num_merged=1, next_steps={}, num_judged=1, has_stopped=True)
+        assert again.resumed(["a"], 0.0) == []
+        assert again.is_parting
+        last = self.rounds("a")
+        last.restore(None, (), (), num_merged=2, next_steps={}, num_judged=1)
+        last.resumed(["a"], 0.0)
+        assert not last.is_parting

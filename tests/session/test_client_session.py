@@ -15,6 +15,7 @@ from splitfl.protocol.messages import (
     Hello,
     Message,
     Pong,
+    RoundsEnded,
     StepRefused,
     TensorFrames,
 )
@@ -154,6 +155,7 @@ MESSAGES: dict[str, Message] = {
     "RoundOpened": opened(),
     "Merged": merged(),
     "Merged, another round": merged(2),
+    "RoundsEnded": RoundsEnded(round_number=4, best_round=2, reason="", layers=layers()),
     "Farewell": Farewell(),
     "Hello": Hello(wire_version=1, software="x", client_id="a"),
     "Pong": Pong(number=1, waiting_for="", bytes_sent=0, bytes_received=0),
@@ -161,7 +163,7 @@ MESSAGES: dict[str, Message] = {
 BACKWARDS = {"BackwardDone", "BackwardDone, no gradient"}
 LEGAL: dict[str, set[str]] = {
     "evaluating": {"ForwardDone"},
-    "ready": {"RoundOpened"},
+    "ready": {"RoundOpened", "RoundsEnded"},
     "awaiting_forward": {"ForwardDone"},
     "awaiting_backward": BACKWARDS,
     "committing": {"Committed"},
@@ -274,7 +276,12 @@ class TestTensors:
 
     @pytest.mark.parametrize("wrong", [layers()[:1], layers()[::-1], (*layers(), frames_of(1))])
     def test_layers_that_are_not_ours(self, wrong: Any) -> None:
-        for session, message in ((ready(), opened(layers=wrong)), (merging(), merged(layers=wrong))):
+        ended = RoundsEnded(round_number=4, best_round=2, reason="", layers=wrong)
+        for session, message in (
+            (ready(), opened(layers=wrong)),
+            (merging(), merged(layers=wrong)),
+            (ready(), ended),
+        ):
             before = snapshot(session)
             with pytest.raises(RemoteProtocolError, match="layers whose shapes"):
                 session.receive(message)
@@ -345,3 +352,12 @@ class TestStepRefused:
         assert session.receive(merged(accepted=False, reason="round_timeout")) is not None
         assert session.receive(BackwardDone(request_id=1, gradient_BSD=None, norms_Q=None)) is None
         session.ready(5)
+
+
+def test_when_the_rounds_have_ended_a_client_evaluates_and_says_goodbye() -> None:
+    session = ready()
+    assert session.receive(MESSAGES["RoundsEnded"]) is not None
+    assert (session.round_number, session.open_round) == (4, None)
+    number = sent(session, 0)
+    session.receive(ForwardDone(request_id=number, hidden_BSD=ACTIVATIONS))
+    session.goodbye({})

@@ -3,7 +3,8 @@
 import pytest
 from sample_messages import WIDTH, commit, forward, frames_of, layers, merged, opened, terms
 
-from splitfl.protocol.messages import Backward, BackwardDone, Committed, ForwardDone, Ready, Resume, Resumed
+from splitfl.errors import RemoteProtocolError
+from splitfl.protocol.messages import Backward, BackwardDone, Committed, ForwardDone, Ready, Resume, Resumed, Upload
 from splitfl.session.client import ClientSession
 from splitfl.session.server import Applied, Phase, ServerSession
 
@@ -124,3 +125,66 @@ def test_a_session_from_a_log_is_the_one_it_was() -> None:
         one, other = resume(session_after(2), told), resume(now, told)
         assert (one.verdict, one.step, one.next_step) == (other.verdict, other.step, other.next_step)
         now.restore(applied=was.applied, round_=opened(num_steps=4), next_step=3, awaits_merge=False)
+
+
+class TestRoundsOfItsOwn:
+    """Where merges are made as uploads come in, a client may be at layers that are no longer the newest."""
+
+    def in_turn(self, *, begun: int, steps: int = 1) -> ServerSession:
+        """A session in a round of its own that began with the layers of a merge."""
+        session = ServerSession(terms(micro_batches=1, is_buffered=True))
+        session.receive(Ready(round_number=begun, num_examples=5))
+        session.opened(opened(begun + 1, first_step=1, num_steps=4))
+        for step in range(1, steps + 1):
+            ask(session, step)
+            session.committed(reply(step))
+        return session
+
+    def test_it_goes_on_in_its_round_whatever_was_merged_meanwhile(self) -> None:
+        found = resume(self.in_turn(begun=2), claim(1, held_round=2), held_round=7)
+        assert (found.verdict, found.held_round, found.layers) == ("go", 2, ())
+        assert (found.round_number, found.next_step) == (3, 2)
+
+    def test_a_round_that_it_never_heard_of_is_over(self) -> None:
+        session = self.in_turn(begun=2, steps=0)
+        found = resume(session, claim(0, held_round=1), held_round=7)
+        assert (found.verdict, found.held_round, found.round_number) == ("go", 7, 0)
+        assert found.layers
+        assert session.phase is Phase.IDLE
+
+    def test_between_its_rounds_it_gets_the_layers_even_if_it_began_with_the_same(self) -> None:
+        """It has trained on from them, and what it made of them is uploaded."""
+        session = self.in_turn(begun=2)
+        session.merged(merged(2))
+        found = resume(session, claim(1, held_round=2), held_round=2)
+        assert (found.verdict, found.held_round, found.round_number) == ("go", 2, 0)
+        assert found.layers
+
+    def test_one_that_has_not_begun_holds_the_first_layers(self) -> None:
+        session = ServerSession(terms(is_buffered=True))
+        assert not resume(session, claim(0)).layers
+
+    def test_one_whose_upload_waits_for_its_merge_waits_too(self) -> None:
+        session = self.in_turn(begun=2, steps=4)
+        session.receive(Upload(round_number=3, num_examples=5, num_tokens=5, layers=layers()))
+        found = resume(session, claim(4, held_round=2), held_round=2)
+        assert (found.verdict, found.awaits_merge, found.layers) == ("go", True, ())
+
+    def test_one_that_lost_its_disk_leaves_its_round(self) -> None:
+        session = self.in_turn(begun=2, steps=2)
+        found = resume(session, claim(0, held_round=2), held_round=7)
+        assert (found.verdict, found.held_round, found.round_number) == ("anew", 7, 0)
+        assert found.layers
+
+    @pytest.mark.parametrize(("number", "fits"), [(1, False), (2, True), (3, True), (9, True)])
+    def test_its_round_ends_with_layers_no_older_than_those_it_began_with(self, number: int, fits: bool) -> None:
+        client = ClientSession(terms(is_buffered=True))
+        client.round_number = 2
+        client.ready(5)
+        client.receive(opened(3))
+        if fits:
+            client.receive(merged(number))
+            assert client.round_number == number
+        else:
+            with pytest.raises(RemoteProtocolError, match="layers of round 1, which is not open here"):
+                client.receive(merged(number))

@@ -637,9 +637,29 @@ class TestStepClosed:
             session.opened(opened(round_number=2, first_step=3))
             through(session, 11, 3, 0)
 
+    @pytest.mark.parametrize("state", CLOSABLE)
+    def test_at_a_last_call_the_client_uploads_what_it_has(self, state: Callable[[], ServerSession]) -> None:
+        session = state()
+        session.step_closed(session.last_step + 1, "the round closes")
+        assert session.receive(commit(1)) is None or isinstance(session.last_commit, StepRefused)
+        assert session.receive(upload()) is not None
+        assert session.phase is Phase.MERGING
+
     def test_a_refusal_is_no_step_of_the_clients(self) -> None:
         session = through_all()
         session.step_closed(2, "late")
         assert isinstance(session.last_commit, StepRefused)
         with pytest.raises(RemoteProtocolError, match="0 of 2 micro-batches"):
             session.receive(commit(2))
+
+
+def test_rounds_end_for_a_client_that_waits_for_the_next_and_for_no_other() -> None:
+    session = ready()
+    session.rounds_ended()
+    assert session.phase is Phase.IDLE
+    assert session.receive(forward(1, 0)) is not None  # its last evaluation
+    for other in (idle(), training()):
+        before = snapshot(other)
+        with pytest.raises(LocalProtocolError, match="the rounds end for a client that is"):
+            other.rounds_ended()
+        assert snapshot(other) == before

@@ -168,12 +168,14 @@ class TwoSessions(RuleBasedStateMachine):
             self.server.phase in (Phase.TRAINING, Phase.COMMITTING) and self.server.next_step <= self.server.last_step
         )
     )
-    @rule(is_late=SELDOM)
-    def server_closes_the_step(self, is_late: bool) -> None:
+    @rule(is_late=SELDOM, is_last_call=st.booleans())
+    def server_closes_the_step(self, is_late: bool, is_last_call: bool) -> None:
+        """Or, by a last call, all that is left of the round: the client uploads what it has."""
         if not is_late:
             return
-        self.closed.add(self.server.next_step)
-        self.down.append(self.server.step_closed(self.server.next_step + 1, "late"))
+        next_step = (self.server.last_step if is_last_call else self.server.next_step) + 1
+        self.closed |= set(range(self.server.next_step, next_step))
+        self.down.append(self.server.step_closed(next_step, "late"))
 
     @precondition(lambda self: self.server.phase is Phase.READY)
     @rule(sits_out=st.booleans())

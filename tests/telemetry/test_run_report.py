@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from splitfl.telemetry.plots import smooth
-from splitfl.telemetry.report import build_report, summary_table, write_report
+from splitfl.telemetry.report import build_report, measures_table, summary_table, write_report
 
 VOID = {"meta", "br", "path", "use"}
 
@@ -80,6 +80,8 @@ def test_the_report_holds_what_the_events_say(events):
         "eval_loss_before": 3.5,
         "eval_loss_after": 2.5,
         "num_eval_examples": 4,
+        "measures_before": {"eval_loss": 3.5, "num_eval_examples": 4.0},
+        "measures_after": {"eval_loss": 2.5, "num_eval_examples": 4.0},
         "also": {"general": 3.0},
         "also_before": {},
         "bytes_sent": 5_000_000,
@@ -312,3 +314,51 @@ def test_the_summary_shows_clients_then_their_mean_then_the_server(events):
         "mean 3.250 2.250 -1.000",
         "server 8.0 MB 10.0 MB 900.0 MB 33.0",
     ]
+
+
+def measured(events):
+    """Add to each evaluation what clients measure nowadays; clinic-b has three times the tokens."""
+    more = {"clinic-a": (100, 0.4), "clinic-b": (300, 0.2)}
+    return [
+        event
+        | {
+            "perplexity": 2.0,
+            "token_accuracy": more[event["client_id"]][1] + (event["phase"] == "after") / 2,
+            "num_eval_tokens": more[event["client_id"]][0],
+        }
+        if event["event"] == "evaluated"
+        else event
+        for event in events
+    ]
+
+
+def test_measures_of_all_clients_are_weighted_with_mean_and_worst_beside(events, tmp_path):
+    report = build_report(measured(events))
+    before, after = report["federated"]
+    assert (before["phase"], after["phase"], after["round"], after["num_clients"]) == ("before", "after", 2, 2)
+    loss = {"value": (2.0 + 3 * 2.5) / 4, "mean": 2.25, "worst": 2.5, "worst_client": "clinic-b"}
+    assert after["measures"]["eval_loss"] == loss
+    assert after["measures"]["token_accuracy"]["value"] == pytest.approx((0.9 + 3 * 0.7) / 4)
+    assert report["clients"][0]["measures_after"]["token_accuracy"] == 0.9
+    text = Outline(page_of(report, tmp_path)).text
+    for said in ("Held-out measures", "2.375", "75.0%", "2.500 clinic-b", "40.0% → 90.0%"):
+        assert said in text
+    console = Console(file=io.StringIO(), width=120)
+    console.print(measures_table(report))
+    drawn = console.file.getvalue()
+    assert re.search(r"token accuracy +25.0% +75.0% +80.0% +70.0% \(clinic-b\)", drawn)
+
+
+def test_the_report_says_how_comparing_rounds_has_ended_the_run(events, tmp_path):
+    assert "best one" not in Outline(page_of(build_report(measured(events)), tmp_path)).text
+    ended = events[-1] | {"event": "rounds_ended", "reason": "no <better>", "round": 2, "best_round": 1}
+    report = build_report([*measured(events)[:-1], ended, events[-1]])
+    assert (report["stopped_early"], report["best_round"]) == ("no <better>", 1)
+    text = Outline(page_of(report, tmp_path)).text
+    assert "The run was ended early: no <better>. It ended with the layers and the backbone of round 1" in text
+
+
+def test_where_nothing_was_measured_there_is_no_table(events, tmp_path):
+    report = build_report(without(events, "evaluated"))
+    assert measures_table(report) is None
+    assert "Held-out measures" not in Outline(page_of(report, tmp_path)).text

@@ -4,6 +4,7 @@ from splitfl.config import FederationSection, StrategyName, StrategySection
 from splitfl.federation.strategies.adaptive import FedAdagrad, FedAdam, FedYogi
 from splitfl.federation.strategies.fed_avg import FedAvg, FedProx
 from splitfl.federation.strategies.fed_avg_m import FedAvgM
+from splitfl.federation.strategies.fed_buff import FedBuff
 from splitfl.federation.strategies.krum import Krum, MultiKrum
 from splitfl.federation.strategies.median import FedMedian
 from splitfl.federation.strategies.norm_clipped_mean import NormClippedMean
@@ -14,6 +15,7 @@ STRATEGIES: dict[StrategyName, type[Strategy]] = {
     "FedAvg": FedAvg,
     "FedProx": FedProx,
     "FedAvgM": FedAvgM,
+    "FedBuff": FedBuff,
     "FedAdagrad": FedAdagrad,
     "FedAdam": FedAdam,
     "FedYogi": FedYogi,
