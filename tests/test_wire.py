@@ -135,7 +135,7 @@ def watch(
 ) -> Callable[..., Watched]:
     """Run two clients with training, every kind of evaluation, and merges behind a recorder."""
 
-    def run(**text: Any) -> Watched:
+    def run(**text_settings: Any) -> Watched:
         watched = Watched()
         run_blocks, run_bottom, decode = Top.forward, Edge.bottom_forward, Answerer._text
 
@@ -187,7 +187,7 @@ def watch(
                         "embeddings": True,
                     },
                     "federation": {"num_rounds": 2, "local_steps": 2, "min_available_clients": 2, "evaluate": "rounds"},
-                    "text": text,
+                    "text": text_settings,
                     "evaluation": {
                         "measures": ["exact_match", "rouge_l", "accuracy", "macro_f1"],
                         "max_new_tokens": 12,
