@@ -92,7 +92,7 @@ class _Injected:
 class Chaos:
     """A run, and what is done to it."""
 
-    def __init__(self, folder: Path, *, num_clients: int, seed: int, has_keys: bool) -> None:
+    def __init__(self, folder: Path, *, num_clients: int, seed: int, has_keys: bool, server_mode: str) -> None:
         self.folder = folder
         self.run_dir = folder / "runs" / "chaos"
         self.counts: Counter[str] = Counter()
@@ -103,6 +103,7 @@ class Chaos:
         self._port = _free_port()
         self.proxies = {name: ChaosProxy(self._port, seed=seed) for name in self.names}
         self._has_keys = has_keys
+        self._server_mode = server_mode
         self._write_material()
         self.processes = {name: self._begin(name, self._command(name)) for name in ("server", *self.names)}
 
@@ -146,6 +147,7 @@ class Chaos:
             "model": {"model_name_or_path": str(self.folder / "model")},
             "optimizer": {"lr_scheduler_type": "constant"},
             "federation": {
+                "server_mode": self._server_mode,
                 "num_rounds": 100_000,
                 "local_steps": 25,
                 "min_available_clients": len(self.names),
@@ -485,6 +487,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--server-mode", choices=("shared", "sequential", "per_client", "frozen"), default="shared")
     parser.add_argument("--plain", action="store_true", help="without keys: a checksum instead of encryption")
     parser.add_argument("--folder", type=Path, help="where everything is kept; a new one by default")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -494,7 +497,13 @@ def main(argv: list[str] | None = None) -> int:
     if folder.exists() and any(folder.iterdir()):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    chaos = Chaos(folder, num_clients=arguments.clients, seed=arguments.seed, has_keys=not arguments.plain)
+    chaos = Chaos(
+        folder,
+        num_clients=arguments.clients,
+        seed=arguments.seed,
+        has_keys=not arguments.plain,
+        server_mode=arguments.server_mode,
+    )
     begun = datetime.now(UTC)
     try:
         chaos.harm(arguments.minutes)
@@ -509,6 +518,7 @@ def main(argv: list[str] | None = None) -> int:
         "seed": arguments.seed,
         "clients": arguments.clients,
         "keys": not arguments.plain,
+        "server_mode": arguments.server_mode,
         "date": begun.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "versions": {name: version(name) for name in ("splitfl", "torch", "transformers", "pyzmq")},

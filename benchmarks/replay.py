@@ -60,7 +60,8 @@ class _Quiet:
         self.edges = {each.client.client_id: self._edge(each, model.directory, files) for each in clients}
         self.batches = {each.client.client_id: self._batches(each, model.directory) for each in clients}
         self.strategy = strategy_for(self.run.federation, self.run.strategy, self.run.seed)
-        self.merged = Folded(layers=next(iter(self.edges.values())).layers())
+        first = next(iter(self.edges.values())).layers()
+        self.merged = Folded(layers=first | self.worker.before_merge())
         self.versions = {0: self.merged.layers}
         """Where clients have rounds of their own: everyone's layers after each merge."""
         self.uploads: dict[str, tuple[dict[str, Tensor], int]] = {}
@@ -80,6 +81,8 @@ class _Quiet:
     def follow(self, entry: Record) -> None:
         """Do what an entry of the log says was done."""
         match entry.kind:
+            case "round":
+                self.worker.begin_round(entry.fields["clients"])
             case "commit":
                 self._commit(entry.fields)
             case "merge":
@@ -97,7 +100,7 @@ class _Quiet:
         if coefficient != fields["clip_coefficient"]:
             self.replayed.problems.append(f"commit {fields['number']}: another clip coefficient")
         self.worker.apply()
-        self.replayed.server[fields["number"]] = self.worker.digest()
+        self.replayed.server[fields["number"]] = self.worker.digest(contributions[0].slot)
         for client_id, step in fields["members"]:
             self.edges[client_id].step(step, coefficient)
             self.replayed.clients[client_id][step] = self.edges[client_id].digest()
@@ -128,12 +131,15 @@ class _Quiet:
         return Contribution(slot=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
 
     def _merge(self, entry: Record) -> None:
-        if entry.fields["accepted"]:
+        is_accepted = entry.fields["accepted"]
+        if is_accepted:
             weights = sorted(entry.fields["weights"].items())
             updates = [(self._update_of(name, entry.fields["round"]), weight) for name, weight in weights]
             self.merged = self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state)
-        layers = self.merged.layers
-        tensors = [*layers.values(), *self.merged.state.values()]  # as the record has them, in this order
+        backbone = {name: self.merged.layers[name] for name in self.worker.before_merge()}
+        layers = {name: layer for name, layer in self.merged.layers.items() if name not in backbone}
+        # as the record has them, in this order
+        tensors = [*layers.values(), *self.merged.state.values(), *(backbone.values() if is_accepted else ())]
         if digest_of(tensors) != digest_of(entry.tensors.values()):
             self.replayed.problems.append(
                 f"merge of round {entry.fields['round']}: other layers or strategy state than in the log"
@@ -143,11 +149,12 @@ class _Quiet:
         if entry.fields.get("closes", True):
             for edge in self.edges.values():
                 edge.load(list(layers.values()))
+        self.worker.merged(backbone)
 
     def _update_of(self, name: str, number: int) -> Mapping[str, Tensor]:
         """Return a client's layers now, or those of an upload of that name as they count in this merge."""
         if not self.run.is_buffered:
-            return self.edges[name].layers()
+            return self.edges[name].layers() | self.worker.to_merge(name)
         layers, begun = self.uploads.pop(name)
         return Rebased(layers, self.versions[begun], self.merged.layers, number - 1 - begun)
 

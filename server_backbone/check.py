@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from server_backbone.serve import listen, security_of
@@ -15,7 +16,7 @@ from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.units import format_bytes
 from splitfl.training.device import open_device
-from splitfl.training.forecast import Part, evaluations_of, memory_of, sight_of, steps_of, wire_of
+from splitfl.training.forecast import Part, copies_of, evaluations_of, memory_of, sight_of, steps_of, wire_of
 from splitfl.training.terms import terms_of
 from splitfl.transport.security import ServerSecurity
 
@@ -35,7 +36,11 @@ def check_server(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield steps_of(config)
     yield evaluations_of(config)
     yield wire_of(config, terms)
-    yield memory_of(backbone, "The backbone has", topic="memory")
+    if config.has_copies:
+        yield memory_of(replace(backbone, training_bytes=0), "The backbone has", topic="memory")
+        yield copies_of(backbone, config, clients=config.server.max_clients)
+    else:
+        yield memory_of(backbone, "The backbone has", topic="memory")
     yield memory_of(client, "Each client holds", topic="clients")
     yield _limits(config, terms)
     yield _disk(config, backbone, client)
@@ -98,7 +103,9 @@ def _limits(config: ServerConfig, terms: Terms) -> Finding:
 def _disk(config: ServerConfig, backbone: Part, client: Part) -> Finding:
     """Compare what is free with the exported model and the snapshots of all that trains."""
     exported = (backbone.weight_bytes + client.weight_bytes) * config.server.export_model
-    needed = exported + config.storage.keep_snapshots * (backbone.training_bytes + client.training_bytes)
+    copies = config.federation.min_available_clients if config.has_copies else 1
+    snapshot = copies * backbone.training_bytes + client.training_bytes
+    needed = exported + config.storage.keep_snapshots * snapshot
     folder = config.server.runs_dir.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -96,10 +96,11 @@ class Engine:
 
     # micro-batches
 
-    def evaluate(self, message: Forward) -> ForwardDone:
+    def evaluate(self, client_id: str, message: Forward) -> ForwardDone:
         """Run a micro-batch of an evaluation."""
         self._check_adapters(message)
         hidden_BSD = self.worker.evaluate(
+            client_id,
             self._realise(message.hidden_BSD),
             _layout(message),
             adapters_off=message.adapters_off,
@@ -181,7 +182,7 @@ class Engine:
                 members=[
                     {"client_id": c.slot, "step": c.step, "num_label_tokens": c.num_label_tokens} for c in contributions
                 ],
-                digest=self.worker.digest(),
+                digest=self.worker.digest(contributions[0].slot),
             )
         return self.snapshot() if self.ledger.is_due else ""
 
@@ -208,6 +209,7 @@ class Engine:
             clients=list(round_.clients),
             trainers=list(round_.trainers),
         )
+        self.worker.begin_round(round_.clients)
         self._history.note(
             "round_opened",
             round=round_.round_number,
@@ -281,12 +283,13 @@ class Engine:
         """Fold the uploads (or keep the old layers) and save everything that is trained."""
         uploads = self._retire(self._buffer, merge) if self._buffer is not None else None
         reason = merge.reason or self.merger.objection(merge.uploaded)
-        weights = {} if reason else self.merger.merge(merge.uploaded)
-        layers = self.merger.layers()
+        weights = {} if reason else self.merger.merge(merge.uploaded, self.worker)
+        layers, backbone = self.merger.layers(), self.merger.backbone()
         crash_point("merge-before-record")
         self.ledger.merged(
             layers,
             self.merger.state(),
+            backbone,
             round=merge.round_number,
             accepted=not reason,
             reason=reason,
@@ -294,6 +297,7 @@ class Engine:
             **({} if uploads is None else {"taken": list(merge.uploaded), "closes": merge.closes}),
         )
         crash_point("merge-after-record")
+        self.worker.merged(backbone)
         self._stand()
         self.merger.save(self.worker.trained())
         note = self.snapshot()
@@ -384,18 +388,18 @@ class Engine:
         self.worker.discard(client_id)
         self._history.note("step_discarded", client_id=client_id, step=step)
 
-    def keep(self) -> Kept | Declined:
+    def keep(self, client_id: str) -> Kept | Declined:
         """Keep a snapshot of the backbone that a client's checkpoint can name."""
         try:
-            return Kept(commit_number=self.ledger.keep(self.worker, self._run.storage.keep_named))
+            return Kept(commit_number=self.ledger.keep(client_id, self.worker, self._run.storage.keep_named))
         except StorageError as error:
             return Declined(request_id=0, reason=f"the server could not keep a snapshot: {error}")
 
     def go_back(self, client_id: str, commit_number: int) -> WentBack | Declined:
         """Bring the backbone back to a kept snapshot, for a client that nobody else has trained beside since."""
-        if not self.ledger.is_where(client_id, commit_number):
+        if not self.ledger.is_where(client_id, commit_number, self.worker):
             try:
-                reason = self.ledger.objection_to_going_back(client_id, commit_number)
+                reason = self.ledger.objection_to_going_back(client_id, commit_number, self.worker)
             except Damaged as error:
                 reason = str(error)
             if reason:
@@ -406,7 +410,10 @@ class Engine:
 
     def save_trained(self) -> None:
         """Write what the backbone has learned, in a run without merges, where exporting finds it."""
-        self.merger.save(self.worker.trained())
+        if not self.worker.has_copies:
+            self.merger.save(self.worker.trained())
+        for client_id in self.worker.owners():
+            self.merger.save(self.worker.trained(client_id), client_id)
 
     def _describe(self, tensor: Tensor) -> TensorFrames:
         return describe(tensor, self._run.link.frame_bytes)

@@ -1,6 +1,6 @@
 """When a step may begin and when it is applied, for each `server_mode`: pure state, time comes in as a number.
 
-The one rule behind all three: weights never move under a live graph. Whatever a gate returns is put on the worker's
+The one rule behind all four: weights never move under a live graph. Whatever a gate returns is put on the worker's
 queue in that order, and the worker does one thing at a time.
 """
 
@@ -257,6 +257,13 @@ class FrozenGate:
         return []
 
 
+class PerClientGate(FrozenGate):
+    """Each client moves weights of its own, so nobody waits for anybody (SplitFed-V1).
+
+    A step that comes behind its round was computed with weights that the merge has replaced, and is dropped as well.
+    """
+
+
 def gate_for(server_mode: str, step_timeout: float, *, is_patient: bool = False) -> Gate:
     """Return the gate of a `server_mode`; see `SequentialGate` for what is patient."""
     match server_mode:
@@ -264,5 +271,7 @@ def gate_for(server_mode: str, step_timeout: float, *, is_patient: bool = False)
             return SharedGate(step_timeout)
         case "sequential":
             return SequentialGate(step_timeout, is_patient=is_patient)
+        case "per_client":
+            return PerClientGate()
         case _:
             return FrozenGate()

@@ -228,10 +228,10 @@ class Ledger:
         self.state.fingerprint = fingerprint
         self.snapshot(worker)
 
-    def recover(self, worker: Worker, redone: Callable[[int], None]) -> list[str]:
+    def recover(self, worker: Worker, redone: Callable[[int, str], None]) -> list[str]:
         """Bring state and worker to where the log ends; return notes for the operator.
 
-        `redone` is told the number of each commit that was applied again, when it is.
+        `redone` is told the number of each commit that was applied again, and a member of it, when it is.
         """
         recovered = self._store.recover()
         snapshot = recovered.snapshot
@@ -242,7 +242,7 @@ class Ledger:
             if self._keeps_records or entry.kind in _ALWAYS_REDONE:
                 self.redo(entry, worker)
                 if entry.kind == "commit":
-                    redone(self.state.commit_number)
+                    redone(self.state.commit_number, entry.fields["members"][0][0])
         last_kept = max(self._store.kept(), default=0)
         has_lost = last_kept > self.state.commit_number
         self.state.commit_number = max(self.state.commit_number, last_kept)  # a number names one state for ever
@@ -266,15 +266,24 @@ class Ledger:
     def redo(self, entry: Record, worker: Worker) -> None:
         """Do again what an entry says."""
         self.state.fold(entry.kind, entry.fields)
-        if entry.kind == "merge":
+        if entry.kind == "round":
+            worker.begin_round(entry.fields["clients"])
+        elif entry.kind == "merge":
             self.merged_layers = _without(_LAYERS, entry.tensors)
             self.strategy_state = _without(_STRATEGY, entry.tensors)
+            worker.merged(_without(_BACKBONE, entry.tensors))
         elif entry.kind == "commit":
             self._commits_since_snapshot += 1
             fields = entry.fields
-            worker.redo(fields["step"], fields["clip_coefficient"], entry.tensors, fields["learning_rate"])
+            worker.redo(
+                fields["members"][0][0],
+                fields["step"],
+                fields["clip_coefficient"],
+                entry.tensors,
+                fields["learning_rate"],
+            )
         elif entry.kind == "went_back":
-            worker.load(entry.tensors)
+            worker.go_back(entry.fields["client_id"], entry.tensors)
         elif entry.kind == "ended" and entry.tensors:
             self.merged_layers = _without(_LAYERS, entry.tensors)
             worker.load_trained(_without(_BACKBONE, entry.tensors))
@@ -314,10 +323,20 @@ class Ledger:
         """Write that a client's layers are on disk, and its turn is over."""
         self._write(Record(kind="buffered", fields=entry), durable=True)
 
-    def merged(self, layers: Mapping[str, Tensor], strategy_state: Mapping[str, Tensor], **entry: Any) -> None:
-        """Write a merge: number, layers and round are one entry, durable before any client hears of it."""
+    def merged(
+        self,
+        layers: Mapping[str, Tensor],
+        strategy_state: Mapping[str, Tensor],
+        backbone: Mapping[str, Tensor],
+        **entry: Any,
+    ) -> None:
+        """Write a merge: number, layers and round are one entry, durable before any client hears of it.
+
+        `backbone` is what it has made of the clients' copies, if there are any.
+        """
         self.merged_layers, self.strategy_state = layers, strategy_state
-        self._write(Record(kind="merge", fields=entry, tensors=self._tensors_of_the_merge()), durable=True)
+        tensors = self._tensors_of_the_merge() | _with(_BACKBONE, backbone)
+        self._write(Record(kind="merge", fields=entry, tensors=tensors), durable=True)
 
     def judged(self, standing: Standing) -> None:
         """Write how good the last merge was."""
@@ -347,22 +366,27 @@ class Ledger:
 
     # snapshots that clients' checkpoints name
 
-    def keep(self, worker: Worker, limit: int) -> int:
+    def keep(self, client_id: str, worker: Worker, limit: int) -> int:
         """Keep state and tensors of this moment beside the log, if they are not kept yet; return their commit.
 
         At most `limit` are kept; the oldest go.
         """
-        number = self.state.weights_of
+        # a client's own copy has the weights of its own last commit, which is nobody else's
+        number = self._member(client_id).commit_number if worker.has_copies else self.state.weights_of
         if number not in self._store.kept():
-            self._store.keep(number, Record(kind="kept", fields=self.state.to_fields(), tensors=worker.state()), limit)
+            kept = Record(kind="kept", fields=self.state.to_fields(), tensors=worker.to_keep(client_id))
+            self._store.keep(number, kept, limit)
         return number
 
-    def is_where(self, client_id: str, commit_number: int) -> bool:
-        """Tell whether backbone and client are where they were after a commit."""
-        member = self.state.members.get(client_id, MemberState())
-        return self.state.weights_of == commit_number == member.commit_number
+    def is_where(self, client_id: str, commit_number: int, worker: Worker) -> bool:
+        """Tell whether the client, and the backbone that it trains, are where they were after a commit."""
+        is_backbone_there = worker.has_copies or self.state.weights_of == commit_number
+        return is_backbone_there and self._member(client_id).commit_number == commit_number
 
-    def objection_to_going_back(self, client_id: str, commit_number: int) -> str:
+    def _member(self, client_id: str) -> MemberState:
+        return self.state.members.get(client_id, MemberState())
+
+    def objection_to_going_back(self, client_id: str, commit_number: int, worker: Worker) -> str:
         """Say why the backbone cannot go back to a commit for this client, "" when it can."""
         kept = self._store.kept()
         if commit_number not in kept:
@@ -372,6 +396,9 @@ class Ledger:
                 " how many)"
             )
         then = RunState.from_fields(self._store.kept_at(commit_number).fields)
+        if worker.has_copies:
+            is_mine = then.members.get(client_id, MemberState()).commit_number == commit_number
+            return "" if is_mine else f"commit {commit_number} is another client's, whose copy of the backbone it moved"
         others = sorted(
             name
             for name, member in self.state.members.items()
@@ -395,7 +422,7 @@ class Ledger:
         place = asdict(member) | {"commit_number": commit_number}
         fields = {"client_id": client_id, "commit_number": commit_number, "member": place}
         self._write(Record(kind="went_back", fields=fields, tensors=kept.tensors), durable=True)
-        worker.load(kept.tensors)
+        worker.go_back(client_id, kept.tensors)
         if not self._keeps_records:
             self.snapshot(worker)
 

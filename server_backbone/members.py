@@ -57,6 +57,9 @@ class Members:
     def __iter__(self) -> Iterator[Member]:
         return iter(list(self._members.values()))
 
+    def __len__(self) -> int:
+        return len(self._members)
+
     def __getitem__(self, client_id: str) -> Member:
         return self._members[client_id]
 

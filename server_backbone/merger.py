@@ -4,10 +4,11 @@ Uploads are spooled so that memory does not grow with the number of clients; the
 clients' ids, one tensor at a time, so the order in which they arrived never matters.
 """
 
+import itertools
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from splitfl.errors import ModelError
 from splitfl.federation.strategy import Strategy
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import TensorFile
-from splitfl.models.export import TRAINED_FILE
+from splitfl.models.export import trained_file
 from splitfl.protocol.messages import Upload
 from splitfl.protocol.tensors import realise
 
@@ -39,6 +40,48 @@ class FirstLayers(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class Backbones(Protocol):
+    """Clients' copies of what trains of the backbone, all of the same names; none where the clients share one."""
+
+    def before_merge(self) -> Mapping[str, Tensor]:
+        """Return what they began with."""
+        ...
+
+    def to_merge(self, slot: str) -> Mapping[str, Tensor]:
+        """Return one client's."""
+        ...
+
+
+class _Shared:
+    """One backbone for all: there is nothing of it to merge."""
+
+    def before_merge(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def to_merge(self, slot: str) -> Mapping[str, Tensor]:
+        return {}
+
+
+_SHARED = _Shared()
+
+
+class _Joined(Mapping[str, Tensor]):
+    """A client's layers and its copy of the backbone as one, each tensor brought here when it is asked for."""
+
+    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+        self._both = (first, second)
+
+    def __getitem__(self, name: str) -> Tensor:
+        first, second = self._both
+        return second[name].cpu() if name in second else first[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain(*self._both)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._both))
+
+
 class Merger:
     """Keeps the client-side layers that are everyone's."""
 
@@ -59,6 +102,7 @@ class Merger:
         self._max_rms = max_rms
         self._weights: dict[str, float] = {}
         self._state: Mapping[str, Tensor] = {}
+        self._backbone: Mapping[str, Tensor] = {}
 
     def restore(
         self, layers: Mapping[str, Tensor] | None, state: Mapping[str, Tensor], weights: Mapping[str, float]
@@ -92,17 +136,30 @@ class Merger:
         """Say why these clients' layers cannot be merged, "" if they can."""
         return self.strategy.objection(list(self._weights_of(clients).values()))
 
-    def merge(self, clients: Sequence[str]) -> dict[str, float]:
-        """Fold these clients' layers into everyone's; return the weights used."""
+    def merge(self, clients: Sequence[str], backbones: Backbones = _SHARED) -> dict[str, float]:
+        """Fold these clients' layers into everyone's, and their copies of the backbone; return the weights used.
+
+        The strategy sees a client's layers and its copy as one update.
+        """
         weights = self._weights_of(clients)
-        updates = [(self._update_of(client_id), weight) for client_id, weight in weights.items()]
-        folded = self.strategy.aggregate_train(updates, self._layers, self._state)
+        before = backbones.before_merge()
+        updates = [
+            (_Joined(self._update_of(client_id), backbones.to_merge(client_id)), weight)
+            for client_id, weight in weights.items()
+        ]
+        folded = self.strategy.aggregate_train(updates, _Joined(self._layers, before), self._state)
+        self._backbone = {name: folded.layers.pop(name) for name in before}
         self._layers, self._state = folded.layers, folded.state
         return weights
+
+    def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
+        """Return the layers that a strategy folds, read as they are asked for."""
+        return TensorFile(self._spooled(client_id))
 
     def forget_uploads(self, waiting: Collection[str] = ()) -> None:
         """Remove what was spooled, merged or not, but for those that wait for another merge."""
         self._weights = {upload: weight for upload, weight in self._weights.items() if upload in waiting}
+        self._backbone = {}
         if not waiting:
             shutil.rmtree(self._spool_dir, ignore_errors=True)
             return
@@ -115,6 +172,10 @@ class Merger:
         """Return everyone's layers, in the model's order; they are never written to again."""
         return self._layers
 
+    def backbone(self) -> Mapping[str, Tensor]:
+        """Return what the merge has made of the clients' copies of the backbone, until its uploads are forgotten."""
+        return self._backbone
+
     def state(self) -> Mapping[str, Tensor]:
         """Return what the strategy wants to be given at the next merge; never written to again."""
         return self._state
@@ -125,7 +186,7 @@ class Merger:
 
     def keep_best(self, round_number: int) -> None:
         """Keep what `save` has written last beside what it will write, as the best round's; the copy appears whole."""
-        saved = TensorFile(self._run_dir / TRAINED_FILE)
+        saved = TensorFile(self._run_dir / trained_file())
         pieces = {name: checkpoint.piece_of_entry(entry) for name, entry in saved.entries.items()}
         checkpoint.write(self._best(round_number), pieces, mode=0o600)
 
@@ -144,17 +205,16 @@ class Merger:
     def _best(self, round_number: int) -> Path:
         return self._run_dir / _BEST_FILES.replace("*", f"{round_number:05d}")
 
-    def save(self, backbone: Mapping[str, Tensor]) -> None:
-        """Write all that is trained, both sides of one moment in one file, which replaces the last one whole."""
-        checkpoint.save_tensors(self._run_dir / TRAINED_FILE, {**self._layers, **backbone})
+    def save(self, backbone: Mapping[str, Tensor], client_id: str = "") -> None:
+        """Write all that is trained, both sides of one moment in one file, which replaces the last one whole.
+
+        With a client's name it is that client's alone.
+        """
+        checkpoint.save_tensors(self._run_dir / trained_file(client_id), {**self._layers, **backbone})
 
     def _weights_of(self, clients: Sequence[str]) -> dict[str, float]:
         """Return the weights of those that weigh anything: rules that know no weights must not count the others."""
         return {client_id: self._weights[client_id] for client_id in sorted(clients) if self._weights[client_id] > 0}
-
-    def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
-        """Return the layers that a strategy folds, read as they are asked for."""
-        return TensorFile(self._spooled(client_id))
 
     def _is_readable(self, client_id: str) -> bool:
         try:

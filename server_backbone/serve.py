@@ -42,6 +42,7 @@ from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog, read_events
 from splitfl.telemetry.report import build_report, measures_table, summary_table, write_report
 from splitfl.training.device import open_device
+from splitfl.training.forecast import Part, copies_of
 from splitfl.training.terms import merged_layers, terms_of
 from splitfl.transport.keys import AllowList, read_key_pair
 from splitfl.transport.security import ServerSecurity
@@ -63,6 +64,8 @@ class _Model:
     cut: Cut
     weights: Weights
     notes: list[str]
+    copy_bytes: int
+    """What each client's own copy of the backbone takes, 0 where they share one."""
     device_map: DeviceMap | None
 
 
@@ -102,7 +105,8 @@ def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) 
         server = build_server(config, model, listener, security, store, metrics, history, run_dir, device)
         if not is_resumed:
             _write_config(config, run_dir)  # not earlier: settings that the model refuses are no run's
-        metrics.emit("run_started", **_description(config, run_dir), resumed=is_resumed)
+        about_model = {"bytes_per_copy": model.copy_bytes}
+        metrics.emit("run_started", **_description(config, run_dir), **about_model, resumed=is_resumed)
         _recover(server, config, metrics, history, is_resumed=is_resumed)
         metrics.emit("waiting", text=f"clients at {listener.address}")
         try:
@@ -128,9 +132,9 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
     engine, begun_s = server.engine, time.monotonic()
     ledger = engine.ledger
 
-    def redone(commit_number: int) -> None:
+    def redone(commit_number: int, client_id: str) -> None:
         if history.is_on:
-            history.note("redone", commit_number=commit_number, digest=engine.worker.digest())
+            history.note("redone", commit_number=commit_number, digest=engine.worker.digest(client_id))
 
     notes = ledger.recover(engine.worker, redone) if is_resumed else []
     if not ledger.state.fingerprint:  # new, or ended before its first snapshot
@@ -215,7 +219,19 @@ def load(config: ServerConfig, device: torch.device) -> _Model:
     strategy = config.server.device_map
     device_map = device_map_of(cut, strategy) if strategy else None
     cut.fill("server", weights.read, device, devices_of(cut, device_map) if device_map is not None else {})
-    return _Model(directory=origin.directory, cut=cut, weights=weights, notes=notes, device_map=device_map)
+    copy_bytes = 0
+    if config.has_copies:
+        backbone = Part.of(cut, "server", config.optimizer)
+        copy_bytes = backbone.copy_bytes
+        notes += [text.rstrip(".") for text in copies_of(backbone, config, clients=config.server.max_clients).sentences]
+    return _Model(
+        directory=origin.directory,
+        cut=cut,
+        weights=weights,
+        notes=notes,
+        copy_bytes=copy_bytes,
+        device_map=device_map,
+    )
 
 
 def build_server(
@@ -371,6 +387,7 @@ def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any
         "bytes_sent": listener.traffic.sent,
         "bytes_received": listener.traffic.received,
         "compute_seconds": server.engine.worker.compute.seconds,
+        "most_copies": server.engine.worker.most_copies,
         "pid": os.getpid(),
         "complete": not server.reason,
     }

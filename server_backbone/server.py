@@ -279,7 +279,7 @@ class Server:
                     self._decide(self._rounds.ready(client_id), now_s)
                     self._dismiss_if_parting(member)
             case Forward(step=0):
-                self._compute(member, partial(self.engine.evaluate, message))
+                self._compute(member, partial(self.engine.evaluate, client_id, message))
             case Decode():
                 self._decode(member, message, now_s)
             case EndCache():
@@ -301,14 +301,14 @@ class Server:
                 self._jobs.submit(partial(self.engine.discarded, client_id, step), _nothing)
                 self._carry_out(self._gate.finished(client_id, now_s), now_s)
             case Keep():
-                self._jobs.submit(self.engine.keep, partial(self._tell, member))
+                self._jobs.submit(partial(self.engine.keep, client_id), partial(self._tell, member))
             case GoBack():
                 self._go_back(member, message)
 
     def _go_back(self, member: Member, message: GoBack) -> None:
         """Bring backbone and client back to a kept snapshot, unless that would take something from another client."""
         at_work = [other.client_id for other in self._members if other is not member and other.session.is_in_step]
-        if at_work:
+        if at_work and not self.engine.worker.has_copies:
             reason = f"{', '.join(at_work)} is in the middle of a step: try again when it has ended"
             self._tell(member, Declined(request_id=0, reason=reason))
             return
@@ -438,7 +438,21 @@ class Server:
             return Why.FULL, (
                 f"{self.limits.clients} clients are connected, which is server.max_clients: try again later"
             )
+        if (
+            self._keeps_copies_for_ever
+            and self._members.get(name) is None
+            and len(self._members) >= self.limits.clients
+        ):
+            return Why.FULL, (
+                f"this server keeps a copy of the backbone for each of {self.limits.clients} clients, which is"
+                " server.max_clients, and theirs wait for them: ask its operator to raise that"
+            )
         return None, ""
+
+    @property
+    def _keeps_copies_for_ever(self) -> bool:
+        """Whether no merge ever ends the clients' copies."""
+        return self.run.has_own_loops and self.engine.worker.has_copies
 
     def _is_connected(self, client_id: str) -> bool:
         member = self._members.get(client_id)

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from server_backbone.copies import Copies, Copy
 from server_backbone.placement import DeviceMap, connect_devices
 from splitfl.config import RunConfig
 from splitfl.errors import DataError, RemoteProtocolError
@@ -21,7 +22,7 @@ from splitfl.models.far_cache import BackboneCache
 from splitfl.models.layout import Layout
 from splitfl.models.packing import check_packing
 from splitfl.protocol.tensors import digest_of
-from splitfl.training.optimizer import NO_GRADIENT, PartOptimizer, clip_coefficient, norms_of
+from splitfl.training.optimizer import NO_GRADIENT, clip_coefficient, norms_of
 from splitfl.training.seeds import seed_dropout
 from splitfl.training.stopwatch import Stopwatch
 
@@ -51,6 +52,8 @@ class Contribution:
 class _Slot:
     """What one slot has under way: graphs between forward and backward, and the gradients of its open step."""
 
+    copy: Copy
+    """Whose weights the graphs were made with."""
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     gradients: list[Tensor | None] = field(default_factory=list)
 
@@ -64,8 +67,18 @@ class _Generation:
     adapters_off: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reduced:
+    """A step whose gradients lie on the parameters, to be applied or withdrawn."""
+
+    copy: Copy
+    step: int
+    clip_coefficient: float
+    learning_rate: float | None
+
+
 class Worker:
-    """The backbone, its optimizer, and the graphs that wait for their gradients."""
+    """The backbone, its optimizers, and the graphs that wait for their gradients."""
 
     def __init__(self, cut: Cut, run: RunConfig, device: torch.device, device_map: DeviceMap | None = None) -> None:
         """Take a cut whose server side is filled, where a device map says if there is one."""
@@ -74,26 +87,23 @@ class Worker:
         self._backbone = cut.backbone()
         if device_map is not None:
             connect_devices(self._backbone, device_map)
-        self._trainable = cut.trainable("server")
-        self._parameters = list(self._trainable.values())
+        self._copies = Copies(self._backbone, cut.trainable("server"), run)
         self._is_mine = [cut.side_of(name) == "server" for name in cut.trainable()]
-        self._optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
         self._sends_gradients = run.bottom_trains or run.has_own_loops
         self._needs_backward = run.backbone_trains or self._sends_gradients
         self._adapted = [module for module in self._backbone.modules() if isinstance(module, BaseTunerLayer)]
         self._slots: dict[str, _Slot] = {}
         self._generations: dict[tuple[str, int], _Generation] = {}
-        self._version = 0
-        """Rises whenever the weights move."""
-        self._reduced: tuple[int, float, float | None] | None = None  # step, clip coefficient, learning rate to apply
+        self._reduced: _Reduced | None = None
         self.compute = Stopwatch()
 
     def check_packing(self) -> None:
         """Raise `ModelError` if the blocks do not keep examples apart that share a row."""
         check_packing(self._backbone.base, max_seq_length=self._run.text.max_seq_length)
 
-    def evaluate(self, hidden_BSD: Tensor, layout: Layout, *, adapters_off: bool = False) -> Tensor:
+    def evaluate(self, slot: str, hidden_BSD: Tensor, layout: Layout, *, adapters_off: bool = False) -> Tensor:
         """Run forward without dropout and keep nothing."""
+        self._copies.use(self._copies.serving(slot))
         self._backbone.eval()
         with self.compute.running(), self._adapters(off=adapters_off), torch.inference_mode():
             return self._run_blocks(hidden_BSD.to(self._device), layout)
@@ -113,14 +123,16 @@ class Worker:
         A generation keeps the adapters with which it began. Raises `RemoteProtocolError` for rows padded behind a
         token, `ModelError` where no cache can be kept.
         """
+        copy = self._copies.serving(slot)
         generation = self._generations.get((slot, cache_id))
         if generation is None:
             cache = self._backbone.new_cache()
-            generation = _Generation(cache=cache, version=self._version, adapters_off=adapters_off)
+            generation = _Generation(cache=cache, version=copy.version, adapters_off=adapters_off)
             self._generations[slot, cache_id] = generation
-        if generation.version != self._version:
+        if generation.version != copy.version:
             self.end_cache(slot, cache_id)
             return "the backbone has learned since this generation began: begin it anew"
+        self._copies.use(copy)
         self._backbone.eval()
         try:
             with self.compute.running(), self._adapters(off=generation.adapters_off), torch.inference_mode():
@@ -149,6 +161,8 @@ class Worker:
         adapters_off: bool = False,
     ) -> Tensor:
         """Run forward in training and keep the graph for `backward`, if anything is to learn from it."""
+        own = self._slots.get(slot) or _Slot(copy=self._copies.training(slot))
+        self._copies.use(own.copy)
         self._backbone.train()
         seed_dropout(self._run.seed, "server", slot, step, micro_batch)
         with (
@@ -159,14 +173,15 @@ class Worker:
             given_BSD = hidden_BSD.to(self._device).requires_grad_(self._sends_gradients)
             got_BSD = self._run_blocks(given_BSD, layout)
         if self._needs_backward:
-            self._slots.setdefault(slot, _Slot()).graphs[request_id] = (given_BSD, got_BSD)
+            own.graphs[request_id] = (given_BSD, got_BSD)
+            self._slots[slot] = own
         return got_BSD.detach()
 
     def backward(self, slot: str, request_id: int, gradient_BSD: Tensor) -> Tensor | None:
         """Run backward, add to the slot's gradients, and return the gradient of what came in if anybody needs it."""
         own = self._slots[slot]
         given_BSD, got_BSD = own.graphs.pop(request_id)
-        with self.compute.running(), self._gradients_of(own):
+        with self.compute.running(), _gradients_of(own):
             got_BSD.backward(gradient_BSD.to(self._device))
         return given_BSD.grad
 
@@ -186,73 +201,127 @@ class Worker:
         with self.compute.running():
             total = sum(c.num_label_tokens for c in contributions)
             shares = [c.num_label_tokens / total if total else 1.0 / len(contributions) for c in contributions]
-            slots = [self._slots.pop(c.slot, _Slot()) for c in contributions]
+            copy = self._copies.training(contributions[0].slot)  # several members have it in common
+            slots = [self._slots.pop(c.slot, _Slot(copy=copy)) for c in contributions]
             limit = self._member_limit(len(slots))
             scales = [share * _tamed(slot, limit) for slot, share in zip(slots, shares, strict=True)]
-            self._sum_gradients(list(zip(slots, scales, strict=True)))
+            _sum_gradients(copy, list(zip(slots, scales, strict=True)))
+            self._add_proximal_term(copy)
             scaling = contributions[0].scaling
-            coefficient = self._clip(contributions, shares) if scaling is None else scaling.clip_coefficient
-        self._reduced = (contributions[0].step, coefficient, None if scaling is None else scaling.learning_rate)
-        return coefficient, {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+            coefficient = self._clip(copy, contributions, shares) if scaling is None else scaling.clip_coefficient
+        self._reduced = _Reduced(
+            copy=copy,
+            step=contributions[0].step,
+            clip_coefficient=coefficient,
+            learning_rate=None if scaling is None else scaling.learning_rate,
+        )
+        return coefficient, {name: p.grad for name, p in copy.parameters.items() if p.grad is not None}
 
     def withdraw(self) -> None:
         """Forget what `reduce` has left: it could not be written down, so it must not be applied."""
+        if self._reduced is not None:
+            self._reduced.copy.optimizer.discard()
         self._reduced = None
-        self._optimizer.discard()
 
     def apply(self) -> bool:
         """Take the optimizer step with what `reduce` has left; return False if that was withdrawn."""
         if self._reduced is None:
             return False
-        (step, coefficient, learning_rate), self._reduced = self._reduced, None
+        reduced, self._reduced = self._reduced, None
         with self.compute.running():
-            self._optimizer.step(step, coefficient, learning_rate)
-        self._version += bool(self._parameters)
+            reduced.copy.optimizer.step(reduced.step, reduced.clip_coefficient, reduced.learning_rate)
+        if reduced.copy.parameters:
+            self._copies.moved(reduced.copy)
         return True
 
     def redo(
-        self, step: int, clip_coefficient: float, gradients: Mapping[str, Tensor], learning_rate: float | None
+        self,
+        slot: str,
+        step: int,
+        clip_coefficient: float,
+        gradients: Mapping[str, Tensor],
+        learning_rate: float | None,
     ) -> None:
-        """Take the optimizer step that a record holds."""
-        for name, parameter in self._trainable.items():
+        """Take the optimizer step that a record holds; `slot` is any of its members."""
+        copy = self._copies.training(slot)
+        for name, parameter in copy.parameters.items():
             gradient = gradients.get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        self._optimizer.step(step, clip_coefficient, learning_rate)
-        self._version += 1
+        copy.optimizer.step(step, clip_coefficient, learning_rate)
+        self._copies.moved(copy)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether each client trains a copy of its own."""
+        return self._copies.are_per_client
+
+    @property
+    def most_copies(self) -> int:
+        """How many clients' copies were held at once at most."""
+        return self._copies.most_held
+
+    def begin_round(self, clients: Sequence[str]) -> None:
+        """Forget what is kept of other clients than these from one round to the next."""
+        self._copies.begin_round(clients)
+
+    def to_merge(self, slot: str) -> Mapping[str, Tensor]:
+        """Return what this client's steps have made of the backbone, the live tensors; {} where all share one."""
+        return _values(self._copies.serving(slot)) if self.has_copies else {}
+
+    def before_merge(self) -> Mapping[str, Tensor]:
+        """Return what the clients' copies have begun with, by the names of `to_merge`."""
+        return _values(self._copies.common) if self.has_copies else {}
+
+    def merged(self, weights: Mapping[str, Tensor]) -> None:
+        """Have every client go on from these weights, from those of the last merge if there are none."""
+        if self.has_copies:
+            self._copies.merge_into(weights)
 
     def state(self) -> dict[str, Tensor]:
         """Return weights and optimizer state by name, to be written down before anything else happens here."""
-        return self._optimizer.state()
+        return self._copies.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go back to what `state` has returned."""
         self._slots.clear()
-        self._version += 1
-        self._optimizer.load_state(state)
+        self._copies.load(state)
 
-    def digest(self) -> str:
-        """Return the SHA-256 (hex) over what trains here, in the model's order."""
-        return digest_of(self._parameters)
+    def to_keep(self, slot: str) -> dict[str, Tensor]:
+        """Return what this client has to find again when it goes back: its copy, or what all share."""
+        return self._copies.serving(slot).optimizer.state() if self.has_copies else self.state()
+
+    def go_back(self, slot: str, kept: Mapping[str, Tensor]) -> None:
+        """Bring this client back to what `to_keep` has returned."""
+        if not self.has_copies:
+            self.load(kept)
+            return
+        self.discard(slot)
+        self._copies.load_own(slot, kept)
+
+    def digest(self, slot: str = "") -> str:
+        """Return the SHA-256 (hex) over what trains here, in the model's order: of one client's copy if it has one."""
+        return digest_of(self._copies.serving(slot).parameters.values())
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1."""
-        return self._optimizer.learning_rate(step)
+        return self._copies.common.optimizer.learning_rate(step)
 
     def discard(self, slot: str) -> None:
         """Free a slot's graphs and gradients."""
         self._slots.pop(slot, None)
 
-    def trained(self) -> dict[str, Tensor]:
-        """Return a copy of what trains here, by its name in the whole model."""
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._trainable.items()}
+    def owners(self) -> Sequence[str]:
+        """Name the clients that have trained a copy of their own since the last merge."""
+        return self._copies.owners()
+
+    def trained(self, slot: str = "") -> dict[str, Tensor]:
+        """Return a copy of what trains here, by its name in the whole model: of one client's copy if it has one."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._copies.serving(slot).parameters.items()}
 
     def load_trained(self, trained: Mapping[str, Tensor]) -> None:
         """Take over what `trained` has returned; nothing is trained behind that."""
         self._slots.clear()
-        self._version += 1
-        with torch.no_grad():
-            for name, parameter in self._trainable.items():
-                parameter.copy_(trained[name])
+        self._copies.merge_into(trained)
 
     def _run_blocks(self, hidden_BSD: Tensor, layout: Layout) -> Tensor:
         length = hidden_BSD.shape[1]
@@ -272,40 +341,57 @@ class Worker:
             for layer in self._adapted:
                 layer.enable_adapters(True)
 
-    def _clip(self, contributions: Sequence[Contribution], shares: Sequence[float]) -> float:
+    def _add_proximal_term(self, copy: Copy) -> None:
+        """Add FedProx's mu (w - w0) where a copy drifts from the others', as each client does with its own layers."""
+        mu = self._run.proximal_mu
+        if copy is self._copies.common or not mu or self._run.has_own_loops:
+            return
+        with torch.no_grad():
+            for name, parameter in copy.parameters.items():
+                pull = (parameter - self._copies.common.parameters[name]).mul_(mu)
+                parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
+
+    def _clip(self, copy: Copy, contributions: Sequence[Contribution], shares: Sequence[float]) -> float:
         limit = self._member_limit(len(contributions))
         client_norms = [_tamed_norms(each.norms_P, limit) for each in contributions]
-        mine, theirs = iter(self._optimizer.norms().tolist()), iter(_mean_norms(client_norms, shares))
+        mine, theirs = iter(copy.optimizer.norms().tolist()), iter(_mean_norms(client_norms, shares))
         norms = [next(mine) if is_mine else next(theirs) for is_mine in self._is_mine]
         return clip_coefficient(norms, self._run.optimizer.max_grad_norm)
-
-    @contextmanager
-    def _gradients_of(self, slot: _Slot) -> Iterator[None]:
-        """Let autograd add to a slot's gradients: they are the parameters' own while it runs."""
-        for parameter, gradient in zip(self._parameters, slot.gradients or [None] * len(self._parameters), strict=True):
-            parameter.grad = gradient
-        try:
-            yield
-        finally:
-            slot.gradients = [parameter.grad for parameter in self._parameters]
-            for parameter in self._parameters:
-                parameter.grad = None
 
     def _member_limit(self, num_members: int) -> float:
         """Return the norm that one member's part counts with at most; alone, the step's own clipping does."""
         limit = self._run.federation.client_max_grad_norm
         return limit if num_members > 1 and limit else math.inf
 
-    def _sum_gradients(self, slots: Sequence[tuple[_Slot, float]]) -> None:
-        """Set each parameter's gradient to the weighted sum over the slots, in the order given."""
-        for number, parameter in enumerate(self._parameters):
-            total: Tensor | None = None
-            for slot, share in slots:
-                gradient = slot.gradients[number] if slot.gradients else None
-                if gradient is not None:
-                    scaled = gradient.mul_(share)
-                    total = scaled if total is None else total.add_(scaled)
-            parameter.grad = total
+
+def _values(copy: Copy) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in copy.parameters.items()}
+
+
+@contextmanager
+def _gradients_of(slot: _Slot) -> Iterator[None]:
+    """Let autograd add to a slot's gradients: they are the parameters' own while it runs."""
+    parameters = list(slot.copy.parameters.values())
+    for parameter, gradient in zip(parameters, slot.gradients or [None] * len(parameters), strict=True):
+        parameter.grad = gradient
+    try:
+        yield
+    finally:
+        slot.gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def _sum_gradients(copy: Copy, slots: Sequence[tuple[_Slot, float]]) -> None:
+    """Set each parameter's gradient to the weighted sum over the slots, in the order given."""
+    for number, parameter in enumerate(copy.parameters.values()):
+        total: Tensor | None = None
+        for slot, share in slots:
+            gradient = slot.gradients[number] if slot.gradients else None
+            if gradient is not None:
+                scaled = gradient.mul_(share)
+                total = scaled if total is None else total.add_(scaled)
+        parameter.grad = total
 
 
 def _tamed(slot: _Slot, limit: float) -> float:

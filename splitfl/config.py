@@ -161,9 +161,10 @@ class OptimizerSection(Section):
 class FederationSection(Section):
     """Rounds, who takes part in them, and how the backbone and the merges treat several clients."""
 
-    server_mode: Literal["shared", "sequential", "frozen"] = "shared"
+    server_mode: Literal["shared", "sequential", "per_client", "frozen"] = "shared"
     """`shared`: one backbone step from all clients' gradients; `sequential`: a step per client, one client at a time;
-    `frozen`: the backbone does not learn."""
+    `per_client`: each client trains a copy of the backbone's adapters (or weights) of its own, merged with the round;
+    `frozen`: the backbone does not learn. docs/server-modes.md compares them."""
 
     num_rounds: int = Field(3, ge=0)
     """Rounds in the run; each ends with a merge of the client-side layers (with FedBuff it is merges that are counted).
@@ -272,7 +273,7 @@ class FederationSection(Section):
         if self.num_rounds == 0 and self.server_mode == "shared":
             raise ValueError(
                 "num_rounds = 0 lets each client train in a loop of its own, so there is no step that all share: set"
-                ' server_mode to "sequential" or "frozen"'
+                ' server_mode to "sequential", "per_client" or "frozen"'
             )
         return self
 
@@ -675,6 +676,11 @@ class RunConfig(Config):
         return self.federation.server_mode != "frozen" and self.train.backbone != "none"
 
     @property
+    def has_copies(self) -> bool:
+        """Whether each client trains a copy of the backbone's trainable tensors of its own."""
+        return self.federation.server_mode == "per_client" and self.backbone_trains
+
+    @property
     def bottom_trains(self) -> bool:
         """Whether anything below the first cut trains, so that its gradient must be sent back."""
         return self.train.embeddings or (self.train.bottom != "none" and self.model.bottom_layers > 0)
@@ -699,9 +705,13 @@ class RunConfig(Config):
     def _objections_to_fed_buff(self) -> Iterator[str]:
         federation, schedule = self.federation, self.optimizer.lr_scheduler_type
         if federation.server_mode not in ("sequential", "frozen"):
+            why = {
+                "shared": "has clients wait for each other, and FedBuff has none wait",
+                "per_client": "merges the copies of clients that have begun together, and with FedBuff none do",
+            }
             yield (
-                f'federation.server_mode = "{federation.server_mode}" has clients wait for each other, and FedBuff has'
-                ' none wait: set it to "sequential" or "frozen"'
+                f'federation.server_mode = "{federation.server_mode}" {why[federation.server_mode]}: set it to'
+                ' "sequential" or "frozen"'
             )
         if not schedule.startswith("constant"):
             yield (

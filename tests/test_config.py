@@ -143,7 +143,7 @@ class TestRanges:
             "optimizer.lr_scheduler_type=polynomial",
             "federation.fraction_train=0",
             "federation.fraction_train=1.1",
-            "federation.server_mode=per_client",
+            "federation.server_mode=per_clinic",
             "federation.round_timeout=0",
             "federation.strategy=FedNova",
             "strategy.proximal_mu=-0.1",

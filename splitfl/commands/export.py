@@ -23,13 +23,19 @@ class Export:
             default="merged",
             help="merged: the whole model (default); adapter: what PeftModel.from_pretrained puts on the base model",
         )
+        parser.add_argument(
+            "--client",
+            default="",
+            metavar="CLIENT_ID",
+            help="whose backbone, where clients train copies of their own that are never merged",
+        )
         parser.add_argument("--json", action="store_true", help="print where it is as JSON")
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Export."""
         from splitfl.models.export import export_run
 
-        where = export_run(arguments.run_dir, arguments.output_dir, arguments.format)
+        where = export_run(arguments.run_dir, arguments.output_dir, arguments.format, arguments.client)
         if arguments.json:
             sys.stdout.write(json.dumps({"model_dir": str(where), "format": arguments.format}) + "\n")
             return

@@ -10,7 +10,7 @@ from pathlib import Path
 from splitfl.errors import ConfigError
 
 # What a run's folder may hold that was learned from text, or tells of it; docs/limits.md lists them.
-_KEPT_BY_A_RUN = ("state", "uploads", "history.jsonl", "adapters.safetensors", "trained.safetensors")
+_KEPT_BY_A_RUN = ("state", "uploads", "history.jsonl", "adapters.safetensors", "trained*.safetensors")
 
 
 class Purge:
@@ -45,7 +45,7 @@ class Purge:
 
 
 def _found(folder: Path) -> Iterator[Path]:
-    return (folder / name for name in _KEPT_BY_A_RUN if (folder / name).exists())
+    return (path for pattern in _KEPT_BY_A_RUN for path in sorted(folder.glob(pattern)))
 
 
 def _check_idle(folder: Path) -> None:

@@ -28,40 +28,67 @@ from splitfl.telemetry.report import build_report
 
 CONFIG_FILE = "config.toml"
 TRAINED_FILE = "trained.safetensors"
+_TRAINED_BY = "trained-{client_id}.safetensors"
 # What would make a folder of adapters look like a model.
 _OF_A_WHOLE_MODEL = {"config.json", "generation_config.json"}
 _SHARD_BYTES = 5_000_000_000  # as large as the hub likes a file
 
 
-def export_run(run_dir: Path, output_dir: Path, format_: Format = "merged") -> Path:
-    """Write what a run has trained so far; `output_dir` appears whole or not at all."""
+def trained_file(client_id: str = "") -> str:
+    """Return the name of the file in a run's folder that holds what was trained; with a client's name its alone."""
+    return _TRAINED_BY.format(client_id=client_id) if client_id else TRAINED_FILE
+
+
+def export_run(run_dir: Path, output_dir: Path, format_: Format = "merged", client_id: str = "") -> Path:
+    """Write what a run has trained so far; `output_dir` appears whole or not at all.
+
+    `client_id` names whose copy, where every client of a loop of its own has one.
+    """
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(f"{run_dir}: not a run's folder: it has no {CONFIG_FILE}")
-    if not (run_dir / TRAINED_FILE).is_file():
-        raise ConfigError(f"{run_dir}: nothing to export yet: the run has not finished its first round")
+    trained_path = run_dir / trained_file(client_id)
+    if not trained_path.is_file():
+        raise ConfigError(f"{run_dir}: {_nothing(run_dir, client_id)}")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ConfigError(f"{output_dir} exists and is not empty: name another folder, or remove it first")
     config = ServerConfig.load(run_dir / CONFIG_FILE)
     cache_dir = config.server.cache_dir or default_cache_dir()
     origin = locate(config.model.model_name_or_path, cache_dir)
     cut, _ = empty_cut(origin.directory, config)
-    trained = TensorFile(run_dir / TRAINED_FILE)
+    trained = TensorFile(trained_path)
     if format_ == "adapter":
         described = set(DESCRIPTION_FILES) - _OF_A_WHOLE_MODEL
         with _appearing(output_dir, origin.directory, described, _card(run_dir, config, "adapter")) as folder:
             write_adapter(cut, config, trained, folder)
         return output_dir
     weights = server_weights(origin, cut, seed=config.seed, cache_dir=cache_dir)
-    return export_model(cut, weights, origin.directory, config, run_dir, output_dir)
+    return export_model(cut, weights, origin.directory, config, run_dir, output_dir, client_id)
+
+
+def _nothing(run_dir: Path, client_id: str) -> str:
+    """Say why there is nothing to export."""
+    pattern = _TRAINED_BY.format(client_id="*")
+    names = sorted(path.stem.removeprefix("trained-") for path in run_dir.glob(pattern))
+    if names:
+        return f"there is a backbone for each client, and none merged: name one of {', '.join(names)} with --client"
+    if client_id:
+        return f"no backbone of {client_id}: only loops of clients' own with server_mode = per_client have one for each"
+    return "nothing to export yet: the run has not finished its first round"
 
 
 def export_model(
-    cut: Cut, weights: Weights, directory: Path, config: ServerConfig, run_dir: Path, output_dir: Path
+    cut: Cut,
+    weights: Weights,
+    directory: Path,
+    config: ServerConfig,
+    run_dir: Path,
+    output_dir: Path,
+    client_id: str = "",
 ) -> Path:
     """Write config, tokenizer, model card and weights: what `AutoModelForCausalLM.from_pretrained` loads."""
     with _appearing(output_dir, directory, DESCRIPTION_FILES, _card(run_dir, config, "merged")) as folder:
         _name_dtype(folder / "config.json", cut.whole.dtype)
-        _write_weights(_pieces(cut, weights, TensorFile(run_dir / TRAINED_FILE)), folder)
+        _write_weights(_pieces(cut, weights, TensorFile(run_dir / trained_file(client_id))), folder)
     return output_dir
 
 

@@ -238,7 +238,18 @@ def _client_section(report: Report) -> str:
         "Held-out loss in nats a token. Padding is the part of the positions sent in training that holds no token. Sent"
         " and received are each one's own bytes; sizes in decimal units."
     )
+    note += _copies_note(report.get("copies"))
     return _section("Clients", f"{_table(header, rows, foot=[means, server])}<p class=note>{note}</p>{_also(report)}")
+
+
+def _copies_note(copies: Mapping[str, Any] | None) -> str:
+    if copies is None:
+        return ""
+    most = f", for {copies['most_at_once']} at once at most" if copies["most_at_once"] else ""
+    return (
+        f" The server held a copy of what trains of the backbone for each client: {format_bytes(copies['bytes_each'])}"
+        f" with gradients and optimizer state{most}."
+    )
 
 
 def _client_row(client: Mapping[str, Any]) -> list[Cell]:

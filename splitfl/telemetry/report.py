@@ -49,6 +49,7 @@ def build_report(events: Sequence[Event]) -> Report:
         "federated": _federated(events),
         "clients": clients,
         "server": {name: finished.get(name) for name in _SERVER_FIELDS},
+        "copies": _copies(started, finished),
         "merges": merges,
         "curves": {client["client_id"]: _curve(client["client_id"], events) for client in clients},
         "evaluations": [_without_envelope(event) for event in _named(events, "evaluated")],
@@ -166,6 +167,13 @@ def _federated(events: Sequence[Event]) -> list[dict[str, Any]]:
         {"phase": phase, "round": round_, "num_clients": len(clients), "measures": federated(clients)}
         for (phase, round_), clients in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
     ]
+
+
+def _copies(started: Event, finished: Event) -> dict[str, int] | None:
+    """Return what the server held for each client by itself, None where all share one backbone."""
+    if not started.get("bytes_per_copy"):
+        return None
+    return {"bytes_each": started["bytes_per_copy"], "most_at_once": finished.get("most_copies")}
 
 
 def _merge(event: Event, events: Sequence[Event]) -> dict[str, Any]:

@@ -59,20 +59,27 @@ class Part:
     parameters: int
     trainable: int
     weight_bytes: int
+    trainable_bytes: int
     training_bytes: int
     """Gradients and optimizer state of what trains."""
+
+    @property
+    def copy_bytes(self) -> int:
+        """What a client's own copy of what trains takes: weights, gradients and optimizer state."""
+        return self.trainable_bytes + self.training_bytes
 
     @classmethod
     def of(cls, cut: Cut, side: Side, optimizer: OptimizerSection) -> "Part":
         """Count an empty or filled model's tensors."""
         held = [tensor for _, tensor in cut.tensors_of(side).values()]
         trainable = list(cut.trainable(side).values())
-        gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
+        trainable_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
         return cls(
             parameters=sum(tensor.numel() for tensor in held),
             trainable=sum(parameter.numel() for parameter in trainable),
             weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in held),
-            training_bytes=gradients * (1 + _MOMENTS[optimizer.optim]),
+            trainable_bytes=trainable_bytes,
+            training_bytes=trainable_bytes * (1 + _MOMENTS[optimizer.optim]),
         )
 
 
@@ -206,6 +213,21 @@ def memory_of(part: Part, whose: str, *, topic: str) -> Finding:
             "weight_bytes": part.weight_bytes,
             "training_bytes": part.training_bytes,
         },
+    )
+
+
+def copies_of(backbone: Part, run: RunConfig, *, clients: int) -> Finding:
+    """Say what a copy of the backbone for each client takes; `clients` is how many the server lets in at once."""
+    each, ready = backbone.copy_bytes, run.federation.min_available_clients
+    kind = "adapters" if run.train.backbone == "lora" else "weights"
+    return Finding(
+        topic="copies",
+        sentences=(
+            f"Each client trains a copy of the backbone's {kind} of its own, {format_bytes(each)} here with gradients"
+            f" and optimizer state: {format_bytes(ready * each)} for min_available_clients = {ready}, at most"
+            f" {format_bytes(clients * each)} for server.max_clients = {clients}.",
+        ),
+        numbers={"bytes_per_copy": each, "most_copies": clients},
     )
 
 

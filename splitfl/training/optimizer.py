@@ -111,13 +111,21 @@ class PartOptimizer:
                 tensors[f"{name}{_MOMENT}{key}"] = value
         return tensors
 
+    def moments(self) -> dict[str, Tensor]:
+        """Return of `state` the moments alone."""
+        return {name: value for name, value in self.state().items() if is_moment(name)}
+
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go back to what `state` returned, forgetting gradients; every weight must be there."""
-        self.reset_state()
         self.discard()
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(tensors[name])
+        self.load_moments(tensors)
+
+    def load_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with the moments among these tensors of a `state`, and no others."""
+        self.reset_state()
         for name, value in tensors.items():
             owner, is_moment, key = name.rpartition(_MOMENT)
             if is_moment:
@@ -141,6 +149,11 @@ class PartOptimizer:
             return torch.optim.SGD(groups, lr=self._section.learning_rate)
         betas = (self._section.adam_beta1, self._section.adam_beta2)
         return SlicedAdamW(groups, lr=self._section.learning_rate, betas=betas, eps=self._section.adam_epsilon)
+
+
+def is_moment(name: str) -> bool:
+    """Tell an optimizer's moment from a weight, by its name in a state."""
+    return _MOMENT in name
 
 
 def norms_of(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from conftest import Finished, free_port, write_text
+from safetensors.torch import load_file
 
 from client_edge.check import check_client
 from client_edge.link import Link
 from splitfl.command_line import main
 from splitfl.config import ClientSection, role_of
+from splitfl.durability.store import Store
 from splitfl.errors import DataError, ModelError, PeerGone, TransportError
 from splitfl.telemetry.metrics import read_events
 from splitfl.transport.keys import authorize, keygen
@@ -72,6 +74,10 @@ def client_file(folder: Path, address: str, data: Path, name: str = "looker") ->
     return path
 
 
+def is_in_middle(name: str) -> bool:
+    return ".layers.1." in name or ".layers.2." in name
+
+
 class TestServer:
     def test_what_it_says_is_what_the_run_does(
         self,
@@ -108,6 +114,53 @@ class TestServer:
         traffic = 2 * found["wire"]["bytes_per_round"]
         beside = done["bytes_sent"] + done["bytes_received"] - done["bytes_of_files"] - traffic
         assert 0 < beside < 60_000  # headers, heartbeats and the two welcomes
+
+    @pytest.mark.parametrize(("train", "federation"), [("lora", {}), ("full", {"optimizer_state": "reset"})])
+    def test_what_a_copy_of_the_backbone_takes_is_what_a_run_holds(
+        self,
+        train: str,
+        federation: dict[str, Any],
+        make_model: Callable[..., Path],
+        federate: Callable[..., Finished],
+        tmp_path: Path,
+        said: Callable[..., tuple[int, dict[str, Any]]],
+    ) -> None:
+        model = make_model()
+        per_client = f'server_mode = "per_client"\nmin_available_clients = 2\n[train]\nbackbone = "{train}"'
+        code, found = said(server_file(tmp_path, model, "inproc://copies", per_client))
+        assert (code, found["copies"]["most_copies"]) == (0, 64)
+        finished = federate(
+            {
+                "model": {"model_name_or_path": str(model)},
+                "train": {"backbone": train},
+                "storage": {"snapshot_steps": 3, "keep_snapshots": 0},
+                "federation": {
+                    "num_rounds": 2,
+                    "local_steps": 2,
+                    "server_mode": "per_client",
+                    "min_available_clients": 2,
+                    **federation,
+                },
+                "server": {"export_model": False},
+            },
+            {
+                name: {"path": write_text(tmp_path / f"{name}.txt", num_lines=8, seed=1), "eval_fraction": 0.0}
+                for name in ("ash", "birch")
+            },
+        )
+        assert finished.errors == {}
+        report = json.loads((finished.run_dir / "report.json").read_text())
+        assert report["copies"] == {"bytes_each": found["copies"]["bytes_per_copy"], "most_at_once": 2}
+        assert "a copy of what trains of the backbone" in (finished.run_dir / "report.html").read_text()
+        # a snapshot in the middle of a round holds weights and moments, and no gradients, of both
+        snapshots = Store.reading(finished.run_dir / "state")
+        own = [
+            sum(tensor.nbytes for name, tensor in snapshots.snapshot_of(number).tensors.items() if "own/" in name)
+            for number in snapshots.generations()
+        ]
+        gradients = found["copies"]["bytes_per_copy"] // 4
+        counts = 4 * len([name for name in load_file(finished.run_dir / "trained.safetensors") if is_in_middle(name)])
+        assert max(own) == 2 * (3 * gradients + counts)  # AdamW's own count of steps beside each tensor
 
     @pytest.mark.parametrize(
         ("train", "crossings"),

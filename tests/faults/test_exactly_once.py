@@ -13,6 +13,7 @@ from faults.town import Town
 
 pytestmark = pytest.mark.slow
 
+PER_CLIENT = {"federation__server_mode": "per_client"}
 SMALL = {"federation__num_rounds": 2, "federation__local_steps": 8, "storage__snapshot_steps": 5}
 
 
@@ -51,6 +52,39 @@ def test_a_server_that_dies_at_a_point(town: Callable[..., Town], point: str) ->
 
 
 @pytest.mark.parametrize(
+    ("point", "train"),
+    [
+        ("commit-after-record:4", "lora"),
+        ("upload-after-record:1", "full"),
+        ("merge-before-record:1", "full"),
+        ("merge-after-record:1", "lora"),
+        ("snapshot-after-rename:3", "lora"),
+    ],
+)
+def test_a_server_with_a_copy_for_each_client_that_dies_at_a_point(
+    town: Callable[..., Town], point: str, train: str
+) -> None:
+    run = town(2, crash={"server": point}, **SMALL, **PER_CLIENT, train__backbone=train)
+    settle(run)
+    assert len(run.events("resumed")) == 1
+
+
+def test_nobody_waits_for_a_client_with_a_copy_of_its_own(town: Callable[..., Town]) -> None:
+    """One is frozen in the middle of a round; the other goes on to the round's end, and the merge has both."""
+    run = town(2, **SMALL, **PER_CLIENT)
+    run.wait_for("step", 2)
+    run.processes["clinic-1"].send_signal(signal.SIGSTOP)
+    time.sleep(0.5)  # what it had sent is done by then
+    frozen_at = [event["client_id"] for event in run.events("step")].count("clinic-1")
+    assert frozen_at < 8
+    run.wait_for_client("clinic-0", "step", 8)
+    assert [event["client_id"] for event in run.events("step")].count("clinic-1") == frozen_at
+    run.processes["clinic-1"].send_signal(signal.SIGCONT)
+    settle(run)
+    assert [sorted(merge["clients"]) for merge in run.events("merged")] == [run.names] * 2
+
+
+@pytest.mark.parametrize(
     "point",
     [
         "step-before-record:3",
@@ -66,7 +100,7 @@ def test_a_client_that_dies_at_a_point(town: Callable[..., Town], point: str) ->
     assert len(run.events("client_returned")) >= 1
 
 
-@pytest.mark.parametrize("server_mode", ["shared", "sequential"])
+@pytest.mark.parametrize("server_mode", ["shared", "sequential", "per_client"])
 def test_kills_at_random(town: Callable[..., Town], server_mode: str) -> None:
     draw = random.Random(server_mode)
     run = town(2, **SMALL, federation__server_mode=server_mode)
@@ -98,6 +132,10 @@ def test_sigterm_and_the_same_command_again(town: Callable[..., Town]) -> None:
     [
         ({"federation__strategy": "FedAdam", "strategy__eta": 0.01}, {"server": "merge-after-record:1"}),
         ({"federation__strategy": "FedProx", "strategy__proximal_mu": 0.5}, {"clinic-0": "step-applied:7"}),
+        (
+            {"federation__strategy": "FedAvgM", "federation__server_mode": "per_client"},
+            {"server": "merge-after-record:1"},
+        ),
     ],
 )
 def test_what_a_strategy_remembers_outlives_a_crash(

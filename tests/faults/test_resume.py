@@ -50,16 +50,27 @@ def test_a_second_process_with_the_same_folder_is_refused_and_another_supersedes
     assert "SUPERSEDED" in errors
 
 
-@pytest.mark.parametrize("durability", ["redo", "snapshot"])
-def test_rolling_back_takes_the_clients_along(town: Callable[..., Town], durability: str) -> None:
-    run = town(2, federation__num_rounds=3, federation__local_steps=8, storage__durability=durability)
+@pytest.mark.parametrize(
+    ("durability", "server_mode", "commits_in_round"),
+    [("redo", "shared", 8), ("snapshot", "shared", 8), ("redo", "per_client", 16)],
+)
+def test_rolling_back_takes_the_clients_along(
+    town: Callable[..., Town], durability: str, server_mode: str, commits_in_round: int
+) -> None:
+    run = town(
+        2,
+        federation__num_rounds=3,
+        federation__local_steps=8,
+        federation__server_mode=server_mode,
+        storage__durability=durability,
+    )
     run.wait_for("merged", 1)
     run.wait_for("step", 22)
     run.processes["server"].send_signal(signal.SIGTERM)
     assert run.end_of("server")[0] == 0
     assert replay(run.run_dir).problems == []
     generation, commit = rollback(run.run_dir, 1)
-    assert (generation, commit) == (1, 8)  # the first merge
+    assert (generation, commit) == (1, commits_in_round)  # the first merge
     run.start("server")
     run.wait_for("client_rewinds", 2)
     assert [run.end_of(name)[0] for name in ("server", *run.names)] == [0, 0, 0]
@@ -67,8 +78,15 @@ def test_rolling_back_takes_the_clients_along(town: Callable[..., Town], durabil
     assert all(merge["equal"] for merge in run.report()["merges"])
 
 
-def test_snapshots_alone_go_back_to_the_last_merge_together(town: Callable[..., Town]) -> None:
-    run = town(2, federation__num_rounds=2, federation__local_steps=12, storage__durability="snapshot")
+@pytest.mark.parametrize("server_mode", ["shared", "per_client"])
+def test_snapshots_alone_go_back_to_the_last_merge_together(town: Callable[..., Town], server_mode: str) -> None:
+    run = town(
+        2,
+        federation__num_rounds=2,
+        federation__local_steps=12,
+        federation__server_mode=server_mode,
+        storage__durability="snapshot",
+    )
     run.wait_for("merged", 1)
     run.wait_for("step", 30)
     kill(run, "server")

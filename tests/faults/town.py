@@ -120,6 +120,12 @@ class Town:
             assert time.monotonic() < deadline, f"no {count} events of {kind} within {timeout_s} s"
             time.sleep(0.05)
 
+    def wait_for_client(self, name: str, kind: str, count: int, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while [event["client_id"] for event in self.events(kind)].count(name) < count:
+            assert time.monotonic() < deadline, f"no {count} events of {kind} of {name} within {timeout_s} s"
+            time.sleep(0.05)
+
     def end_of(self, name: str, timeout_s: float = 60.0) -> tuple[int, str]:
         """Return a process's exit code and the last line of what it said."""
         _, errors = self.processes[name].communicate(timeout=timeout_s)

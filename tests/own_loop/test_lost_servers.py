@@ -186,7 +186,7 @@ class TestRuns:
             take_part(config)
 
     def test_a_shared_step_needs_rounds(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match='set server_mode to "sequential" or "frozen"'):
+        with pytest.raises(ConfigError, match='set server_mode to "sequential", "per_client" or "frozen"'):
             ServerConfig.from_tree(
                 settings(tmp_path, federation={"num_rounds": 0, "server_mode": "shared"}), source="test"
             )

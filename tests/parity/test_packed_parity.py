@@ -134,13 +134,14 @@ def test_a_run_tells_its_padding_and_counts_examples(
     assert shares[True] < shares[False] / 2
 
 
+@pytest.mark.parametrize("server_mode", ["shared", "per_client"])
 def test_a_quiet_replay_of_a_run_on_packed_rows(
-    make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+    server_mode: str, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
 ) -> None:
     directory = make_model()
     paths = {name: write_text(tmp_path / f"{name}.txt", num_lines=30, seed=at) for at, name in enumerate("ab")}
     tree = settings(directory, train_sampling_strategy="group_by_length")
-    tree["federation"] |= {"min_available_clients": 2}
+    tree["federation"] |= {"min_available_clients": 2, "server_mode": server_mode}
     clients = {name: {"path": path, "eval_fraction": 0.0} for name, path in paths.items()}
 
     finished = federate(tree, clients)
@@ -151,7 +152,7 @@ def test_a_quiet_replay_of_a_run_on_packed_rows(
     ]
     replayed = quiet_replay(finished.run_dir, configs)
     assert replayed.problems == []
-    assert len(replayed.server) == STEPS
+    assert len(replayed.server) == (STEPS if server_mode == "shared" else 2 * STEPS)
     assert len(replayed.merges) == 2
 
 

@@ -12,6 +12,7 @@ from server_backbone.gates import (
     Compute,
     FrozenGate,
     Gate,
+    PerClientGate,
     SequentialGate,
     SharedGate,
     gate_for,
@@ -215,6 +216,26 @@ class TestSequential:
         assert told(gate.ticked(12.0)) == [("close", "b", 6)]
 
 
+class TestPerClient:
+    def test_nobody_waits_while_a_round_is_open(self) -> None:
+        gate = PerClientGate()
+        gate.round_opened(["a", "b"], 1)
+        assert told(gate.forward("a", forward(1, 1), 0.0)) == [("compute", "a", 1)]
+        assert told(gate.forward("b", forward(11, 1), 0.0)) == [("compute", "b", 11)]
+        assert told(gate.commit("a", commit(1), 0.0)) == [("apply", ("a", 1))]
+        assert told(gate.forward("a", forward(2, 2), 0.0)) == [("compute", "a", 2)]
+        assert gate.ticked(1e9) == []
+        assert gate.waiting_for() == []
+
+    def test_no_step_outlives_its_round(self) -> None:
+        """It was computed with weights that the merge replaces."""
+        gate = PerClientGate()
+        gate.round_opened(["a", "b"], 1)
+        gate.forward("a", forward(1, 1), 0.0)
+        gate.round_closed()
+        assert gate.commit("a", commit(1), 0.0) == []
+
+
 class TestFrozen:
     def test_nobody_waits(self) -> None:
         gate = FrozenGate()
@@ -242,7 +263,13 @@ def test_whoever_comes_back_after_the_round_has_closed_applies_nothing(gate: Gat
 
 
 @pytest.mark.parametrize(
-    ("server_mode", "kind"), [("shared", SharedGate), ("sequential", SequentialGate), ("frozen", FrozenGate)]
+    ("server_mode", "kind"),
+    [
+        ("shared", SharedGate),
+        ("sequential", SequentialGate),
+        ("per_client", PerClientGate),
+        ("frozen", FrozenGate),
+    ],
 )
 def test_each_mode_has_its_gate(server_mode: str, kind: type[Gate]) -> None:
     assert type(gate_for(server_mode, TIMEOUT)) is kind
