@@ -78,14 +78,7 @@ class _Quiet:
         return Edge(cut, self.run, config.client.client_id, _CPU)
 
     def _batches(self, config: ClientConfig, directory: Path) -> TrainBatches:
-        federation = self.run.federation
-        return TrainBatches(
-            read_text(config, self.run, directory).train,
-            seed=self.run.seed,
-            client_id=config.client.client_id,
-            per_device_train_batch_size=federation.per_device_train_batch_size,
-            gradient_accumulation_steps=federation.gradient_accumulation_steps,
-        )
+        return TrainBatches.of(read_text(config, self.run, directory).train, self.run, config.client.client_id)
 
     def follow(self, entry: Record) -> None:
         """Do what an entry of the log says was done."""
@@ -125,8 +118,7 @@ class _Quiet:
                 client_id,
                 number,
                 micro_batch.hidden_BSD.detach(),
-                batch.lengths_B,
-                False,
+                batch.layout,
                 step=step,
                 micro_batch=number,
             )

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from client_edge.data import TrainBatches, padding_share
 from client_edge.link import Link
 from client_edge.received import fetch_description
 from client_edge.run import Text, check_files, describe, read_text
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.models.source import WEIGHTS_FILE, empty_cut
 from splitfl.telemetry.findings import Finding
-from splitfl.telemetry.units import format_bytes
+from splitfl.telemetry.units import format_bytes, format_share
 from splitfl.training.device import open_device
 from splitfl.training.forecast import EvaluationWork, Part, evaluations_of, memory_of, sight_of, steps_of, wire_of
 from splitfl.training.terms import terms_of
@@ -33,7 +34,7 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
         with tempfile.TemporaryDirectory() as folder:
             directory = fetch_description(link, config.client, Path(folder))
             text = read_text(config, link.run, directory)
-            yield _data(text, link.run)
+            yield _data(text, link.run, config.client.client_id)
             yield evaluations_of(link.run, _evaluation_work(text))
             cut, _ = empty_cut(directory, link.run)
     finally:
@@ -70,24 +71,38 @@ def _evaluation_work(text: Text) -> EvaluationWork:
     )
 
 
-def _data(text: Text, run: RunConfig) -> Finding:
+def _data(text: Text, run: RunConfig, client_id: str) -> Finding:
     num_tokens = sum(len(example.input_ids) for example in text.train.examples)
     steps = run.total_steps
     batch = run.federation.per_device_train_batch_size * run.federation.gradient_accumulation_steps
+    batches = TrainBatches.of(text.train, run, client_id)
+    num_rows = len(batches.rows)
+    counted = min(steps, -(-num_rows // batch))
+    padding = padding_share(batches, counted)
+    packed = f", packed into {num_rows} rows of at most {run.text.max_seq_length}" if run.text.packing else ""
+    of_what = "rows" if run.text.packing else "examples"
+    sentences = [
+        f"{describe(text, run)}.",
+        f"{num_tokens:,} tokens in the training examples{packed}; {steps} steps of {batch} {of_what} go through them"
+        f" {steps * batch / num_rows:.2f} times"
+        + (", and how many steps this client comes to depends on its speed." if run.is_buffered else "."),
+    ]
+    if padding is not None:
+        sentences.append(
+            f"{format_share(padding)} of the positions sent in the first {counted} steps are padding"
+            + ("." if run.text.packing else "; text.packing on the server leaves less.")
+        )
     return Finding(
         topic="data",
-        sentences=(
-            f"{describe(text, run)}.",
-            f"{num_tokens:,} tokens in the training examples; {steps} steps of {batch} examples go through them"
-            f" {steps * batch / len(text.train):.2f} times"
-            + (", and how many steps this client comes to depends on its speed." if run.is_buffered else "."),
-        ),
+        sentences=tuple(sentences),
         numbers={
             "examples": len(text.train),
             "held_out": len(text.held_out) if text.held_out is not None else 0,
             "truncated": text.train.num_truncated,
             "dropped": text.train.num_dropped,
             "tokens": num_tokens,
-            "epochs": steps * batch / len(text.train),
+            "rows": num_rows,
+            "padding_share": padding,
+            "epochs": steps * batch / num_rows,
         },
     )

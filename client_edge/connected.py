@@ -16,12 +16,13 @@ from client_edge.own_link import OwnLoopLink
 from client_edge.owner_thread import OwnerThread
 from client_edge.proxies import Proxies
 from client_edge.received import fetch_description, fetch_layers
-from splitfl.config import ClientConfig, ClientSection
+from splitfl.config import ClientConfig, ClientSection, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import ConfigError, DataError, ModelError
 from splitfl.models.cut import Cut
 from splitfl.models.deferred import defer_logits
 from splitfl.models.loss import IGNORED_LABEL
+from splitfl.models.packing import check_packing
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
 
@@ -103,7 +104,8 @@ def _join(client: ClientSection) -> OwnLoopLink:
 
 def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread, dtype: str) -> PreTrainedModel:
     backbone = FarBackbone(link, thread)
-    far = FarBlocksOfServer(backbone, Proxies(cut.trainable("server")), dtype)
+    proxies = Proxies(cut.trainable("server"))
+    far = FarBlocksOfServer(backbone, proxies, dtype, check_packing=lambda: _check_packing(cut, link.run))
     model = cut.client_model(far, ServerStandIn)
     head = cut.top().deferrable_head() if link.run.train.loss == "chunked" else None
     if head is not None:
@@ -121,6 +123,11 @@ def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread, dtype: str) 
     watch_optimizers_of(model, far)
     _connected[model] = _Connected(cut=cut, close=weakref.finalize(model, backbone.close))
     return model.eval()
+
+
+def _check_packing(cut: Cut, run: RunConfig) -> None:
+    for segment in (cut.bottom(), cut.top()):
+        check_packing(segment.base, max_seq_length=run.text.max_seq_length)
 
 
 def _refuse_router_losses(model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -7,20 +7,26 @@ out of every `repr` and error.
 import functools
 import hashlib
 import json
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from client_edge.chat import Conversation, messages_in, render
-from splitfl.config import DataSection
+from splitfl.config import DataSection, RunConfig
 from splitfl.errors import ConfigError, DataError, ModelError
 from splitfl.federation.records import PLAIN_TEXT_FIELD, Record, is_plain_text, name_fields, read_file
+from splitfl.models.layout import Layout
 from splitfl.models.loss import IGNORED_LABEL
+from splitfl.session.terms import MAX_PACKED_EXAMPLES
+
+T = TypeVar("T")
 
 # What makes a record a pair of answers, of which one is preferred.
 _PREFERENCE = ("chosen", "rejected")
@@ -70,7 +76,24 @@ class Batch:
     labels_BS: Tensor = field(repr=False)
     lengths_B: tuple[int, ...]
     num_label_tokens: int
-    """Labels that a loss is taken on; position 0 is never predicted and does not count."""
+    """Labels that a loss is taken on; an example's first token is never predicted and does not count."""
+    example_lengths: tuple[int, ...] = ()
+    """Lengths of the examples that the rows are packed from, row after row; () where each row is one example."""
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows are filled."""
+        return Layout(lengths_B=self.lengths_B, example_lengths=self.example_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are not padding."""
+        return sum(self.lengths_B)
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens and padding: what is computed, and sent."""
+        return self.input_ids_BS.numel()
 
 
 def read_examples(
@@ -164,12 +187,52 @@ def collate(examples: Sequence[Example]) -> Batch:
     )
 
 
+def collate_packed(rows: Sequence[Sequence[Example]]) -> Batch:
+    """Put the examples of each row one behind the other, without a label where one begins, and pad the rows."""
+    batch = collate([_joined(row) for row in rows])
+    return replace(batch, example_lengths=tuple(len(each.input_ids) for row in rows for each in row))
+
+
+def _joined(row: Sequence[Example]) -> Example:
+    labels = torch.cat([example.labels for example in row])
+    starts = [0, *accumulate(len(example.labels) for example in row)][:-1]
+    labels[starts] = IGNORED_LABEL  # or the last token of one example would be asked to predict the next one's first
+    return Example(input_ids=torch.cat([example.input_ids for example in row]), labels=labels)
+
+
+def pack(lengths: Sequence[int], *, capacity: int, max_examples: int) -> list[tuple[int, ...]]:
+    """Deal examples, by their lengths, into rows of up to `capacity` tokens and `max_examples` examples.
+
+    Best fit decreasing (Johnson 1973): the long ones first, each into the row with the least room that holds it.
+    Returns each row's examples by number, rising; rows in the order of their first.
+    """
+    rows: dict[int, list[list[int]]] = {}  # by the room that is left
+    rooms: list[int] = []  # those that there are rows for, rising
+    full: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        at = bisect_left(rooms, lengths[number])
+        room = rooms[at] if at < len(rooms) else capacity
+        row = rows[room].pop() if at < len(rooms) else []
+        if at < len(rooms) and not rows[room]:
+            del rooms[at], rows[room]
+        row.append(number)
+        room -= lengths[number]
+        if room <= 0 or len(row) == max_examples:
+            full.append(row)
+            continue
+        if room not in rows:
+            rows[room] = []
+            insort(rooms, room)
+        rows[room].append(row)
+    return sorted(tuple(sorted(row)) for row in (*full, *(row for others in rows.values() for row in others)))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainBatches:
     """An endless stream of shuffled epochs, cut into steps: what a step holds hangs on its number alone.
 
-    A batch may run over the border of two epochs, so none is short, and fewer examples than a batch repeat in it.
-    Raises `DataError` if there are no examples.
+    An epoch has each row once, and so each example. A batch may run over the border of two epochs, so none is short,
+    and fewer rows than a batch repeat in it. Raises `DataError` if there are no examples.
     """
 
     dataset: Dataset
@@ -177,11 +240,31 @@ class TrainBatches:
     seed: int
     client_id: str
     per_device_train_batch_size: int
+    """Rows in a micro-batch: an example each, or several."""
     gradient_accumulation_steps: int
+    packed_length: int = 0
+    """Tokens up to which examples are packed into one row; 0 where each row is one example."""
+    groups_by_length: bool = False
+    """Whether rows of about the same length share a micro-batch."""
+    rows: tuple[tuple[Example, ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.dataset.examples:
             raise DataError(f"client {self.client_id} has no examples to train on; see data.path")
+        object.__setattr__(self, "rows", tuple(self._pack() if self.packed_length else self._one_each()))
+
+    @classmethod
+    def of(cls, dataset: Dataset, run: RunConfig, client_id: str) -> "TrainBatches":
+        """Deal one client's examples as a run's settings say."""
+        return cls(
+            dataset,
+            seed=run.seed,
+            client_id=client_id,
+            per_device_train_batch_size=run.federation.per_device_train_batch_size,
+            gradient_accumulation_steps=run.federation.gradient_accumulation_steps,
+            packed_length=run.text.max_seq_length if run.text.packing else 0,
+            groups_by_length=run.text.train_sampling_strategy == "group_by_length",
+        )
 
     def at(self, step: int) -> tuple[Batch, ...]:
         """Return the micro-batches of a step, counted from 1; raise `ValueError` below that."""
@@ -189,13 +272,43 @@ class TrainBatches:
             raise ValueError(f"steps count from 1, got {step}")
         size = self.per_device_train_batch_size
         first = (step - 1) * self.gradient_accumulation_steps * size
-        starts = range(first, first + self.gradient_accumulation_steps * size, size)
-        return tuple(collate([self._example(start + row) for row in range(size)]) for start in starts)
+        order = functools.cache(self._order)
+        places = [divmod(at, len(self.rows)) for at in range(first, first + self.gradient_accumulation_steps * size)]
+        rows = [self.rows[order(epoch)[place]] for epoch, place in places]
+        return tuple(self._collated(group) for group in _cut(rows, size))
 
-    def _example(self, position: int) -> Example:
-        epoch, place = divmod(position, len(self.dataset))
-        order = _epoch_order(len(self.dataset), self.seed, self.client_id, epoch)
-        return self.dataset.examples[order[place]]
+    def _collated(self, rows: Sequence[tuple[Example, ...]]) -> Batch:
+        return collate_packed(rows) if self.packed_length else collate([example for (example,) in rows])
+
+    def _order(self, epoch: int) -> tuple[int, ...]:
+        seeded = (self.seed, self.client_id, epoch)
+        if not self.groups_by_length:
+            return _epoch_order(len(self.rows), *seeded)
+        lengths = tuple(sum(len(example.input_ids) for example in row) for row in self.rows)
+        size = self.per_device_train_batch_size
+        return _grouped_order(lengths, size, -epoch * len(lengths) % size, *seeded)
+
+    def _one_each(self) -> Iterator[tuple[Example]]:
+        return ((example,) for example in self.dataset.examples)
+
+    def _pack(self) -> Iterator[tuple[Example, ...]]:
+        examples = self.dataset.examples
+        packed = pack(
+            [len(example.input_ids) for example in examples],
+            capacity=self.packed_length,
+            max_examples=max(1, MAX_PACKED_EXAMPLES // self.per_device_train_batch_size),
+        )
+        return (tuple(examples[number] for number in row) for row in packed)
+
+
+def padding_share(batches: TrainBatches, num_steps: int) -> float | None:
+    """Return which part of the positions of the first steps is padding, None for no steps."""
+    num_tokens = num_positions = 0
+    for step in range(1, num_steps + 1):
+        for batch in batches.at(step):
+            num_tokens += batch.num_tokens
+            num_positions += batch.num_positions
+    return 1 - num_tokens / num_positions if num_positions else None
 
 
 def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
@@ -319,6 +432,33 @@ def _num_held_out(num_examples: int, fraction: float) -> int:
 def _epoch_order(num_examples: int, seed: int, client_id: str, epoch: int) -> tuple[int, ...]:
     """Return the permutation of an epoch, the same in every process."""
     return tuple(torch.randperm(num_examples, generator=_generator("order", seed, client_id, epoch)).tolist())
+
+
+@functools.lru_cache(maxsize=2)
+def _grouped_order(
+    lengths: tuple[int, ...], size: int, begun: int, seed: int, client_id: str, epoch: int
+) -> tuple[int, ...]:
+    """Return a permutation of an epoch in which rows of about the same length share a micro-batch of `size` rows.
+
+    As transformers' `LengthGroupedSampler`: shuffled, cut into stretches of up to 50 micro-batches, each sorted by
+    length. Beyond it micro-batches are shuffled once more, so that no stretch goes from long to short; and the first
+    `begun` rows, which fill the micro-batch that the last epoch has begun, are left as they fall, so that micro-batches
+    are cut where the sorting meant them to be.
+    """
+    order = _epoch_order(len(lengths), seed, client_id, epoch)
+    end = begun + max(0, len(order) - begun) // size * size
+    stretch = size * max(1, min(len(lengths) // (4 * size), 50))
+    groups = [
+        group
+        for part in _cut(order[begun:end], stretch)
+        for group in _cut(sorted(part, key=lambda row: lengths[row], reverse=True), size)
+    ]
+    shuffled = torch.randperm(len(groups), generator=_generator("groups", seed, client_id, epoch)).tolist()
+    return (*order[:begun], *(row for number in shuffled for row in groups[number]), *order[end:])
+
+
+def _cut(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _generator(*parts: str | int) -> torch.Generator:

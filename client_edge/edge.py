@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from client_edge.controls import Controls
 from client_edge.data import Batch
 from splitfl.config import RunConfig
-from splitfl.models.cut import Cut, mask_of
+from splitfl.models.cut import Cut
+from splitfl.models.packing import check_packing
 from splitfl.protocol.tensors import digest_of
 from splitfl.training.optimizer import PartOptimizer
 from splitfl.training.seeds import seed_dropout
@@ -52,12 +53,15 @@ class Edge:
     """Bottom and top of one client."""
 
     def __init__(self, cut: Cut, run: RunConfig, client_id: str, device: torch.device) -> None:
-        """Take a cut whose client side is filled."""
+        """Take a cut whose client side is filled; raise `ModelError` if it cannot train on rows as the run has them."""
         self._run = run
         self._client_id = client_id
         self._device = device
         self._bottom = cut.bottom()
         self._top = cut.top()
+        if run.text.packing:
+            for segment in (self._bottom, self._top):
+                check_packing(segment.base, max_seq_length=run.text.max_seq_length)
         self.takes_plain_loss = run.train.loss == "plain" or not self._top.chunk_the_loss()
         self._trainable = cut.trainable("client")
         self._merged = merged_layers(run, cut)
@@ -79,7 +83,7 @@ class Edge:
         self._bottom.train()
         self._seed("bottom", step, number)
         with self.compute.running(), torch.set_grad_enabled(self._run.bottom_trains):
-            hidden_BSD = self._bottom(batch.input_ids_BS.to(self._device), self._mask(batch))
+            hidden_BSD = self._run_bottom(batch)
         return MicroBatch(batch=batch, number=number, hidden_BSD=hidden_BSD, tied_gradients=[])
 
     def top_loss_and_backward(
@@ -97,7 +101,7 @@ class Edge:
         tied = self._tied_set_aside(micro_batch) if self.takes_plain_loss else nullcontext()
         with self.compute.running(), tied:
             given_BSD = hidden_BSD.to(self._device).requires_grad_()
-            loss = self._top.loss(given_BSD, self._mask(batch), batch.labels_BS.to(self._device), num_label_tokens)
+            loss = self._loss(batch, given_BSD, num_label_tokens)
             loss.backward()
         if given_BSD.grad is None:
             raise RuntimeError("the loss does not depend on the activations")
@@ -122,7 +126,7 @@ class Edge:
         """Run the first blocks without dropout or graph."""
         self._bottom.eval()
         with self.compute.running(), torch.inference_mode():
-            return self._bottom(batch.input_ids_BS.to(self._device), self._mask(batch))
+            return self._run_bottom(batch)
 
     def evaluate_top(self, batch: Batch, hidden_BSD: Tensor) -> Scored:
         """Return how well the batch's label tokens are predicted."""
@@ -130,7 +134,7 @@ class Edge:
         self._top.eval()
         with self.compute.running(), torch.inference_mode():
             labels_BS = batch.labels_BS.to(self._device)
-            scores = self._top.scores(hidden_BSD.to(self._device), self._mask(batch), labels_BS)
+            scores = self._top.scores(hidden_BSD.to(self._device), self._where(batch)[0], labels_BS)
             losses_B = torch.zeros(len(labels_BS), dtype=torch.float64)
             losses_B.index_add_(0, scores.rows_N.cpu(), scores.losses_N.cpu().double())
             return Scored(
@@ -249,8 +253,18 @@ class Edge:
         if self._run.proximal_mu or self._run.has_controls:
             self._round_start = {name: p.detach().clone() for name, p in self._merged.items()}
 
-    def _mask(self, batch: Batch) -> Tensor | None:
-        return mask_of(batch.lengths_B, batch.input_ids_BS.shape[1], "right", self._device)
+    def _run_bottom(self, batch: Batch) -> Tensor:
+        mask_BS, position_ids_BS = self._where(batch)
+        hidden_BSD: Tensor = self._bottom(batch.input_ids_BS.to(self._device), mask_BS, position_ids_BS)
+        return hidden_BSD
+
+    def _loss(self, batch: Batch, hidden_BSD: Tensor, num_items: int) -> Tensor:
+        mask_BS, position_ids_BS = self._where(batch)
+        return self._top.loss(hidden_BSD, mask_BS, batch.labels_BS.to(self._device), num_items, position_ids_BS)
+
+    def _where(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        length = batch.input_ids_BS.shape[1]
+        return batch.layout.mask(length, self._device), batch.layout.position_ids(length, self._device)
 
     def _seed(self, part: str, step: int, number: int) -> None:
         seed_dropout(self._run.seed, part, self._client_id, step, number)

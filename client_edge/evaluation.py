@@ -198,7 +198,7 @@ def _scored(edge: Edge, link: Link, batches: Iterable[Batch]) -> Iterator[tuple[
     for batch in batches:
         if not link.session.has_credit:
             yield from take_one()
-        under_way[link.send_forward(edge.evaluate_bottom(batch), batch.lengths_B, step=0, micro_batch=0)] = batch
+        under_way[link.send_forward(edge.evaluate_bottom(batch), batch.layout, step=0, micro_batch=0)] = batch
     while under_way:
         yield from take_one()
 

@@ -3,8 +3,9 @@
 Shapes: B micro-batch, S sequence, D hidden width.
 """
 
+import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from client_edge.generation import FarCacheOfServer
 from client_edge.own_link import Rows
 from client_edge.proxies import Proxies, proxy_name
 from splitfl.errors import DataError, ModelError
+from splitfl.models.layout import Layout
 from splitfl.models.stand_in import StandIn
 from splitfl.protocol.tensors import DTYPES
 
@@ -62,12 +64,15 @@ class _Forgotten(torch.autograd.Function):
 class FarBlocksOfServer:
     """The server's blocks as the stand-in sees them."""
 
-    def __init__(self, backbone: FarBackbone, proxies: Proxies, dtype: str) -> None:
-        """`dtype` is the wire name of the activations' type."""
+    def __init__(
+        self, backbone: FarBackbone, proxies: Proxies, dtype: str, *, check_packing: Callable[[], None]
+    ) -> None:
+        """`dtype` is the wire name of the activations' type; `check_packing` raises if this side's blocks cannot."""
         self.backbone = backbone
         self.proxies = proxies
         self.new_cache = backbone.generator.new_cache
         self._dtype = DTYPES[dtype]
+        self._check_packing = functools.cache(check_packing)
         self._anchor = torch.empty(0, dtype=torch.float32, requires_grad=True)
 
     def __call__(
@@ -81,8 +86,10 @@ class FarBlocksOfServer:
     ) -> Tensor:
         """Return the server's activations; without a graph there, and without dropout, where no gradient is to come."""
         self._refuse_float16(hidden_BSD)
-        rows = rows_of(hidden_BSD, mask_BS, position_ids_BS, adapters_off=adapters_off)
+        rows = Rows(layout=layout_of(hidden_BSD, mask_BS, position_ids_BS), adapters_off=adapters_off)
         self.backbone.check(hidden_BSD, rows)
+        if rows.layout.example_lengths:
+            self._check_packing()
         needs_gradient = hidden_BSD.requires_grad or self.backbone.run.backbone_trains
         if training and torch.is_grad_enabled() and needs_gradient:
             self._drop_what_was_zeroed()
@@ -208,11 +215,12 @@ class ServerStandIn(StandIn):
         pass
 
 
-def rows_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None, *, adapters_off: bool) -> Rows:
-    """Return what the far blocks are to know of a batch; raise `DataError` for a mask or positions that are no rows.
+def layout_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None) -> Layout:
+    """Return how a batch's rows are filled; raise `DataError` for a mask or positions that are no rows.
 
     Positions may begin anywhere, as long as they rise by one from token to token: attention only sees distances, and
-    learned positions are added on this side.
+    learned positions are added on this side. Where they do not, and there is no mask, another example begins, as
+    transformers has it of packed rows.
     """
     batch, length, _ = hidden_BSD.shape
     is_token_BS = torch.ones(batch, length, dtype=torch.bool) if mask_BS is None else mask_BS.cpu() != 0
@@ -223,14 +231,25 @@ def rows_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor 
             "an attention_mask with holes, with rows padded on both sides or on different ones, or with a row without a"
             " token: pad all rows on the right, or all on the left"
         )
+    lengths_B = tuple(is_token_BS.sum(dim=1).tolist())
     if position_ids_BS is not None:
         steps_BS = position_ids_BS.cpu().expand(batch, length).diff(dim=1)
-        if not (steps_BS == 1)[is_token_BS[:, :-1] & is_token_BS[:, 1:]].all():
+        is_border_BS = (steps_BS != 1) & is_token_BS[:, :-1] & is_token_BS[:, 1:]
+        if is_border_BS.any() and mask_BS is not None:
             raise DataError(
-                "position_ids that restart or jump within a row, as packing makes them: a model from"
-                " client_edge.connect takes one example a row (packing=False, padding_free=False)"
+                "position_ids that begin anew within a row, as packing makes them, beside an attention_mask: with one"
+                " the examples of a row would see each other, so give none"
             )
-    return Rows(lengths_B=tuple(is_token_BS.sum(dim=1).tolist()), left_padded=not falls, adapters_off=adapters_off)
+        if is_border_BS.any():
+            return Layout(lengths_B=lengths_B, example_lengths=_between(is_border_BS))
+    return Layout(lengths_B=lengths_B, left_padded=not falls)
+
+
+def _between(is_border_BS: Tensor) -> tuple[int, ...]:
+    """Return the lengths of examples, row after row, from whether another begins behind each position but the last."""
+    row_ends_B1 = torch.ones(len(is_border_BS), 1, dtype=torch.bool)
+    ends = torch.cat([is_border_BS, row_ends_B1], dim=1).flatten().nonzero().flatten() + 1
+    return tuple(ends.diff(prepend=torch.zeros(1, dtype=ends.dtype)).tolist())
 
 
 def _are_off(adapted: Sequence[BaseTunerLayer]) -> bool:

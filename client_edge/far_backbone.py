@@ -16,7 +16,7 @@ from client_edge.generation import FarGenerator
 from client_edge.link import StepClosed
 from client_edge.own_link import OwnLoopLink, Rows
 from client_edge.owner_thread import OwnerThread
-from splitfl.errors import ConfigError, PeerGone, Refused
+from splitfl.errors import ConfigError, ModelError, PeerGone, Refused
 from splitfl.protocol.messages import Resumed
 
 T = TypeVar("T")
@@ -100,6 +100,12 @@ class FarBackbone:
             raise ConfigError(
                 f"rows of {length} tokens, more than text.max_seq_length = {terms.max_seq_length} of this run: shorten"
                 " them, or raise it on the server"
+            )
+        if len(rows.layout.example_lengths) > self._link.max_packed_examples:
+            raise ModelError(
+                f"{len(rows.layout.example_lengths)} examples packed into the rows of a batch, where this server takes"
+                f" {self._link.max_packed_examples} (0: its blocks do not keep the examples of a row apart): set"
+                " packing and padding_free to False"
             )
         if rows.adapters_off and self.run.backbone_trains and self.run.train.backbone == "full":
             raise ConfigError(

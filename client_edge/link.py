@@ -21,6 +21,7 @@ from torch import Tensor
 from splitfl import __version__
 from splitfl.config import ClientSection, LinkSection, RunConfig
 from splitfl.errors import ConfigError, LocalProtocolError, PeerGone, Refused, RemoteProtocolError, SplitflError
+from splitfl.models.layout import Layout
 from splitfl.protocol import codec
 from splitfl.protocol.messages import (
     WIRE_VERSION,
@@ -374,10 +375,16 @@ class Link:
 
     # micro-batches and steps
 
-    def send_forward(self, hidden_BSD: Tensor, lengths_B: tuple[int, ...], *, step: int, micro_batch: int) -> int:
+    def send_forward(self, hidden_BSD: Tensor, layout: Layout, *, step: int, micro_batch: int) -> int:
         """Send activations on; returns the request's number. `step` 0 is an evaluation."""
         frames = describe(hidden_BSD, self._bounds.frame_bytes)
-        message = self.session.forward(step=step, micro_batch=micro_batch, hidden_BSD=frames, lengths_B=lengths_B)
+        message = self.session.forward(
+            step=step,
+            micro_batch=micro_batch,
+            hidden_BSD=frames,
+            lengths_B=layout.lengths_B,
+            example_lengths=layout.example_lengths,
+        )
         self._send(message)
         return message.request_id
 

@@ -28,6 +28,20 @@ class Step:
     loss: float
     """Mean over the step's label tokens."""
     num_label_tokens: int
+    num_tokens: int
+    num_positions: int
+    """Tokens and padding."""
+
+    @classmethod
+    def of(cls, step: int, loss: float, batches: Sequence[Batch]) -> "Step":
+        """Count what the step's micro-batches hold."""
+        return cls(
+            step=step,
+            loss=loss,
+            num_label_tokens=sum(batch.num_label_tokens for batch in batches),
+            num_tokens=sum(batch.num_tokens for batch in batches),
+            num_positions=sum(batch.num_positions for batch in batches),
+        )
 
 
 class Observer(Protocol):
@@ -128,8 +142,8 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
         while to_send and link.session.has_credit:
             number, batch = to_send.pop(0)
             micro_batch = edge.bottom_forward(batch, step=step, number=number)
-            hidden_BSD = micro_batch.hidden_BSD.detach()
-            under_way[link.send_forward(hidden_BSD, batch.lengths_B, step=step, micro_batch=number)] = micro_batch
+            request_id = link.send_forward(micro_batch.hidden_BSD.detach(), batch.layout, step=step, micro_batch=number)
+            under_way[request_id] = micro_batch
 
         # the top's share of the last step, while the server computes
         edge.finish_step()
@@ -158,4 +172,4 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
     journal.asking(step=step, num_label_tokens=num_label_tokens, loss=loss)
     committed = link.commit(num_label_tokens=num_label_tokens, loss=loss, norms_P=edge.optimizer.norms())
     journal.acknowledged(commit_number=committed.commit_number, clip_coefficient=committed.clip_coefficient)
-    return Step(step=step, loss=loss, num_label_tokens=num_label_tokens)
+    return Step.of(step, loss, batches)

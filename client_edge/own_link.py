@@ -8,6 +8,7 @@ from torch import Tensor
 
 from client_edge.link import Link, M
 from splitfl.errors import Refused, RemoteProtocolError
+from splitfl.models.layout import Layout
 from splitfl.protocol.messages import BackwardDone, Committed, Declined, ForwardDone, Kept, WentBack
 from splitfl.protocol.tensors import describe
 from splitfl.session.client import ClientSession
@@ -21,8 +22,7 @@ _NO_NORMS = torch.empty(0, dtype=torch.float32)
 class Rows:
     """What the far blocks are to know of a batch besides its activations."""
 
-    lengths_B: tuple[int, ...]
-    left_padded: bool
+    layout: Layout
     adapters_off: bool
 
 
@@ -34,14 +34,20 @@ class OwnLoopLink(Link):
         """Whether the server keeps another micro-batch's activations."""
         return self.session.has_credit
 
+    @property
+    def max_packed_examples(self) -> int:
+        """Examples that the rows of a batch may be packed from; 0 if the server's blocks do not keep them apart."""
+        return int(self.welcome.limits.get("packed_examples", 0.0))
+
     def forward(self, hidden_BSD: Tensor, rows: Rows, *, step: int, micro_batch: int) -> tuple[int, Tensor]:
         """Return the request's number and the backbone's activations; `step` 0 needs no gradient."""
         message = self._own_session.forward_in_loop(
             step=step,
             micro_batch=micro_batch,
             hidden_BSD=describe(hidden_BSD, self.run.link.frame_bytes),
-            lengths_B=rows.lengths_B,
-            left_padded=rows.left_padded,
+            lengths_B=rows.layout.lengths_B,
+            left_padded=rows.layout.left_padded,
+            example_lengths=rows.layout.example_lengths,
             adapters_off=rows.adapters_off,
         )
         self._send(message)

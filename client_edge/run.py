@@ -157,6 +157,7 @@ class Participation:
         self._begun_s = begun_s
         self._federation = link.run.federation
         self._round_number = 0
+        self._batches = TrainBatches.of(text.train, link.run, config.client.client_id)
 
     def run(self) -> None:
         """Do it all."""
@@ -172,13 +173,7 @@ class Participation:
             resumed=not self._journal.is_new,
         )
         self._link.on_waiting = lambda text: self._emit("waiting", text=text)
-        batches = TrainBatches(
-            self._text.train,
-            seed=self._link.run.seed,
-            client_id=self._client_id,
-            per_device_train_batch_size=self._federation.per_device_train_batch_size,
-            gradient_accumulation_steps=self._federation.gradient_accumulation_steps,
-        )
+        batches = self._batches
         num_examples = len(self._text.train)
         self._persist(self._resume, settles=False)
         self._persist(
@@ -245,7 +240,7 @@ class Participation:
             self._journal.refused()
             return
         self._journal.acknowledged(commit_number=resumed.commit_number, clip_coefficient=resumed.clip_coefficient)
-        self.stepped(Step(step=pending.step, loss=pending.loss, num_label_tokens=pending.num_label_tokens))
+        self.stepped(Step.of(pending.step, pending.loss, self._batches.at(pending.step)))
 
     def between_rounds(self) -> None:
         """Evaluate the layers held, once, where that is to be done."""
@@ -281,6 +276,8 @@ class Participation:
             step=step.step,
             loss=step.loss,
             num_label_tokens=step.num_label_tokens,
+            num_tokens=step.num_tokens,
+            num_positions=step.num_positions,
             compute_seconds=self._edge.compute.seconds,
             bytes_sent=self._link.bytes_sent,
             bytes_received=self._link.bytes_received,

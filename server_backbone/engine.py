@@ -20,6 +20,7 @@ from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.durability.record import Damaged
 from splitfl.errors import ModelError, RemoteProtocolError, StorageError
+from splitfl.models.layout import Layout
 from splitfl.protocol.messages import (
     Backward,
     BackwardDone,
@@ -99,8 +100,7 @@ class Engine:
         hidden_BSD = self.worker.evaluate(
             client_id,
             self._realise(message.hidden_BSD),
-            message.lengths_B,
-            message.left_padded,
+            _layout(message),
             adapters_off=message.adapters_off,
         )
         return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
@@ -130,8 +130,7 @@ class Engine:
             client_id,
             message.request_id,
             self._realise(message.hidden_BSD),
-            message.lengths_B,
-            message.left_padded,
+            _layout(message),
             step=message.step,
             micro_batch=message.micro_batch,
             adapters_off=message.adapters_off,
@@ -432,6 +431,10 @@ class Engine:
 
     def _describe(self, tensor: Tensor) -> TensorFrames:
         return describe(tensor, self._run.link.frame_bytes)
+
+
+def _layout(message: Forward) -> Layout:
+    return Layout(lengths_B=message.lengths_B, left_padded=message.left_padded, example_lengths=message.example_lengths)
 
 
 def _summed(uploads: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, float]:

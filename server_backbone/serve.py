@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,16 +25,17 @@ from server_backbone.placement import DeviceMap, device_map_of, devices_of
 from server_backbone.provisions import prepare
 from server_backbone.server import Server
 from server_backbone.worker import Worker
-from splitfl.config import ServerConfig, default_cache_dir, to_toml
+from splitfl.config import RunConfig, ServerConfig, default_cache_dir, to_toml
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
-from splitfl.errors import ConfigError, Incomplete, StorageError
+from splitfl.errors import ConfigError, Incomplete, ModelError, StorageError
 from splitfl.federation.strategies import strategy_for
 from splitfl.models.cut import Cut
 from splitfl.models.export import CONFIG_FILE, export_model
 from splitfl.models.origin import locate
 from splitfl.models.source import Weights, empty_cut, server_weights
 from splitfl.session.limits import limits_of
+from splitfl.session.terms import Terms
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
@@ -94,8 +95,6 @@ def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) 
                 keep=storage.keep_snapshots,
             )
         )
-        if not is_resumed:
-            _write_config(config, run_dir)
         console = Console(stderr=as_json, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
         for note in model.notes:
             console.print(f"note: {note}", markup=False)
@@ -104,6 +103,8 @@ def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) 
         display = stack.enter_context(Display(console))
         metrics.listen(display)
         server = build_server(config, model, listener, security, store, metrics, history, run_dir, device)
+        if not is_resumed:
+            _write_config(config, run_dir)  # not earlier: settings that the model refuses are no run's
         about_model = {"bytes_per_copy": model.copy_bytes}
         metrics.emit("run_started", **_description(config, run_dir), **about_model, resumed=is_resumed)
         _recover(server, config, metrics, history, is_resumed=is_resumed)
@@ -260,7 +261,8 @@ def build_server(
     kind = BufferedMerger if run.is_buffered else Merger
     merger = kind(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
     ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
-    terms = terms_of(run, cut)
+    worker = Worker(cut, run, device, model.device_map)
+    terms = _terms(run, cut, worker)
     limits = limits_of(terms, run.link, clients=config.server.max_clients)
     listener.max_message_bytes = limits.message_bytes
     return Server(
@@ -270,11 +272,27 @@ def build_server(
         limits=limits,
         listener=listener,
         allow_list=security.allow_list if security else None,
-        engine=Engine(run, Worker(cut, run, device, model.device_map), merger, ledger, history),
+        engine=Engine(run, worker, merger, ledger, history),
         provisions=prepare(model.directory, cut, model.weights, cache_dir=_cache_dir(config), run_dir=run_dir),
         metrics=metrics,
         history=history,
     )
+
+
+def _terms(run: RunConfig, cut: Cut, worker: Worker) -> Terms:
+    """Return the run's terms: rows are packed if this backbone keeps their examples apart.
+
+    Raises `ModelError` if it does not and the run wants it to; a client's own loop is told in the welcome.
+    """
+    terms = terms_of(run, cut)
+    if terms.max_packed_examples:
+        try:
+            worker.check_packing()
+        except ModelError:
+            if not run.has_own_loops:
+                raise
+            return replace(terms, max_packed_examples=0)
+    return terms
 
 
 def _run_dir(config: ServerConfig, *, resumes: bool) -> tuple[Path, bool]:

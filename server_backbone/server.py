@@ -698,6 +698,8 @@ class Server:
             commit_number=decided.commit_number,
             loss=None if is_own_loop else commit.loss,  # a client's own loop keeps it to itself
             num_label_tokens=commit.num_label_tokens,
+            num_tokens=member.session.asked.num_tokens,
+            num_positions=member.session.asked.num_positions,
             learning_rate=self.engine.worker.learning_rate_of(first),
             clip_coefficient=decided.clip_coefficient,
             bytes_sent=member.received,

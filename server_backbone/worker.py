@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,8 +17,10 @@ from server_backbone.copies import Copies, Copy
 from server_backbone.placement import DeviceMap, connect_devices
 from splitfl.config import RunConfig
 from splitfl.errors import DataError, RemoteProtocolError
-from splitfl.models.cut import Cut, mask_of
+from splitfl.models.cut import Cut
 from splitfl.models.far_cache import BackboneCache
+from splitfl.models.layout import Layout
+from splitfl.models.packing import check_packing
 from splitfl.protocol.tensors import digest_of
 from splitfl.training.optimizer import NO_GRADIENT, clip_coefficient, norms_of
 from splitfl.training.seeds import seed_dropout
@@ -96,14 +97,16 @@ class Worker:
         self._reduced: _Reduced | None = None
         self.compute = Stopwatch()
 
-    def evaluate(
-        self, slot: str, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool, *, adapters_off: bool = False
-    ) -> Tensor:
+    def check_packing(self) -> None:
+        """Raise `ModelError` if the blocks do not keep examples apart that share a row."""
+        check_packing(self._backbone.base, max_seq_length=self._run.text.max_seq_length)
+
+    def evaluate(self, slot: str, hidden_BSD: Tensor, layout: Layout, *, adapters_off: bool = False) -> Tensor:
         """Run forward without dropout and keep nothing."""
         self._copies.use(self._copies.serving(slot))
         self._backbone.eval()
         with self.compute.running(), self._adapters(off=adapters_off), torch.inference_mode():
-            return self._run_blocks(hidden_BSD.to(self._device), lengths_B, left_padded)
+            return self._run_blocks(hidden_BSD.to(self._device), layout)
 
     def decode(
         self,
@@ -151,8 +154,7 @@ class Worker:
         slot: str,
         request_id: int,
         hidden_BSD: Tensor,
-        lengths_B: Sequence[int],
-        left_padded: bool,
+        layout: Layout,
         *,
         step: int,
         micro_batch: int,
@@ -169,7 +171,7 @@ class Worker:
             torch.set_grad_enabled(self._needs_backward),
         ):
             given_BSD = hidden_BSD.to(self._device).requires_grad_(self._sends_gradients)
-            got_BSD = self._run_blocks(given_BSD, lengths_B, left_padded)
+            got_BSD = self._run_blocks(given_BSD, layout)
         if self._needs_backward:
             own.graphs[request_id] = (given_BSD, got_BSD)
             self._slots[slot] = own
@@ -323,10 +325,9 @@ class Worker:
         self._slots.clear()
         self._copies.merge_into(trained)
 
-    def _run_blocks(self, hidden_BSD: Tensor, lengths_B: Sequence[int], left_padded: bool) -> Tensor:
-        side: Literal["left", "right"] = "left" if left_padded else "right"
-        mask_BS = mask_of(lengths_B, hidden_BSD.shape[1], side, self._device)
-        return self._backbone(hidden_BSD, mask_BS)
+    def _run_blocks(self, hidden_BSD: Tensor, layout: Layout) -> Tensor:
+        length = hidden_BSD.shape[1]
+        return self._backbone(hidden_BSD, layout.mask(length, self._device), layout.position_ids(length, self._device))
 
     @contextmanager
     def _adapters(self, *, off: bool) -> Iterator[None]:

@@ -176,7 +176,7 @@ class FederationSection(Section):
     """Optimizer steps of each client per round."""
 
     per_device_train_batch_size: int = Field(4, ge=1)
-    """Examples in one micro-batch."""
+    """Examples in one micro-batch; rows, each of several examples, where `text.packing` is on."""
 
     gradient_accumulation_steps: int = Field(2, ge=1)
     """Micro-batches in one step; with two or more, client and server compute at the same time."""
@@ -364,6 +364,14 @@ class TextSection(Section):
 
     append_eos: bool = True
     """Whether each example ends with the tokenizer's end-of-sequence token."""
+
+    packing: bool = False
+    """Whether training examples share rows of up to `max_seq_length` tokens, without attention across them;
+    `federation.per_device_train_batch_size` then counts rows, and the server is told where each example ends."""
+
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+    """Which examples share a micro-batch, as in transformers: any, or such of about the same length, so that less is
+    padding; drawn anew each epoch either way."""
 
 
 class EvaluationSection(Section):

@@ -35,6 +35,7 @@ def terms(**changed: Any) -> Terms:
         "max_seq_length": 6,
         "max_batch_size": 2,
         "max_in_flight": 2,
+        "max_packed_examples": 0,
         "micro_batches": 2,
         "needs_backward": True,
         "num_trainable": len(LAYER_SHAPES),

@@ -132,10 +132,10 @@ def watch(
     federate: Callable[..., Finished],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[], Watched]:
+) -> Callable[..., Watched]:
     """Run two clients with training, every kind of evaluation, and merges behind a recorder."""
 
-    def run() -> Watched:
+    def run(**text_settings: Any) -> Watched:
         watched = Watched()
         run_blocks, run_bottom, decode = Top.forward, Edge.bottom_forward, Answerer._text
 
@@ -187,6 +187,7 @@ def watch(
                         "embeddings": True,
                     },
                     "federation": {"num_rounds": 2, "local_steps": 2, "min_available_clients": 2, "evaluate": "rounds"},
+                    "text": text_settings,
                     "evaluation": {
                         "measures": ["exact_match", "rouge_l", "accuracy", "macro_f1"],
                         "max_new_tokens": 12,
@@ -204,8 +205,9 @@ def watch(
     return run
 
 
-def test_no_secret_crosses(watch: Callable[[], Watched]) -> None:
-    watched = watch()
+@pytest.mark.parametrize("text", [{}, {"packing": True, "max_seq_length": 64}], ids=["an example a row", "packed"])
+def test_no_secret_crosses(text: dict[str, Any], watch: Callable[..., Watched]) -> None:
+    watched = watch(**text)
     assert len(watched.streams) == 8  # two clients, two connections each, two directions
     assert len(watched.secrets.needles) > 500
     assert watched.secrets.found_in(watched.streams) == []
@@ -271,7 +273,7 @@ def _leak_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_client_that_leaks_is_seen(
     leak: Callable[[pytest.MonkeyPatch], None],
     kind: str,
-    watch: Callable[[], Watched],
+    watch: Callable[..., Watched],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     leak(monkeypatch)

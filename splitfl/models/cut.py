@@ -32,9 +32,14 @@ class Bottom(nn.Module):
         super().__init__()
         self.base = base_of(view, anatomy)
 
-    def forward(self, input_ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """Return activations BSD in the model's dtype; `mask_BS` is 1 where a row has a token, None for full rows."""
-        return self.base(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False).last_hidden_state
+    def forward(self, input_ids_BS: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None = None) -> Tensor:
+        """Return activations BSD in the model's dtype; `mask_BS` is 1 where a row has a token, None for full rows.
+
+        Positions count from 0 in each row unless given (see `layout.Layout`), here and in the other segments.
+        """
+        return self.base(
+            input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False, **_positions(position_ids_BS)
+        ).last_hidden_state
 
 
 class Backbone(nn.Module):
@@ -46,9 +51,9 @@ class Backbone(nn.Module):
         self.cut = cut
 
     def forward(self, hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None = None) -> Tensor:
-        """Return activations BSD; positions count from 0 in each row unless given."""
+        """Return activations BSD."""
         return self.base(
-            inputs_embeds=hidden_BSD, attention_mask=mask_BS, position_ids=position_ids_BS, use_cache=False
+            inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False, **_positions(position_ids_BS)
         ).last_hidden_state
 
     def new_cache(self) -> BackboneCache:
@@ -63,14 +68,13 @@ class Backbone(nn.Module):
         cache.reorder(beams_B)
         mask_BS, position_ids_BS = cache.grown(hidden_BSD.shape[1], lengths_B)
         device = hidden_BSD.device
-        # without padding the library counts positions from the cache; some families take none
-        where = {} if position_ids_BS is None else {"position_ids": position_ids_BS.to(device)}
         return self.base(
             inputs_embeds=hidden_BSD,
             attention_mask=None if mask_BS is None else mask_BS.to(device),
             past_key_values=cache.keys_and_values,
             use_cache=True,
-            **where,
+            # without padding the library counts positions from the cache
+            **_positions(None if position_ids_BS is None else position_ids_BS.to(device)),
         ).last_hidden_state
 
 
@@ -85,32 +89,44 @@ class Top(nn.Module):
 
     def chunk_the_loss(self) -> bool:
         """Let `loss` do without logits from now on, where that means the same; say whether it does."""
-        self._head = head_of(self.view.eval(), self._base)
+        self._head = head_of(self.view.eval(), self.base)
         return self._head is not None
 
     def deferrable_head(self) -> Head | None:
         """Return the head of a model that can put its logits off (see `defer_logits`), None if it cannot."""
-        return deferrable_head(self.view.eval(), self._base)
+        return deferrable_head(self.view.eval(), self.base)
 
     @property
-    def _base(self) -> nn.Module:
+    def base(self) -> nn.Module:
+        """The last blocks and the final norm, without the LM head."""
         return self.view.get_submodule(self._base_path)
 
-    def forward(self, hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None = None) -> Tensor:
         """Return logits BSV."""
-        return self.view(inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False).logits
+        return self.view(
+            inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False, **_positions(position_ids_BS)
+        ).logits
 
-    def loss(self, hidden_BSD: Tensor, mask_BS: Tensor | None, labels_BS: Tensor, num_items: int | None) -> Tensor:
+    def loss(
+        self,
+        hidden_BSD: Tensor,
+        mask_BS: Tensor | None,
+        labels_BS: Tensor,
+        num_items: int | None,
+        position_ids_BS: Tensor | None = None,
+    ) -> Tensor:
         """Return the model's own loss: the sum over label tokens (-100 is none) over `num_items`, or their mean."""
         if self._head is not None:
-            last = self._base(inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False).last_hidden_state
+            last = self.base(
+                inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False, **_positions(position_ids_BS)
+            ).last_hidden_state
             return chunked_loss(self._head, last, labels_BS, num_items)
-        return self._library_loss(self(hidden_BSD, mask_BS), labels_BS, num_items)
+        return self._library_loss(self(hidden_BSD, mask_BS, position_ids_BS), labels_BS, num_items)
 
     def scores(self, hidden_BSD: Tensor, mask_BS: Tensor | None, labels_BS: Tensor) -> Scores:
         """Return how well each label is predicted; their loss is what `loss` gives for 1 item."""
         if self._head is not None:
-            last = self._base(inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False).last_hidden_state
+            last = self.base(inputs_embeds=hidden_BSD, attention_mask=mask_BS, use_cache=False).last_hidden_state
             return chunked_scores(self._head, last, labels_BS)
         logits_BSV = self(hidden_BSD, mask_BS)
         return plain_scores(logits_BSV, labels_BS, self._library_loss(logits_BSV, labels_BS, 1))
@@ -373,6 +389,11 @@ def mask_of(
     if side == "left":
         return (positions_S >= length - lengths_B1).long()
     return (positions_S < lengths_B1).long()
+
+
+def _positions(position_ids_BS: Tensor | None) -> dict[str, Tensor]:
+    """Name positions only where there are any: some families take none."""
+    return {} if position_ids_BS is None else {"position_ids": position_ids_BS}
 
 
 def _with_memory(empty: nn.Parameter, device: torch.device) -> nn.Parameter:

@@ -49,6 +49,8 @@ class ClientSession:
         """Number and shape of the `Decode` whose answer is waited for."""
         self._last_cache = 0
         self._committing: int | None = None
+        self._refused = 0
+        """The last step that was refused."""
 
     @property
     def has_credit(self) -> bool:
@@ -67,8 +69,16 @@ class ClientSession:
         self._wait_for(Resumed)
         return Resume(held_round=held_round, step=step, commit_number=commit_number, pending_step=pending_step)
 
-    def forward(self, *, step: int, micro_batch: int, hidden_BSD: TensorFrames, lengths_B: tuple[int, ...]) -> Forward:
-        """Number a micro-batch; `step` 0 is an evaluation."""
+    def forward(
+        self,
+        *,
+        step: int,
+        micro_batch: int,
+        hidden_BSD: TensorFrames,
+        lengths_B: tuple[int, ...],
+        example_lengths: tuple[int, ...] = (),
+    ) -> Forward:
+        """Number a micro-batch; `step` 0 is an evaluation, and `example_lengths` are for rows that are packed."""
         if not self.has_credit:
             raise LocalProtocolError(f"more than max_in_flight = {self.terms.max_in_flight} micro-batches under way")
         if self._waits_for is not None or self._committing is not None:
@@ -84,7 +94,7 @@ class ClientSession:
             hidden_BSD=hidden_BSD,
             lengths_B=lengths_B,
             left_padded=False,
-            example_lengths=(),
+            example_lengths=example_lengths,
             adapters_off=False,
         )
 
@@ -295,14 +305,17 @@ class ClientSession:
         return isinstance(message, BackwardDone) or not self.terms.needs_backward or not self.open_round
 
     def _receive_refusal(self, message: StepRefused) -> StepRefused | None:
+        if message.step == self._refused:
+            return None  # our commit crossed the refusal on its way and was answered with it once more
         if self.open_round is None or self._waits_for is not None:
             raise RemoteProtocolError(f"step {message.step} refused while none is open")
         if message.step < self.next_step:
-            return None  # our commit crossed the refusal on its way and was answered with it once more
+            return None
         if message.step > self.next_step or message.next_step <= message.step:
             raise RemoteProtocolError(
                 f"step {message.step} refused in favour of {message.next_step} where step {self.next_step} is open"
             )
+        self._refused = message.step
         return message
 
     def _wait_for(self, kind: type[Message]) -> None:

@@ -27,6 +27,8 @@ class Limits:
     """Key-value caches of one client."""
     cache_tokens: int
     """Rows times positions in all of them."""
+    packed_examples: int
+    """Examples that the rows of one micro-batch may be packed from; 0 where each row is one example."""
     cache_seconds: float
     """How long a cache is kept without a new token."""
     strikes: int
@@ -55,6 +57,7 @@ def limits_of(terms: Terms, link: LinkSection, *, clients: int) -> Limits:
         clients=clients,
         caches=link.max_caches,
         cache_tokens=link.max_cache_tokens,
+        packed_examples=terms.max_packed_examples,
         cache_seconds=link.cache_timeout,
         strikes=MAX_STRIKES,
     )

@@ -147,8 +147,9 @@ class OwnLoopClientSession(ClientSession):
         lengths_B: tuple[int, ...],
         left_padded: bool,
         adapters_off: bool,
+        example_lengths: tuple[int, ...] = (),
     ) -> Forward:
-        """Number a micro-batch; `step` 0 is one that needs no gradient."""
+        """Number a micro-batch; `step` 0 is one that needs no gradient, `example_lengths` are for packed rows."""
         if self._waits_for is not None or self._committing is not None or self._awaiting or not self.has_credit:
             raise LocalProtocolError("a micro-batch while something else is under way")
         request_id = self._begin_micro_batch(hidden_BSD)
@@ -162,7 +163,7 @@ class OwnLoopClientSession(ClientSession):
             hidden_BSD=hidden_BSD,
             lengths_B=lengths_B,
             left_padded=left_padded,
-            example_lengths=(),
+            example_lengths=example_lengths,
             adapters_off=adapters_off,
         )
 

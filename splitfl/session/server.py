@@ -8,6 +8,7 @@ A session outlives its connections: what is under way goes with a connection (`d
 and `resume` finds out where the client goes on.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
@@ -80,6 +81,21 @@ class Applied:
     clip_coefficient: float = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """What the micro-batches of a step hold."""
+
+    num_tokens: int = 0
+    """There cannot be more labels."""
+    num_positions: int = 0
+    """Tokens and padding."""
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(
+            num_tokens=self.num_tokens + other.num_tokens, num_positions=self.num_positions + other.num_positions
+        )
+
+
 @dataclass(slots=True)
 class _Graph:
     """One micro-batch under way."""
@@ -110,8 +126,9 @@ class ServerSession:
         """The request whose new positions are with the worker."""
         self._micro_batches_begun = 0
         self._micro_batches_done = 0
-        self._num_tokens = 0
-        """Tokens of the open step's micro-batches: there cannot be more labels."""
+        self._sent = Sent()
+        self.asked = Sent()
+        """What the last step was made of whose commit has been asked for."""
         self._num_reports = 0
         self._closed: set[int] = set()
         """Requests of steps that went on without this client; what still comes for them is ignored."""
@@ -340,22 +357,24 @@ class ServerSession:
     def _begin_step(self) -> None:
         self._micro_batches_begun = 0
         self._micro_batches_done = 0
-        self._num_tokens = 0
+        self._sent = Sent()
 
     def _check_forward(self, message: Forward) -> None:
         if message.request_id <= self._last_request:
             raise RemoteProtocolError(f"request {message.request_id} after {self._last_request}: numbers must rise")
         if self.num_in_flight >= self.terms.max_in_flight:
             raise RemoteProtocolError(f"more than max_in_flight = {self.terms.max_in_flight} micro-batches under way")
-        if message.example_lengths:
-            raise RemoteProtocolError("rows packed from several examples, which this server does not take")
         self.terms.check_activations(message.hidden_BSD, message.lengths_B)
+        if message.example_lengths:
+            self.terms.check_packing(message.example_lengths, message.lengths_B)
+            if message.left_padded:
+                raise RemoteProtocolError("packed rows that are padded on the left: what pads them goes last")
 
     def _admit(self, message: Forward) -> None:
         self._last_request = message.request_id
         self._graphs[message.request_id] = _Graph(shape=message.hidden_BSD.shape, step=message.step)
         if message.step:
-            self._num_tokens += sum(message.lengths_B)
+            self._sent += Sent(num_tokens=sum(message.lengths_B), num_positions=math.prod(message.hidden_BSD.shape[:2]))
 
     def _admit_evaluation(self, message: Forward) -> None:
         self._require(message, Phase.IDLE)
@@ -412,11 +431,13 @@ class ServerSession:
             raise RemoteProtocolError(f"commit of step {message.step} leaves a gap: step {self.next_step} is next")
         self.terms.check_norms(message.norms_P)
         self._require_complete(message)
-        if message.num_label_tokens > self._num_tokens:  # they weigh the step, so nobody may claim more than it sent
+        num_tokens = self._sent.num_tokens
+        if message.num_label_tokens > num_tokens:  # they weigh the step, so nobody may claim more than it sent
             raise RemoteProtocolError(
-                f"{message.num_label_tokens} label tokens in a step of {self._num_tokens} tokens: at most each counts"
+                f"{message.num_label_tokens} label tokens in a step of {num_tokens} tokens: at most each counts"
             )
         self.phase = Phase.COMMITTING
+        self.asked = self._sent
         return message
 
     def _require_complete(self, message: Commit) -> None:

@@ -3,9 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import DTYPE_BYTES, TensorFrames
+
+# Examples that the rows of one micro-batch may be packed from: their lengths have to fit into a header.
+MAX_PACKED_EXAMPLES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +22,8 @@ class Terms:
     max_seq_length: int
     max_batch_size: int
     max_in_flight: int
+    max_packed_examples: int
+    """Examples that the rows of one micro-batch may be packed from; 0 where each row is one example."""
     micro_batches: int
     """Micro-batches in a step; 0 where clients train in loops of their own, and a step has any number."""
     needs_backward: bool
@@ -71,6 +77,21 @@ class Terms:
             raise RemoteProtocolError(f"rows of {length} tokens, more than max_seq_length = {self.max_seq_length}")
         if len(lengths_B) != batch or any(not 1 <= row <= length for row in lengths_B):
             raise RemoteProtocolError(f"lengths_B must give each of {batch} rows a length from 1 to {length}")
+
+    def check_packing(self, example_lengths: Sequence[int], lengths_B: Sequence[int]) -> None:
+        """Raise unless rows may be packed, and these lengths of examples, row after row, make up the rows'."""
+        if not self.max_packed_examples:
+            raise RemoteProtocolError("rows packed from several examples, which this run does not take")
+        if len(example_lengths) > self.max_packed_examples:
+            raise RemoteProtocolError(
+                f"rows packed from {len(example_lengths)} examples, where {self.max_packed_examples} is the most"
+            )
+        ends = set(accumulate(example_lengths))
+        if min(example_lengths) < 1 or not ends.issuperset(accumulate(lengths_B)) or max(ends) != sum(lengths_B):
+            raise RemoteProtocolError(
+                "example_lengths must give each example at least one token, and those of a row must add up to its"
+                " length in lengths_B"
+            )
 
     def check_new_positions(self, tensor: TensorFrames, lengths_B: Sequence[int]) -> None:
         """Raise unless the tensor is activations BSD of a generation, no larger than the largest micro-batch's.

@@ -21,6 +21,7 @@ from splitfl.telemetry.units import (
     format_loss,
     format_measure,
     format_seconds,
+    format_share,
     format_weight,
     printable,
 )
@@ -44,6 +45,9 @@ class ClientProgress:
     bytes_received: int = 0
     round_tokens: int = 0
     round_steps: int = 0
+    num_tokens: int = 0
+    num_positions: int = 0
+    """Tokens and padding of all its steps that were seen."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,6 +129,8 @@ class RunProgress:
         client.bytes_sent, client.bytes_received = event["bytes_sent"], event["bytes_received"]
         client.round_tokens += event["num_label_tokens"]
         client.round_steps += 1
+        client.num_tokens += event.get("num_tokens", 0)
+        client.num_positions += event.get("num_positions", 0)
         seconds = event["elapsed_s"] - self.round.get("elapsed_s", 0.0)
         client.tokens_per_second = client.round_tokens / seconds if seconds > 0 else None
         client.state = "waiting" if client.round_steps >= self.round.get("num_steps", 0) else "training"
@@ -270,7 +276,7 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
         case "upload_dropped":
             return "dropped", f"{event['client_id']}: its layers, {event['reason']}"
         case "client_done":
-            return "done", f"{_padded(event, progress)}  {event['num_examples']} examples  {_traffic(event)}"
+            return "done", _say_done(event, progress)
         case "run_finished":
             return "end", _say_end(event)
     return None
@@ -343,6 +349,13 @@ def _say_merge(event: Event) -> str:
     weights = ", ".join(f"{client_id} ({format_weight(weight)})" for client_id, weight in event["clients"].items())
     digest = event["digest"][:_DIGEST_CHARACTERS]
     return f"round {event['round']}: {weights}; {event['num_tensors']} tensors, digest {digest}{absent}"
+
+
+def _say_done(event: Event, progress: RunProgress) -> str:
+    client = progress.client(event["client_id"])
+    share = 1 - client.num_tokens / client.num_positions if client.num_positions else None
+    padding = "" if share is None else f"{format_share(share)} padding  "
+    return f"{_padded(event, progress)}  {event['num_examples']} examples  {padding}{_traffic(event)}"
 
 
 def _say_end(event: Event) -> str:

@@ -9,7 +9,14 @@ from typing import Any, TypeAlias
 from splitfl.telemetry import plots
 from splitfl.telemetry.figures import client_rows, measure_rows
 from splitfl.telemetry.page_style import STYLE
-from splitfl.telemetry.units import format_bytes, format_change, format_loss, format_seconds, format_weight
+from splitfl.telemetry.units import (
+    format_bytes,
+    format_change,
+    format_loss,
+    format_seconds,
+    format_share,
+    format_weight,
+)
 
 Report: TypeAlias = Mapping[str, Any]
 Cell: TypeAlias = str
@@ -221,13 +228,16 @@ def _ending(report: Report) -> str:
 
 
 def _client_section(report: Report) -> str:
-    header = ["client", "examples", "cut short", "steps", "label tokens", "loss before", "loss after", "change"]
-    header += ["sent", "received", "peak memory", "seconds", "computing"]
+    header = ["client", "examples", "cut short", "steps", "label tokens", "padding"]
+    header += ["loss before", "loss after", "change", "sent", "received", "peak memory", "seconds", "computing"]
     mean = [report["eval_loss_before"], report["eval_loss_after"]]
-    means = ["mean", *[""] * 4, *map(_number, mean), _change(*mean), *[""] * 5]
+    means = ["mean", *[""] * 5, *map(_number, mean), _change(*mean), *[""] * 5]
     rows = [_client_row(client) for client in report["clients"]]
-    server = ["server", *[""] * 7, *_use(report["server"] | {"wall_seconds": report["wall_seconds"]})]
-    note = "Held-out loss in nats a token. Sent and received are each one's own bytes; sizes in decimal units."
+    server = ["server", *[""] * 8, *_use(report["server"] | {"wall_seconds": report["wall_seconds"]})]
+    note = (
+        "Held-out loss in nats a token. Padding is the part of the positions sent in training that holds no token. Sent"
+        " and received are each one's own bytes; sizes in decimal units."
+    )
     note += _copies_note(report.get("copies"))
     return _section("Clients", f"{_table(header, rows, foot=[means, server])}<p class=note>{note}</p>{_also(report)}")
 
@@ -247,7 +257,8 @@ def _client_row(client: Mapping[str, Any]) -> list[Cell]:
     losses = [client["eval_loss_before"], client["eval_loss_after"]]
     left = "" if client["left"] is None else f" <small>left: {_text(_without_paths(client['left']))}</small>"
     name = _text(client["client_id"]) + left
-    return [name, *map(_count, counts), *map(_number, losses), _change(*losses), *_use(client)]
+    known = [*map(_count, counts), _share(client["padding_share"]), *map(_number, losses), _change(*losses)]
+    return [name, *known, *_use(client)]
 
 
 def _use(row: Mapping[str, Any]) -> list[Cell]:
@@ -392,6 +403,10 @@ def _change(before: float | None, after: float | None) -> Cell:
 
 def _size(num_bytes: int | None) -> Cell:
     return _DASH if num_bytes is None else format_bytes(num_bytes)
+
+
+def _share(share: float | None) -> Cell:
+    return _DASH if share is None else format_share(share)
 
 
 def _count(count: int | None) -> Cell:

@@ -145,9 +145,16 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
             "bytes_received": last.get("bytes_received"),
             "steps": len(steps),
             "num_label_tokens": sum(step["num_label_tokens"] for step in steps),
+            "padding_share": _padding_share(steps),
             "left": None if done else _last(own, "client_left").get("reason"),
         }
     )
+
+
+def _padding_share(steps: Sequence[Event]) -> float | None:
+    """Return which part of the positions that were sent in training is padding; None where nobody has counted."""
+    positions = sum(step.get("num_positions", 0) for step in steps)
+    return 1 - sum(step.get("num_tokens", 0) for step in steps) / positions if positions else None
 
 
 def _federated(events: Sequence[Event]) -> list[dict[str, Any]]:

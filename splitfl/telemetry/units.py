@@ -49,6 +49,11 @@ def format_change(before: float | None, after: float | None) -> str:
     return "-" if before is None or after is None else f"{after - before:+.3f}"
 
 
+def format_share(share: float | None) -> str:
+    """Write a part of a whole as `12.3 %`; unknown is a dash."""
+    return "-" if share is None else f"{share:.1%}".replace("%", " %")
+
+
 def format_weight(weight: float) -> str:
     """Write a client's weight in a merge: counts as `1,234`, anything else with three decimals."""
     return f"{weight:,.0f}" if weight == int(weight) else f"{weight:,.3f}"

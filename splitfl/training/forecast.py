@@ -86,7 +86,8 @@ class Part:
 def steps_of(run: RunConfig) -> Finding:
     """Say how many steps the run has."""
     federation = run.federation
-    examples = federation.per_device_train_batch_size * federation.gradient_accumulation_steps
+    rows = federation.per_device_train_batch_size * federation.gradient_accumulation_steps
+    what = "rows of packed examples" if run.text.packing else "examples"
     rounds = f"{federation.num_rounds} rounds of {federation.local_steps} steps of each client: {run.total_steps} steps"
     if run.is_buffered:
         rounds = (
@@ -95,10 +96,12 @@ def steps_of(run: RunConfig) -> Finding:
         )
     return Finding(
         topic="steps",
-        sentences=(
-            f"{rounds}, each from {examples} examples in {federation.gradient_accumulation_steps} micro-batches.",
-        ),
-        numbers={"rounds": federation.num_rounds, "steps": run.total_steps, "examples_per_step": examples},
+        sentences=(f"{rounds}, each from {rows} {what} in {federation.gradient_accumulation_steps} micro-batches.",),
+        numbers={
+            "rounds": federation.num_rounds,
+            "steps": run.total_steps,
+            "rows_per_step" if run.text.packing else "examples_per_step": rows,
+        },
     )
 
 
@@ -233,7 +236,8 @@ def sight_of(run: RunConfig) -> Finding:
     learns = run.backbone_trains or run.bottom_trains
     seen = ["activations of every position, of held-out text too"]
     seen += ["gradients"] * learns
-    seen += ["lengths of rows", "counts of examples and tokens", "losses and other measures"]
+    seen += ["lengths of rows and of each example in them" if run.text.packing else "lengths of rows"]
+    seen += ["counts of examples and tokens", "losses and other measures"]
     seen += ["the layers of every merge"]
     if run.evaluation.generates:
         seen += ["activations and lengths of the answers to held-out prompts"]

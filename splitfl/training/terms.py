@@ -5,7 +5,7 @@ from torch import nn
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.protocol.tensors import wire_dtype
-from splitfl.session.terms import Terms
+from splitfl.session.terms import MAX_PACKED_EXAMPLES, Terms
 
 
 def terms_of(run: RunConfig, cut: Cut) -> Terms:
@@ -18,6 +18,7 @@ def terms_of(run: RunConfig, cut: Cut) -> Terms:
         max_seq_length=run.text.max_seq_length,
         max_batch_size=max(federation.per_device_train_batch_size, federation.per_device_eval_batch_size),
         max_in_flight=run.link.max_in_flight,
+        max_packed_examples=MAX_PACKED_EXAMPLES if run.text.packing or run.has_own_loops else 0,
         micro_batches=0 if run.has_own_loops else federation.gradient_accumulation_steps,
         needs_backward=run.has_own_loops or run.backbone_trains or run.bottom_trains,
         num_trainable=0 if run.has_own_loops else len(cut.trainable("client")),

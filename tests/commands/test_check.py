@@ -297,6 +297,46 @@ class TestClient:
         assert num_seen == 1
         assert json.loads((finished.run_dir / "report.json").read_text())["wall_seconds"] < 20
 
+    @pytest.mark.parametrize("packing", [True, False])
+    def test_rows_and_padding_are_those_of_the_run(
+        self, packing: bool, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+    ) -> None:
+        address = f"tcp://127.0.0.1:{free_port()}"
+        data = write_text(tmp_path / "text.txt", num_lines=60, seed=1, lengths=(2, 16))
+        found: dict[str, Any] = {}
+
+        def look() -> None:
+            found.update(
+                {each.topic: each for each in check_client(client_file(tmp_path, address, data, "clinic"), ())}
+            )
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        finished = federate(
+            {
+                "model": {"model_name_or_path": str(make_model())},
+                "text": {"max_seq_length": 24, "packing": packing},
+                "federation": {
+                    "num_rounds": 2,
+                    "local_steps": 1,
+                    "per_device_train_batch_size": 2,
+                    "min_available_clients": 2,
+                },
+                "server": {"export_model": False},
+            },
+            {name: {"path": data, "eval_fraction": 0.25} for name in ("clinic", "other")},
+            address=address,
+        )
+        thread.join(30)
+        assert finished.errors == {}
+        numbers, said = found["data"].numbers, " ".join(found["data"].sentences)
+        (clinic, _) = json.loads((finished.run_dir / "report.json").read_text())["clients"]
+        assert numbers["padding_share"] == pytest.approx(clinic["padding_share"])
+        assert f"{numbers['padding_share']:.1%}".replace("%", " %") in said
+        assert (numbers["rows"] < 45 / 2) if packing else (numbers["rows"] == 45)
+        assert ("rows of packed examples" in found["steps"].sentences[0]) == packing
+        assert ("of each example" in found["sight"].sentences[0]) == packing
+
     def test_bad_data_is_found_without_a_server(
         self, tmp_path: Path, said: Callable[..., tuple[int, dict[str, Any]]]
     ) -> None:

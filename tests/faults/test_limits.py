@@ -14,6 +14,7 @@ from faults.town import Town
 
 from splitfl.config import ClientConfig
 from splitfl.errors import PeerGone, Refused
+from splitfl.models.layout import Layout
 from splitfl.protocol import codec
 from splitfl.protocol.messages import WIRE_VERSION as VERSION
 from splitfl.protocol.messages import Hello, Message, Refusal, TensorFrames, Welcome
@@ -143,10 +144,10 @@ def test_poison_is_applied_nowhere(town: Callable[..., Town], monkeypatch: pytes
     run = town(2, starts=False, federation__num_rounds=1, federation__local_steps=6, federation__step_timeout=3)
     send = Link.send_forward
 
-    def poisoned(self: Link, hidden_BSD: torch.Tensor, lengths_B: tuple[int, ...], **more: int) -> int:
+    def poisoned(self: Link, hidden_BSD: torch.Tensor, layout: Layout, **more: int) -> int:
         if more["step"] >= 3:
             hidden_BSD = torch.full_like(hidden_BSD, value)
-        return send(self, hidden_BSD, lengths_B, **more)
+        return send(self, hidden_BSD, layout, **more)
 
     monkeypatch.setattr(Link, "send_forward", poisoned)
     run.start("server")

@@ -225,8 +225,8 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("mask", "positions"),
-        [([1, 0, 1, 1], None), ([0, 1, 1, 0], None), ([0, 0, 0, 0], None), (None, [0, 1, 0, 1])],
-        ids=["a hole", "both sides", "nothing", "packed"],
+        [([1, 0, 1, 1], None), ([0, 1, 1, 0], None), ([0, 0, 0, 0], None), ([1, 1, 1, 1], [0, 1, 0, 1])],
+        ids=["a hole", "both sides", "nothing", "packed beside a mask"],
     )
     def test_rows_that_are_none(self, mask: list[int] | None, positions: list[int] | None, host: Start) -> None:
         model = host().connect()
@@ -235,7 +235,10 @@ class TestRefused:
             for name, value in (("attention_mask", mask), ("position_ids", positions))
             if value
         }
-        with torch.no_grad(), pytest.raises(DataError, match=r"an attention_mask with holes|position_ids that restart"):
+        with (
+            torch.no_grad(),
+            pytest.raises(DataError, match=r"an attention_mask with holes|position_ids that begin anew"),
+        ):
             model(input_ids=torch.tensor([[5, 6, 7, 8]]), **given)
 
     def test_batches_beyond_the_servers_bounds(self, host: Start) -> None:

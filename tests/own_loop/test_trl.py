@@ -30,9 +30,9 @@ PAIRS = [
 
 
 def arguments(kind: Any, folder: Path, **more: Any) -> Any:
-    own = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "max_length": 32}
+    own = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "max_length": 32, **more}
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
-    return kind(output_dir=str(folder), dataloader_pin_memory=False, **own, **quiet, **more)
+    return kind(output_dir=str(folder), dataloader_pin_memory=False, **own, **quiet)
 
 
 def run(kind: Any, model: Any, settings: Any, data: list[dict[str, str]], tokenizer: Any) -> list[dict[str, float]]:

@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM
 from server_backbone.worker import Contribution, Worker
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut
+from splitfl.models.layout import Layout
 from splitfl.models.trainable import choose_trainable, first_adapter_values
+
+LAYOUT = Layout(lengths_B=(5, 5))
 
 
 def worker_of(train: str = "lora", family: str = "llama", **federation: Any) -> Worker:
@@ -30,7 +33,7 @@ def hidden(client: str, number: int, batch: int = 2) -> Tensor:
 
 
 def forward(worker: Worker, client: str, number: int, step: int) -> Tensor:
-    return worker.forward(client, number, hidden(client, number), (5, 5), False, step=step, micro_batch=number % 2)
+    return worker.forward(client, number, hidden(client, number), LAYOUT, step=step, micro_batch=number % 2)
 
 
 def backward(worker: Worker, client: str, number: int) -> Tensor | None:
@@ -107,16 +110,16 @@ def test_interleaved_clients_are_those_who_run_apart(train: str, family: str) ->
 
 def test_a_client_evaluates_and_generates_with_its_own() -> None:
     worker = worker_of()
-    first = worker.evaluate("a", hidden("x", 1), (5, 5), False)
+    first = worker.evaluate("a", hidden("x", 1), LAYOUT)
     begun = worker.decode("b", 1, hidden("x", 1), (5, 5), (0, 1))
     two_steps(worker, "a")
-    assert not torch.equal(worker.evaluate("a", hidden("x", 1), (5, 5), False), first)
-    assert torch.equal(worker.evaluate("b", hidden("x", 1), (5, 5), False), first)
+    assert not torch.equal(worker.evaluate("a", hidden("x", 1), LAYOUT), first)
+    assert torch.equal(worker.evaluate("b", hidden("x", 1), LAYOUT), first)
     assert isinstance(begun, Tensor)
     assert isinstance(worker.decode("b", 1, hidden("x", 2), (5, 5), (0, 1)), Tensor)  # what a learned is not b's affair
     merge(worker, "a")
     assert "has learned since" in str(worker.decode("b", 1, hidden("x", 3), (5, 5), (0, 1)))
-    of_all = [worker.evaluate(client, hidden("x", 1), (5, 5), False) for client in ("a", "b", "new")]
+    of_all = [worker.evaluate(client, hidden("x", 1), LAYOUT) for client in ("a", "b", "new")]
     assert torch.equal(of_all[0], of_all[1])
     assert torch.equal(of_all[0], of_all[2])
     assert not torch.equal(of_all[0], first)

@@ -15,8 +15,11 @@ from splitfl.config import RunConfig
 from splitfl.errors import ModelError
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
+from splitfl.models.layout import Layout
 from splitfl.models.source import empty_model
 from splitfl.models.trainable import choose_trainable
+
+LAYOUT = Layout(lengths_B=(5, 3))
 
 
 def cut_of(family: str, run: RunConfig) -> Cut:
@@ -41,11 +44,12 @@ def three_steps(cut: Cut, run: RunConfig, device_map: Mapping[str, int | str] | 
     worker = Worker(cut, run, torch.device("cpu"), device_map)
     blocks = worker._backbone.base.get_submodule(cut.anatomy.blocks_name)
     assert all(hasattr(block, "_hf_hook") is (device_map is not None) for block in blocks)
+    worker.check_packing()
     draw = torch.Generator().manual_seed(1)
     outputs: dict[str, Tensor] = {}
     for step in (1, 2, 3):
         hidden_BSD, gradient_BSD = (torch.randn(2, 5, 32, generator=draw) for _ in range(2))
-        outputs[f"out {step}"] = worker.forward("a", step, hidden_BSD, (5, 3), False, step=step, micro_batch=0)
+        outputs[f"out {step}"] = worker.forward("a", step, hidden_BSD, LAYOUT, step=step, micro_batch=0)
         outputs[f"gradient {step}"] = worker.backward("a", step, gradient_BSD)  # type: ignore[assignment]
         num_norms = len(cut.trainable("client"))
         worker.reduce([Contribution(slot="a", step=step, num_label_tokens=6, norms_P=[0.5] * num_norms)])

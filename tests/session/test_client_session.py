@@ -349,6 +349,19 @@ class TestStepRefused:
         assert session.receive(refused(1, 2)) is None
         assert snapshot(session) == before
 
+    def test_nor_does_it_end_the_session_when_that_step_was_the_rounds_last(self) -> None:
+        session = ready()
+        session.receive(opened(num_steps=1))
+        through(session, 1, 0)
+        through(session, 1, 1)
+        ask_commit(session)
+        session.receive(refused(1, 2))
+        session.abandon_step(2)
+        ask_merge(session)
+        before = snapshot(session)
+        assert session.receive(refused(1, 2)) is None
+        assert snapshot(session) == before
+
     def test_the_round_may_close_meanwhile(self) -> None:
         session = awaiting_backward()
         assert session.receive(merged(accepted=False, reason="round_timeout")) is not None

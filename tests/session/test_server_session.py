@@ -7,6 +7,7 @@ import pytest
 from sample_messages import WIDTH, commit, forward, frames_of, layers, merged, opened, terms
 
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
+from splitfl.protocol.codec import encode
 from splitfl.protocol.messages import (
     Attach,
     Backward,
@@ -26,7 +27,9 @@ from splitfl.protocol.messages import (
     StepRefused,
     Upload,
 )
+from splitfl.session.limits import HEADER_BYTES
 from splitfl.session.server import Phase, Reply, ServerSession
+from splitfl.session.terms import MAX_PACKED_EXAMPLES
 
 ACTIVATIONS = frames_of(2, 3, WIDTH)
 
@@ -286,10 +289,10 @@ class TestPhases:
         with pytest.raises(RemoteProtocolError, match="more than 64 reports in one round"):
             session.receive(report)
 
-    def test_packed_rows_are_refused(self) -> None:
+    def test_packed_rows_are_refused_where_the_run_has_none(self) -> None:
         session = STATES["training"]()
         before = snapshot(session)
-        with pytest.raises(RemoteProtocolError, match="packed from several examples"):
+        with pytest.raises(RemoteProtocolError, match="packed from several examples, which this run does not take"):
             session.receive(forward(1, 1, example_lengths=(2, 1, 2)))
         assert snapshot(session) == before
 
@@ -399,6 +402,75 @@ class TestMicroBatches:
         session = computing_backward()
         with pytest.raises(RemoteProtocolError, match="backward 1 has no forward that waits for it"):
             session.receive(backward(1))
+
+
+PACKED_WRONGLY: dict[str, dict[str, Any]] = {
+    "too few tokens": {"example_lengths": (3, 1)},
+    "too many tokens": {"example_lengths": (3, 2, 1)},
+    "over the border of two rows": {"example_lengths": (2, 2, 1)},
+    "one example for all rows": {"example_lengths": (5,)},
+    "an example without a token": {"example_lengths": (3, 0, 2)},
+    "padded on the left": {"example_lengths": (2, 1, 2), "left_padded": True},
+    "lengths of no rows": {"example_lengths": (3, 2), "lengths_B": ()},
+    "too many examples": {"example_lengths": (1,) * 5},
+}
+
+
+class TestPackedRows:
+    """Two rows of three positions, the second with one of padding."""
+
+    @pytest.mark.parametrize("lengths", [(3, 2), (1, 2, 2), (2, 1, 1, 1)])
+    def test_examples_that_make_up_the_rows(self, lengths: tuple[int, ...]) -> None:
+        session = ServerSession(terms(max_packed_examples=4))
+        assert session.receive(forward(1, 0, example_lengths=lengths)) is not None
+
+    def test_a_row_of_one_example_may_be_among_them(self) -> None:
+        session = ServerSession(terms(max_packed_examples=4))
+        assert session.receive(forward(1, 0)) is not None
+
+    def test_as_many_as_may_be_fit_into_a_header(self) -> None:
+        lengths = (300,) * MAX_PACKED_EXAMPLES
+        header = encode(forward(1, 0, example_lengths=lengths, lengths_B=(300 * len(lengths) // 512,) * 512))[0]
+        assert len(header) < HEADER_BYTES
+
+    @pytest.mark.parametrize("case", PACKED_WRONGLY)
+    @pytest.mark.parametrize("step", [0, 1])
+    def test_others_change_nothing(self, case: str, step: int) -> None:
+        session = ServerSession(terms(max_packed_examples=4))
+        if step:
+            session.receive(Ready(round_number=0, num_examples=5))
+            session.opened(opened())
+        before = snapshot(session)
+        with pytest.raises(RemoteProtocolError):
+            session.receive(forward(1, step, **PACKED_WRONGLY[case]))
+        assert snapshot(session) == before
+
+
+class TestWhatAStepIsMadeOf:
+    def test_tokens_and_positions_are_counted_until_its_commit(self) -> None:
+        session = committing()
+        session.committed(acknowledged(1))
+        assert (session.asked.num_tokens, session.asked.num_positions) == (10, 12)
+        through(session, 3, 2, 0)
+        assert session.asked.num_tokens == 10
+
+    def test_evaluations_do_not_count(self) -> None:
+        session = idle()
+        through_evaluation(session, 1)
+        session.receive(Ready(round_number=0, num_examples=5))
+        session.opened(opened())
+        through(session, 2, 1, 0)
+        through(session, 3, 1, 1)
+        session.receive(commit(1))
+        assert session.asked.num_positions == 12
+
+    def test_what_a_lost_connection_took_with_it_does_not_count(self) -> None:
+        session = through_one()
+        session.disconnected()
+        through(session, 1, 1, 0)
+        through(session, 2, 1, 1)
+        session.receive(commit(1))
+        assert session.asked.num_positions == 12
 
 
 class TestOnce:

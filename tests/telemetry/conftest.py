@@ -99,6 +99,8 @@ def _round(recorder: Recorder, round_: int) -> None:
                 commit_number=step,
                 loss=3.0 - step / 4,
                 num_label_tokens=100,
+                num_tokens=150,
+                num_positions=200,
                 learning_rate=1e-3,
                 clip_coefficient=1.0,
                 bytes_sent=step * 1_000_000,

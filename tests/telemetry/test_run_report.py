@@ -88,6 +88,7 @@ def test_the_report_holds_what_the_events_say(events):
         "bytes_received": 4_000_000,
         "steps": 4,
         "num_label_tokens": 400,
+        "padding_share": 0.25,
         "left": None,
     }
 
@@ -102,6 +103,16 @@ def test_steps_that_a_resumed_run_says_again_count_once(events):
     report = build_report([*events, *again])
     assert report["steps"] == 4
     assert report["curves"]["clinic-a"] == [[1, 2.75], [2, 2.5], [3, 2.25], [4, 9.0]]
+
+
+def test_padding_is_unknown_where_nobody_has_counted_it(events, tmp_path):
+    old = [{name: value for name, value in event.items() if name != "num_positions"} for event in events]
+    report = build_report(old)
+    assert [client["padding_share"] for client in report["clients"]] == [None, None]
+    write_report(tmp_path, report)
+    assert "25.0 %" not in (tmp_path / "report.html").read_text()
+    write_report(tmp_path, build_report(events))
+    assert (tmp_path / "report.html").read_text().count(">25.0 %<") == 2
 
 
 def test_a_merge_is_equal_when_every_client_loaded_what_the_server_merged(events):
