@@ -24,6 +24,8 @@ _IN_FLIGHT = 2
 """Micro-batches of a split client under way at once (`link.max_in_flight`)."""
 _TEXT = 60_000_000
 """SmolLM2's tokenizer (40 MB) and some thousand examples, measured; in the checks only."""
+_MERGE_COPIES = 2
+"""Of what trains on it, a split client holds what it uploads, or what has come back, and that once more on its way."""
 _FLOWER_COPIES = 2
 """Of everything that is exchanged, a Flower client holds what it was sent and what it sends while it holds the
 model."""
@@ -203,7 +205,10 @@ def split_client_memory(
     kept = activation_bytes(shape, learns, num_positions=num_positions, num_blocks=client_blocks)
     hidden = _HIDDEN_STATES * num_positions * shape.hidden_size * _F32
     chunk = min(num_positions, 128) * shape.vocab_size * _F32
-    return weights + training + _IN_FLIGHT * (kept + hidden) + chunk
+    copies = _MERGE_COPIES * _F32 * trained_parameters(shape, learns, "client", client_blocks=client_blocks)
+    # the head's gradient of a second micro-batch is made whole before it is added to the first's
+    second_head = shape.vocab_size * shape.hidden_size * _F32 if learns == "full" else 0
+    return weights + training + _IN_FLIGHT * (kept + hidden) + chunk + copies + second_head
 
 
 def whole_client_memory(shape: Shape, learns: Learns, *, num_positions: int, value_bytes: int = _F32) -> int:

@@ -105,7 +105,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 def _cells(arguments: argparse.Namespace, source: Source) -> list[Cell]:
     preset = _sized(arguments)
     dealt = f"dirichlet:{arguments.alpha:g}" if arguments.alpha else "natural" if source.client_field else "iid"
-    num_clients = arguments.clients
+    num_clients = arguments.clients or preset.num_clients
     tables = [arguments.table] if arguments.table else ["lora", "full"]
     cells: list[Cell] = []
     if "arms" in arguments.studies:
@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--full-seeds", type=int, nargs="+", default=[], metavar="N", help="seeds of full weights (1)")
     parser.add_argument("--table", choices=("lora", "full"), help="only this table")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help=f"some of: {', '.join(BY_NAME)}")
-    parser.add_argument("--clients", type=int, default=4, metavar="N", help="clients (default: 4)")
+    parser.add_argument("--clients", type=int, default=0, metavar="N", help="clients (default: 4, quick: 2)")
     parser.add_argument("--full-clients", type=int, default=0, metavar="N", help="of the full-weight arms (default: 2)")
     parser.add_argument("--alpha", type=float, metavar="A", help="deal by Dirichlet over the label, not naturally")
     parser.add_argument(

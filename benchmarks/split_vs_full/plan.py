@@ -130,6 +130,7 @@ class Preset:
     full: Budget
     seeds: Sequence[int]
     full_seeds: Sequence[int]
+    num_clients: int
     full_clients: int
     """Four of Flower's clients with all weights of a 135 M model, and its server, need more than 24 GB."""
 

@@ -26,15 +26,19 @@ _QUICK = dataclasses.replace(_FULL, num_rounds=2, local_steps=2, num_eval=8)
 _TINY = dataclasses.replace(_QUICK, max_seq_length=16, num_eval=4, learning_rate=1e-2)
 
 
-def _preset(name: str, budget: Budget, seeds: Sequence[int], full_rate: float = _FULL_RATE) -> Preset:
+def _preset(
+    name: str, budget: Budget, seeds: Sequence[int], *, num_clients: int, full_rate: float = _FULL_RATE
+) -> Preset:
     """Give both tables the same budget but for the learning rate, so that they can be read together."""
     full = dataclasses.replace(budget, learning_rate=full_rate)
-    return Preset(name=name, lora=budget, full=full, seeds=seeds, full_seeds=seeds[:1], full_clients=2)
+    return Preset(
+        name=name, lora=budget, full=full, seeds=seeds, full_seeds=seeds[:1], num_clients=num_clients, full_clients=2
+    )
 
 
-FULL = _preset("full", _FULL, (1, 2, 3))
-QUICK = _preset("quick", _QUICK, (1,))
-TINY = _preset("tiny", _TINY, (1,), full_rate=1e-3)
+FULL = _preset("full", _FULL, (1, 2, 3), num_clients=4)
+QUICK = _preset("quick", _QUICK, (1,), num_clients=2)
+TINY = _preset("tiny", _TINY, (1,), num_clients=2, full_rate=1e-3)
 
 
 def cells_of_arms(

@@ -187,7 +187,7 @@ PLOTS = ("results-loss-against-bytes.png", "results-loss-against-wall.png", "res
 
 
 def run_tiny(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.split_vs_full", "--tiny", "--clients", "2"]
+    command = [sys.executable, "-m", "benchmarks.split_vs_full", "--tiny"]
     files = ["--json", "result.json", "--write", "results.md", "--work", "work"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     done = subprocess.run(
