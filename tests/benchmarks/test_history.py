@@ -84,18 +84,20 @@ def test_a_server_that_is_broken_on_purpose(
 
     apply, count = Worker.apply, [0]
 
-    def broken(self: Worker) -> None:
+    def broken(self: Worker) -> bool:
         count[0] += 1
         if count[0] == 3 and breaks == "skipped":
             self.withdraw()
         reduced = self._reduced
-        gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
-        apply(self)
+        parameters = [] if reduced is None else list(reduced.copy.parameters.values())
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
+        applied = apply(self)
         if count[0] == 3 and breaks == "twice":
             self._reduced = reduced
-            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-            apply(self)
+            applied = apply(self)
+        return applied
 
     monkeypatch.setattr(Worker, "apply", broken)
     finished = federate(
