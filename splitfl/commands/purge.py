@@ -10,7 +10,8 @@ from pathlib import Path
 from splitfl.errors import ConfigError
 
 # What a run's folder may hold that was learned from text, or tells of it; docs/limits.md lists them.
-_KEPT_BY_A_RUN = ("state", "uploads", "history.jsonl", "adapters.safetensors", "trained*.safetensors")
+_LAYERS_OF_A_RUN = ("uploads", "versions", "adapters.safetensors", "trained*.safetensors", "best-*.safetensors")
+_KEPT_BY_A_RUN = ("state", "history.jsonl", *_LAYERS_OF_A_RUN)
 
 
 class Purge:
