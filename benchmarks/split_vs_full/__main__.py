@@ -41,6 +41,7 @@ from splitfl.config import default_cache_dir
 from splitfl.errors import ConfigError, SplitflError
 
 _VERSIONED = ("torch", "transformers", "peft", "pyzmq")
+_OF_BUDGETS = ("num_rounds", "local_steps", "num_eval")
 _PRESETS = {"full": presets.FULL, "quick": presets.QUICK, "tiny": presets.TINY}
 
 
@@ -120,8 +121,11 @@ def _cells(arguments: argparse.Namespace, source: Source) -> list[Cell]:
 
 
 def _sized(arguments: argparse.Namespace) -> Preset:
-    """Return the size asked for, with other seeds if some are named; full weights get as many as asked for."""
+    """Return the size asked for, with what was named in its place; full weights get the first seed unless told."""
     preset = _PRESETS[arguments.size]
+    named = {name: getattr(arguments, name) for name in _OF_BUDGETS if getattr(arguments, name)}
+    lora, full = (dataclasses.replace(budget, **named) for budget in (preset.lora, preset.full))
+    preset = dataclasses.replace(preset, lora=lora, full=full)
     if arguments.full_clients:
         preset = dataclasses.replace(preset, full_clients=arguments.full_clients)
     if not arguments.seeds:
@@ -179,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--tiny", action="store_const", dest="size", const="tiny", help="a toy model: does it run?")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="seeds (default: 1 2 3)")
     parser.add_argument("--full-seeds", type=int, nargs="+", default=[], metavar="N", help="seeds of full weights (1)")
+    for name in _OF_BUDGETS:
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=int, default=0, metavar="N", help="in place of the size's own")
     parser.add_argument("--table", choices=("lora", "full"), help="only this table")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help=f"some of: {', '.join(BY_NAME)}")
     parser.add_argument("--clients", type=int, default=0, metavar="N", help="clients (default: 4, quick: 2)")
