@@ -35,7 +35,7 @@ def claims_of(cells: Sequence[Found], shape: Mapping[str, Any]) -> list[Claim]:
         *(_better_than_local(arms, table) for table in ("lora", "full")),
         *_strategies([found for found in done if found["study"] == "strategies"]),
         *_lighter(arms),
-        *_bytes(arms),
+        *_bytes(arms, shape),
         *_modes([found for found in done if found["study"] == "modes"]),
         *_formulas(arms, shape),
     ]
@@ -152,15 +152,26 @@ def _lighter(cells: Sequence[Found]) -> list[Claim]:
     return claims
 
 
-def _bytes(cells: Sequence[Found]) -> list[Claim]:
+def _bytes(cells: Sequence[Found], shape: Mapping[str, Any]) -> list[Claim]:
+    """Compare the traffic of the run, and say at how many steps a round the two would be even.
+
+    A split client pays for every step, a federated one for every round: few steps a round favour the split.
+    """
     claims = []
     for table, other in (("lora", "LoRA FL"), ("full", "full FL")):
-        text = f"a split client ({table} table) sends and receives fewer bytes than a {other} client"
+        text = f"a split client ({table} table) sends and receives fewer bytes than a {other} client, in this run"
         split, flower = (_traffic(of_arm(cells, arm, table)) for arm in ("split-shared", "flower"))
         if not split or not flower:
             claims.append(_not_run(text))
             continue
-        figures = f"{split / flower:.2f}x ({split / 1e6:.1f} MB against {flower / 1e6:.1f} MB in the run)"
+        budget = of_arm(cells, "split-shared", table)[0]["cell"]["budget"]
+        num_rounds, num_steps = budget["num_rounds"], budget["local_steps"]
+        merge = arithmetic.merge_bytes(arithmetic.Shape(**shape), "lora" if table == "lora" else "full", "client")
+        even = (flower / num_rounds - merge) / (split / num_rounds - merge) * num_steps
+        figures = (
+            f"{split / flower:.2f}x ({split / 1e6:.1f} MB against {flower / 1e6:.1f} MB in the run) with {num_steps}"
+            f" steps a round; they are even at about {even:.0f}, beyond which the split's are more"
+        )
         claims.append(Claim(text=text, verdict=_verdict(split < flower), figures=figures))
     return claims
 
