@@ -236,6 +236,10 @@ class Ledger:
         """Whether enough was committed since the last snapshot to take another."""
         return self._keeps_records and self._commits_since_snapshot >= self._snapshot_steps
 
+    def is_redone(self, kind: str) -> bool:
+        """Whether entries of this kind are done again from the log: all, or those that need no records."""
+        return self._keeps_records or kind in _ALWAYS_REDONE
+
     def begin(self, fingerprint: str, worker: Worker) -> None:
         """Write the first snapshot of a new run."""
         self.state.fingerprint = fingerprint
@@ -252,7 +256,7 @@ class Ledger:
             return recovered.notes
         self.go_to(snapshot, worker)
         for entry in recovered.entries:
-            if self._keeps_records or entry.kind in _ALWAYS_REDONE:
+            if self.is_redone(entry.kind):
                 self.redo(entry, worker)
                 if entry.kind == "commit":
                     redone(self.state.commit_number, entry.fields["members"][0][0])

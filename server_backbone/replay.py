@@ -58,8 +58,7 @@ def replay(run_dir: Path) -> Replay:
         if keeps_records or generation == generations[0]:
             _compare(ledger, worker, snapshot, generation, found)
         ledger.go_to(snapshot, worker)
-        if keeps_records:
-            _follow(ledger, worker, store.entries_of(generation), found)
+        _follow(ledger, worker, store.entries_of(generation), found)
     found.last_commit, found.digest = ledger.state.commit_number, worker.digest()
     _compare_saved(run_dir, ledger, worker, found)
     return found
@@ -74,6 +73,8 @@ def _compare(ledger: Ledger, worker: Worker, snapshot: Record, generation: int, 
 
 def _follow(ledger: Ledger, worker: Worker, entries: Iterator[Record], found: Replay) -> None:
     for entry in entries:
+        if not ledger.is_redone(entry.kind):
+            continue
         if entry.kind == "commit":
             _check_order(ledger, entry, found)
             found.commits += 1
