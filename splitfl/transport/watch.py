@@ -91,7 +91,9 @@ class Watch:
         """End the thread."""
         self._stopping.set()
         self._thread.join(timeout=5.0)
+        # in this order: libzmq waits for ever with an event that nobody can be told of any more
         self._socket.disable_monitor()
+        self._monitor.close(linger=0)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -100,7 +102,6 @@ class Watch:
                 if self._stopping.is_set():
                     break
             self._look()
-        self._monitor.close(linger=0)
 
     def _follow(self) -> None:
         event = parse_monitor_message(self._monitor.recv_multipart())
