@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from unsplit import backward
 
 from benchmarks.replay import quiet_replay
 from client_edge.data import Batch, TrainBatches, read_examples
@@ -70,17 +71,7 @@ class Unsplit:
             self.optimizer.state.clear()
 
     def step(self, batches: Sequence[Batch], run: RunConfig) -> None:
-        tokens = sum(batch.num_label_tokens for batch in batches)
-        for batch in batches:
-            mask = (torch.arange(batch.input_ids_BS.shape[1]) < torch.tensor(batch.lengths_B).unsqueeze(1)).long()
-            out = self.model(
-                input_ids=batch.input_ids_BS,
-                attention_mask=mask,
-                labels=batch.labels_BS,
-                num_items_in_batch=tokens,
-                use_cache=False,
-            )
-            out.loss.backward()
+        backward(self.model, batches)
         if run.proximal_mu:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
@@ -150,9 +141,7 @@ def batches_of(directory: Path, data: Path, client_id: str, run: RunConfig) -> T
     dataset = read_examples(
         data, section=DataSection(), tokenizer=tokenizer, max_seq_length=run.text.max_seq_length, append_eos=True
     )
-    return TrainBatches(
-        dataset, seed=run.seed, client_id=client_id, per_device_train_batch_size=2, gradient_accumulation_steps=2
-    )
+    return TrainBatches.of(dataset, run, client_id)
 
 
 def differing(first: Trained, second: Trained) -> list[str]:

@@ -14,6 +14,7 @@ from conftest import Finished, write_text
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from unsplit import backward
 
 from client_edge.data import Batch, TrainBatches, read_examples
 from splitfl.config import DataSection
@@ -64,17 +65,7 @@ class Whole:
             for name, parameter in self.parameters.items():
                 parameter.copy_(at[name])
         self.model.zero_grad()
-        tokens = sum(batch.num_label_tokens for batch in batches)
-        for batch in batches:
-            mask = (torch.arange(batch.input_ids_BS.shape[1]) < torch.tensor(batch.lengths_B).unsqueeze(1)).long()
-            out = self.model(
-                input_ids=batch.input_ids_BS,
-                attention_mask=mask,
-                labels=batch.labels_BS,
-                num_items_in_batch=tokens,
-                use_cache=False,
-            )
-            out.loss.backward()
+        backward(self.model, batches)
         return {name: p.grad.double() for name, p in self.parameters.items() if p.grad is not None}
 
 

@@ -8,6 +8,7 @@ import torch
 from conftest import Finished, write_text
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from unsplit import backward
 
 from client_edge.data import Batch, TrainBatches, read_examples
 from splitfl.config import DataSection
@@ -54,17 +55,7 @@ def centralised(directory: Path, clients: list[TrainBatches]) -> dict[str, torch
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for step in range(1, STEPS + 1):
         batches: list[Batch] = [batch for client in clients for batch in client.at(step)]
-        tokens = sum(batch.num_label_tokens for batch in batches)
-        for batch in batches:
-            mask = (torch.arange(batch.input_ids_BS.shape[1]) < torch.tensor(batch.lengths_B).unsqueeze(1)).long()
-            out = model(
-                input_ids=batch.input_ids_BS,
-                attention_mask=mask,
-                labels=batch.labels_BS,
-                num_items_in_batch=tokens,
-                use_cache=False,
-            )
-            out.loss.backward()
+        backward(model, batches)
         optimizer.step()
         optimizer.zero_grad()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Finished, write_text
+from parity.test_parity import batches_of
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks.replay import quiet_replay
-from client_edge.data import Batch, TrainBatches, read_examples
-from splitfl.config import ClientConfig, DataSection, RunConfig
+from client_edge.data import Batch, TrainBatches
+from splitfl.config import ClientConfig, RunConfig
 from splitfl.errors import ModelError
 
 STEPS = 4
@@ -35,17 +36,6 @@ def settings(directory: Path, **text: Any) -> dict[str, Any]:
 
 def run_config(tree: dict[str, Any]) -> RunConfig:
     return RunConfig.from_tree({name: value for name, value in tree.items() if name != "server"}, source="test")
-
-
-def batches_of(directory: Path, data: Path, run: RunConfig) -> TrainBatches:
-    dataset = read_examples(
-        data,
-        section=DataSection(),
-        tokenizer=AutoTokenizer.from_pretrained(directory),
-        max_seq_length=run.text.max_seq_length,
-        append_eos=run.text.append_eos,
-    )
-    return TrainBatches.of(dataset, run, "clinic")
 
 
 def positions_of(batch: Batch) -> torch.Tensor:

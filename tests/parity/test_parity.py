@@ -17,6 +17,7 @@ from conftest import Finished, write_text
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from unsplit import backward
 
 from client_edge.data import TrainBatches, read_examples
 from splitfl.config import DataSection, RunConfig
@@ -135,26 +136,11 @@ def reference(directory: Path, data: Path, run: RunConfig) -> tuple[list[float],
     losses = []
     model.train()
     for step in range(1, STEPS + 1):
-        micro_batches = batches.at(step)
-        tokens = sum(batch.num_label_tokens for batch in micro_batches)
-        loss = 0.0
-        for batch in micro_batches:
-            positions = torch.arange(batch.input_ids_BS.shape[1])
-            mask = (positions < torch.tensor(batch.lengths_B).unsqueeze(1)).long()
-            out = model(
-                input_ids=batch.input_ids_BS,
-                attention_mask=mask,
-                labels=batch.labels_BS,
-                num_items_in_batch=tokens,
-                use_cache=False,
-            )
-            out.loss.backward()
-            loss += out.loss.item()
+        losses.append(backward(model, batches.at(step)))
         torch.nn.utils.clip_grad_norm_(parameters.values(), section.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss)
     return losses, {name: parameter.detach() for name, parameter in parameters.items()}
 
 
@@ -166,13 +152,7 @@ def batches_of(directory: Path, data: Path, run: RunConfig) -> TrainBatches:
         max_seq_length=run.text.max_seq_length,
         append_eos=run.text.append_eos,
     )
-    return TrainBatches(
-        dataset,
-        seed=run.seed,
-        client_id="clinic",
-        per_device_train_batch_size=run.federation.per_device_train_batch_size,
-        gradient_accumulation_steps=run.federation.gradient_accumulation_steps,
-    )
+    return TrainBatches.of(dataset, run, "clinic")
 
 
 def losses_of(folder: Path) -> list[float]:
