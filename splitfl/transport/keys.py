@@ -161,8 +161,11 @@ class AllowList:
 
     def _look(self) -> dict[str, tuple[int, ...]]:
         try:
-            entries = [entry for entry in os.scandir(self._directory) if entry.name.endswith(_SUFFIX)]
-            stats = {entry.name.removesuffix(_SUFFIX): entry.stat() for entry in entries}
+            # closed by hand: a reader that Ctrl-C stops halfway leaves an open directory otherwise
+            with os.scandir(self._directory) as entries:
+                stats = {
+                    entry.name.removesuffix(_SUFFIX): entry.stat() for entry in entries if entry.name.endswith(_SUFFIX)
+                }
         except FileNotFoundError:
             return {}
         return {
