@@ -199,14 +199,14 @@ class Rounds:
                 return self._end("")
         return []
 
-    def merged(self, now_s: float) -> list[Decision]:
-        """Take note that the clients have been told of the merge."""
+    def merged(self, now_s: float, reason: str = "") -> list[Decision]:
+        """Take note that the clients have been told of the merge; a `reason` means that there was none."""
         self.num_merged += 1
         is_last = self.is_last
         self._stage = Stage.PARTING if is_last else Stage.GATHERING
         self._deadline_s = now_s + (self._federation.round_timeout if is_last else self._federation.wait_timeout)
-        if is_last:
-            return [] if self._connected else self._end("")
+        if is_last and not self._connected:
+            return self._end(f"everybody has left, and the last round was not merged: {reason}" if reason else "")
         return self._open_if_complete()  # the others may have left while those who are ready waited
 
     def ticked(self, now_s: float) -> list[Decision]:

@@ -863,7 +863,7 @@ class Server:
         if merge.closes:
             self._close_round(message, merged.weights)
         now_s = time.monotonic()
-        self._decide(self._rounds.merged(now_s), now_s)
+        self._decide(self._rounds.merged(now_s, merged.reason), now_s)
 
     def _close_round(self, message: Merged, weights: Mapping[str, float]) -> None:
         """Tell everybody of the merge that ends their round."""

@@ -54,10 +54,10 @@ class Turns(Rounds):
         self._awaiting_merge.append(client_id)
         return merge
 
-    def merged(self, now_s: float) -> list[Decision]:
+    def merged(self, now_s: float, reason: str = "") -> list[Decision]:
         """Take note that a merge is done: those who waited for it go on."""
         if self.is_last:
-            return super().merged(now_s)
+            return super().merged(now_s, reason)
         self.num_merged += 1
         self._stage = Stage.OPEN
         self._deadline_s = now_s + self._federation.round_timeout

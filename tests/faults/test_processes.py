@@ -44,6 +44,20 @@ def test_too_few_clients_left_keep_the_old_layers_and_say_so(town: Callable[...,
     assert (code, "wait_timeout" in said) == (8, True)
 
 
+def test_nobody_is_left_in_the_last_round(town: Callable[..., Town]) -> None:
+    run = town(2, federation__num_rounds=2, federation__local_steps=20, federation__step_timeout=3)
+    run.wait_for("round_opened", 2)
+    for name in ("clinic-0", "clinic-1"):
+        run.processes[name].kill()
+    code, text = run.end_of("server")
+    assert code == 9
+    assert "everybody has left, and the last round was not merged: 0 clients finished" in text
+    assert [merge["accepted"] for merge in run.report()["merges"]] == [True, False]
+    run.start("server")
+    assert run.end_of("server")[0] == 0  # with what the first round has merged
+    assert run.report()["complete"]
+
+
 def test_a_server_that_never_comes_back_is_given_up(town: Callable[..., Town]) -> None:
     run = town(1, own={"client.reconnect_timeout": 3})
     run.wait_for("step", 10)

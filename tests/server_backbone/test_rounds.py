@@ -152,6 +152,15 @@ class TestClosing:
         assert isinstance(decision, Merge)
         assert (decision.uploaded, decision.absent) == ((), ("a", "b"))
         assert decision.reason == "0 clients finished, min_train_clients = 1"
+        assert rounds.merged(1.0, decision.reason) == [
+            End(reason=f"everybody has left, and the last round was not merged: {decision.reason}")
+        ]
+
+    def test_all_leave_while_the_last_layers_are_merged(self) -> None:
+        rounds = rounds_of("a", num_rounds=1)
+        opened(rounds, "a")
+        uploaded(rounds, "a")
+        rounds.left("a")
         assert rounds.merged(1.0) == [End(reason="")]
 
     def test_layers_that_come_too_late_close_nothing_again(self) -> None:
