@@ -120,7 +120,6 @@ class Server:
         self._strikes: dict[str, int] = {}
         self._layers = self._layers_of_all(0)
         self._merge_number = 0
-        self._last_merge: Merged | None = None
         self._have_rounds_ended = False
         self._evaluated: dict[tuple[str, int], dict[str, Measured]] = {}
         self._unsaid: set[tuple[str, int]] = set()
@@ -166,7 +165,6 @@ class Server:
         """Go on where the ledger's log ends: every client is expected back."""
         state, now_s = self.engine.ledger.state, time.monotonic()
         self._merge_number = state.held_round
-        self._have_rounds_ended = state.has_ended
         if state.has_ended:
             self._say_why_rounds_ended()  # it may have ended between the record and this
         self._layers = self._layers_of_all(state.num_merged)
@@ -195,6 +193,7 @@ class Server:
             next_steps={client_id: state.next_step_of(client_id) for client_id in state.members},
             has_stopped=state.has_ended,
         )
+        self._have_rounds_ended = self._rounds.is_parting
         self._decide(self._rounds.resumed([member.client_id for member in self._members], now_s), now_s)
 
     def _layers_of_all(self, num_merged: int) -> tuple[TensorFrames, ...]:
@@ -278,7 +277,6 @@ class Server:
                     self._say_ended(member)  # it was evaluating still
                 else:
                     self._decide(self._rounds.ready(client_id), now_s)
-                    self._dismiss_if_parting(member)
             case Forward(step=0):
                 self._compute(member, partial(self.engine.evaluate, client_id, message))
             case Decode():
@@ -867,31 +865,17 @@ class Server:
 
     def _close_round(self, message: Merged, weights: Mapping[str, float]) -> None:
         """Tell everybody of the merge that ends their round."""
-        self._last_merge = message
+        self._have_rounds_ended = message.is_last
         for member in self._members:
             if member.session.phase in (Phase.TRAINING, Phase.COMMITTING, Phase.MERGING):
                 self._end_round(member, replace(message, counted=member.client_id in weights))
             elif message.is_last and member.session.phase is Phase.READY:
-                self._dismiss(member)
+                self._say_ended(member)  # it came for a round that there will not be
 
     def _end_round(self, member: Member, message: Merged) -> None:
         member.session.merged(message)
         self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
         self._tell(member, message)
-
-    def _dismiss_if_parting(self, member: Member) -> None:
-        if self._rounds.is_parting and not self.run.federation.compares_rounds:  # there, the verdict tells them
-            self._dismiss(member)
-
-    def _dismiss(self, member: Member) -> None:
-        """Let a client that waits for another round sit the last one out, now that it is merged."""
-        if self._last_merge is None:
-            return  # no merge since this server began: it has been told that the run is parting
-        number, step = self._last_merge.round_number, max(1, member.session.next_step)
-        opened = RoundOpened(round_number=number, first_step=step, num_steps=0, layers=())
-        member.session.opened(opened)
-        self._tell(member, opened)
-        self._end_round(member, self._last_merge)
 
     def _release(self, client_id: str, objection: str) -> None:
         """Give a client that has uploaded the newest layers; it goes on with a round of its own."""

@@ -41,6 +41,7 @@ from splitfl.config import default_cache_dir
 from splitfl.errors import ConfigError, SplitflError
 
 _VERSIONED = ("torch", "transformers", "peft", "pyzmq")
+_PLAIN_WIDTH = 200
 _OF_BUDGETS = ("num_rounds", "local_steps", "num_eval")
 _PRESETS = {"full": presets.FULL, "quick": presets.QUICK, "tiny": presets.TINY}
 
@@ -48,7 +49,8 @@ _PRESETS = {"full": presets.FULL, "quick": presets.QUICK, "tiny": presets.TINY}
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what has not been run, and write JSON, tables, plots and page from all of it."""
     arguments = _parser().parse_args(argv)
-    console = Console(soft_wrap=True, highlight=False)
+    # in a file or a pipe tables get the width they need
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
@@ -159,7 +161,7 @@ def _described(model_dir: Path) -> dict[str, Any]:
 def _table(title: str, rows: Sequence[Sequence[str]]) -> RichTable:
     table = RichTable(title=title, title_justify="left")
     for name in rows[0]:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for row in rows[1:]:
         table.add_row(*row)
     return table
@@ -169,7 +171,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.split_vs_full", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--data", default="hpo", metavar="hpo|vader|FILE", help="the text (default: hpo)")
+    parser.add_argument(
+        "--data",
+        default="hpo",
+        metavar="hpo|vader|FILE",
+        help="the text (default: hpo; hpo:HP:0025031,HP:0001939 for other organ systems)",
+    )
     parser.add_argument(
         "--client-field", default="", metavar="NAME", help="of a FILE: the column that names the client"
     )

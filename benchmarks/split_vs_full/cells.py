@@ -32,7 +32,7 @@ class Bench:
 
     def run(self, cell: Cell) -> Found:
         """Return what the cell has found, running it if it has not been run."""
-        folder = self.work_dir / "cells" / f"{self.source.name}-{self.model_dir.name}-{cell.key}"
+        folder = self.work_dir / "cells" / f"{self.source.key}-{self.model_dir.name}-{cell.key}"
         kept = folder / _FOUND_FILE
         if kept.exists():
             return json.loads(kept.read_text(encoding="utf-8")) | {"study": cell.study}

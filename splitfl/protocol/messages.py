@@ -431,7 +431,7 @@ class RoundsEnded:
     reason: str
     """Why the run ends before its last round, "" if it does not."""
     layers: tuple[TensorFrames, ...]
-    """Empty where you hold them."""
+    """Empty where you hold them; else as in `Merged`."""
 
 
 Message: TypeAlias = (

