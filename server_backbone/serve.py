@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from server_backbone.admission import Admission
 from server_backbone.buffered_merger import BufferedMerger
 from server_backbone.engine import Engine
 from server_backbone.ledger import Ledger
@@ -271,7 +272,7 @@ def build_server(
         terms=terms,
         limits=limits,
         listener=listener,
-        allow_list=security.allow_list if security else None,
+        admission=Admission(security.allow_list if security else None, limits),
         engine=Engine(run, worker, merger, ledger, history),
         provisions=prepare(model.directory, cut, model.weights, cache_dir=_cache_dir(config), run_dir=run_dir),
         metrics=metrics,

@@ -7,12 +7,12 @@ optimizer step while the members take theirs.
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from server_backbone.admission import Admission
 from server_backbone.caches import CacheBook
 from server_backbone.engine import Decided, Engine, MergedLayers, Spooled, Verdict
 from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
@@ -23,12 +23,11 @@ from server_backbone.provisions import Provisions
 from server_backbone.rounds import Decision, End, Judge, LastCall, Merge, Open, Release, Rounds, Stop
 from server_backbone.turns import Turns
 from server_backbone.worker import Contribution, Scaling
-from splitfl.config import NAME_PATTERN, RunConfig
+from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.errors import LocalProtocolError, PeerGone, RemoteProtocolError
 from splitfl.protocol import codec
 from splitfl.protocol.messages import (
-    WIRE_VERSION,
     Attach,
     Backward,
     BackwardDone,
@@ -76,7 +75,6 @@ from splitfl.telemetry.history import History
 from splitfl.telemetry.measures import ALSO, Measured, complete, event_of, federated
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.optimizer import NO_GRADIENT
-from splitfl.transport.keys import AllowList
 from splitfl.transport.zeromq import Arrived, Listener
 
 log = logging.getLogger(__name__)
@@ -97,7 +95,7 @@ class Server:
     terms: Terms
     limits: Limits
     listener: Listener
-    allow_list: AllowList | None
+    admission: Admission
     engine: Engine
     provisions: Provisions
     metrics: MetricsLog
@@ -117,7 +115,6 @@ class Server:
             self._rounds = Rounds(federation, self.engine.merger.strategy.configure_train, time.monotonic())
         self._members = Members()
         self._caches = CacheBook(self.run.link)
-        self._strikes: dict[str, int] = {}
         self._layers = self._layers_of_all(0)
         self._merge_number = 0
         self._have_rounds_ended = False
@@ -216,7 +213,7 @@ class Server:
         if not arrived.intact:
             self._damaged(arrived.peer, connection)
             return
-        if not self._is_let_in(arrived):
+        if not self.admission.is_let_in(arrived.user_id):
             self._lock_out(arrived.peer, connection)
             return
         if connection is not None:
@@ -389,9 +386,6 @@ class Server:
 
     # who comes in
 
-    def _is_let_in(self, arrived: Arrived) -> bool:
-        return self.allow_list is None or self.allow_list.client_of(arrived.user_id) is not None
-
     def _lock_out(self, peer: bytes, connection: Connection | None) -> None:
         self._refuse(
             peer,
@@ -408,54 +402,19 @@ class Server:
             self._lose(connection, "sent a message that was damaged on its way")
 
     def _admit(self, arrived: Arrived, hello: Hello, now_s: float) -> None:
-        code, reason = self._objection(arrived, hello)
-        if code is not None:
-            self._refuse(arrived.peer, code, reason)
+        finished = f"run {self.run_id} has finished: it has no further round"
+        refused = self.admission.objection(
+            hello,
+            arrived.user_id,
+            self._members,
+            finished=finished if self._rounds.is_parting else "",
+            keeps_copies=self.run.has_own_loops and self.engine.worker.has_copies,  # which no merge ever ends
+        )
+        if refused is not None:
+            self._refuse(arrived.peer, refused.code, refused.reason)
             return
         member = self._members.get(hello.client_id) or self._new_member(hello.client_id)
         self._welcome(self._members.connect(member, arrived.peer, arrived.user_id, now_s))
-
-    def _objection(self, arrived: Arrived, hello: Hello) -> tuple[Why | None, str]:
-        name = hello.client_id
-        if hello.wire_version != WIRE_VERSION:
-            return Why.VERSION_MISMATCH, (
-                f"this server speaks wire version {WIRE_VERSION} and this client {hello.wire_version}"
-                f" ({hello.software:.40}): install the same splitfl on both"
-            )
-        if not re.fullmatch(NAME_PATTERN, name):
-            return Why.OVER, "client_id must be 1 to 64 letters, digits, '.', '_' or '-'"
-        if self.allow_list is not None and (owner := self.allow_list.client_of(arrived.user_id)) != name:
-            return Why.KEY_MISMATCH, (
-                f"this key belongs to client {owner} and not to {name}: set client.client_id to the name in the"
-                " enrolment file"
-            )
-        if self._is_quarantined(name):
-            return Why.QUARANTINED, self._quarantine_text(name)
-        if self._rounds.is_parting and self._members.get(name) is None:
-            return Why.FINISHED, f"run {self.run_id} has finished its {self.run.federation.num_rounds} rounds"
-        if self._members.num_connected >= self.limits.clients and not self._is_connected(name):
-            return Why.FULL, (
-                f"{self.limits.clients} clients are connected, which is server.max_clients: try again later"
-            )
-        if (
-            self._keeps_copies_for_ever
-            and self._members.get(name) is None
-            and len(self._members) >= self.limits.clients
-        ):
-            return Why.FULL, (
-                f"this server keeps a copy of the backbone for each of {self.limits.clients} clients, which is"
-                " server.max_clients, and theirs wait for them: ask its operator to raise that"
-            )
-        return None, ""
-
-    @property
-    def _keeps_copies_for_ever(self) -> bool:
-        """Whether no merge ever ends the clients' copies."""
-        return self.run.has_own_loops and self.engine.worker.has_copies
-
-    def _is_connected(self, client_id: str) -> bool:
-        member = self._members.get(client_id)
-        return member is not None and member.connection is not None
 
     def _welcome(self, connection: Connection) -> None:
         files = self.provisions.files
@@ -570,60 +529,40 @@ class Server:
 
     def _punish(self, arrived: Arrived, connection: Connection | None, rule: str) -> None:
         """Tell a peer which rule it broke and end its session; the third time it is kept out."""
-        name = self._name_of(arrived, connection)
+        name = connection.member.client_id if connection is not None else self.admission.name_of(arrived.user_id)
         log.warning("%s broke a rule: %s", name or "a stranger", rule)
         if name is None:
             self._refuse(arrived.peer, Why.VIOLATION, f"protocol error: {rule}")
             return
-        strikes = self._strikes[name] = self._strikes.get(name, 0) + 1
-        self.metrics.emit("violation", client_id=name, rule=rule[:200], strikes=strikes)
-        quarantined = self._is_quarantined(name)
-        code = Why.QUARANTINED if quarantined else Why.VIOLATION
-        text = f"{name} sent {rule}; violation {strikes} of {self.limits.strikes}"
-        self._refuse(arrived.peer, code, f"{text}. {self._quarantine_text(name)}" if quarantined else text)
+        strike = self.admission.strike(name, rule)
+        self.metrics.emit("violation", client_id=name, rule=rule[:200], strikes=strike.count)
+        self._refuse(arrived.peer, strike.code, strike.reason)
         if connection is not None:
-            self._lose(connection, f"broke a rule: {rule}", waits=not quarantined)
-
-    def _name_of(self, arrived: Arrived, connection: Connection | None) -> str | None:
-        if connection is not None:
-            return connection.member.client_id
-        return None if self.allow_list is None else self.allow_list.client_of(arrived.user_id)
-
-    def _is_quarantined(self, client_id: str) -> bool:
-        return self._strikes.get(client_id, 0) >= self.limits.strikes
-
-    def _quarantine_text(self, client_id: str) -> str:
-        return (
-            f"{client_id} is quarantined after {self.limits.strikes} violations: the operator lets it in again with"
-            " `splitfl revoke` and `splitfl authorize`, or by starting the server again"
-        )
+            self._lose(connection, f"broke a rule: {rule}", waits=not strike.is_last)
 
     def _check_keys(self) -> None:
         """Act on what `splitfl authorize` and `splitfl revoke` have changed."""
-        if self.allow_list is None or not self.allow_list.refresh():
+        if not self.admission.refresh():
             return
-        for name in [name for name in self._strikes if self.allow_list.key_of(name) is None]:
-            del self._strikes[name]
         revoked = [
             connection
             for connection in self._members.connections()
-            if self.allow_list.client_of(connection.user_id) != connection.member.client_id
+            if not self.admission.belongs(connection.user_id, connection.member.client_id)
         ]
         if revoked:
-            self._jobs.submit(
-                self.engine.snapshot, self._said_of_snapshot
-            )  # what they did so far stays, whatever comes
+            # what they did so far stays, whatever comes
+            self._jobs.submit(self.engine.snapshot, self._said_of_snapshot)
         for connection in revoked:
             self._lock_out(connection.peer, connection)
 
     def _check_endless(self) -> None:
         for cut in self.listener.sweep():
-            name = self.allow_list.client_of(cut.user_id) if self.allow_list is not None and cut.user_id else None
+            name = self.admission.name_of(cut.user_id)
             reason = f"a message without end: {cut.num_bytes} bytes, more than message_bytes"
             log.warning("cut off %s at %s: %s", name or "a stranger", cut.address, reason)
             self.metrics.emit("cut_off", address=cut.address, client_id=name or "", num_bytes=cut.num_bytes)
             if name is not None:
-                self._strikes[name] = self.limits.strikes
+                self.admission.quarantine(name)
                 member = self._members.get(name)
                 if member is not None and member.connection is not None:
                     self._lose(member.connection, reason, waits=False)

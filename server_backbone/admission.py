@@ -1,0 +1,120 @@
+"""Who is let in: by key, by name, by room, and nobody who has broken the rules too often."""
+
+import re
+from dataclasses import dataclass
+
+from server_backbone.members import Members
+from splitfl.config import NAME_PATTERN
+from splitfl.protocol.messages import WIRE_VERSION, Hello, Why
+from splitfl.session.limits import Limits
+from splitfl.transport.keys import AllowList
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """Why a peer is sent away, and the sentence for it."""
+
+    code: Why
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strike(Refused):
+    """A violation, counted; after the last one the client is kept out."""
+
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the one after which the client is quarantined."""
+        return self.code is Why.QUARANTINED
+
+
+class Admission:
+    """The door of one run; without an allow-list every key and every name is taken."""
+
+    def __init__(self, allow_list: AllowList | None, limits: Limits) -> None:
+        self._allow_list = allow_list
+        self._limits = limits
+        self._strikes: dict[str, int] = {}
+
+    def is_let_in(self, user_id: str) -> bool:
+        """Tell whether a key is among those that the server lets in."""
+        return self._allow_list is None or self._allow_list.client_of(user_id) is not None
+
+    def name_of(self, user_id: str) -> str | None:
+        """Return the client that a key belongs to; None without keys, which prove nobody's name."""
+        return None if self._allow_list is None or not user_id else self._allow_list.client_of(user_id)
+
+    def belongs(self, user_id: str, client_id: str) -> bool:
+        """Tell whether a key is this client's."""
+        return self._allow_list is None or self._allow_list.client_of(user_id) == client_id
+
+    def objection(
+        self, hello: Hello, user_id: str, members: Members, *, finished: str = "", keeps_copies: bool = False
+    ) -> Refused | None:
+        """Return why a client that says hello is sent away, None if it is welcome.
+
+        `finished` is the sentence for a newcomer to a run without further rounds. Where the server `keeps_copies` of
+        the backbone for good, clients count that have gone.
+        """
+        name = hello.client_id
+        if hello.wire_version != WIRE_VERSION:
+            return Refused(
+                code=Why.VERSION_MISMATCH,
+                reason=f"this server speaks wire version {WIRE_VERSION} and this client {hello.wire_version}"
+                f" ({hello.software:.40}): install the same splitfl on both",
+            )
+        if not re.fullmatch(NAME_PATTERN, name):
+            return Refused(code=Why.OVER, reason="client_id must be 1 to 64 letters, digits, '.', '_' or '-'")
+        if not self.belongs(user_id, name):
+            return Refused(
+                code=Why.KEY_MISMATCH,
+                reason=f"this key belongs to client {self.name_of(user_id)} and not to {name}: set client.client_id to"
+                " the name in the enrolment file",
+            )
+        if self._is_quarantined(name):
+            return Refused(code=Why.QUARANTINED, reason=self._quarantine_text(name))
+        known = members.get(name)
+        if finished and known is None:
+            return Refused(code=Why.FINISHED, reason=finished)
+        most = self._limits.clients
+        if members.num_connected >= most and (known is None or known.connection is None):
+            return Refused(
+                code=Why.FULL, reason=f"{most} clients are connected, which is server.max_clients: try again later"
+            )
+        if keeps_copies and known is None and len(members) >= most:
+            return Refused(
+                code=Why.FULL,
+                reason=f"this server keeps a copy of the backbone for each of {most} clients, which is"
+                " server.max_clients, and theirs wait for them: ask its operator to raise that",
+            )
+        return None
+
+    def strike(self, client_id: str, rule: str) -> Strike:
+        """Count a violation of a rule."""
+        count = self._strikes[client_id] = self._strikes.get(client_id, 0) + 1
+        text = f"{client_id} sent {rule}; violation {count} of {self._limits.strikes}"
+        if not self._is_quarantined(client_id):
+            return Strike(code=Why.VIOLATION, reason=text, count=count)
+        return Strike(code=Why.QUARANTINED, reason=f"{text}. {self._quarantine_text(client_id)}", count=count)
+
+    def quarantine(self, client_id: str) -> None:
+        """Keep a client out from now on."""
+        self._strikes[client_id] = self._limits.strikes
+
+    def refresh(self) -> bool:
+        """Read the keys again if they have changed, and tell whether they have; who was taken out begins anew."""
+        if self._allow_list is None or not self._allow_list.refresh():
+            return False
+        self._strikes = {name: count for name, count in self._strikes.items() if self._allow_list.key_of(name)}
+        return True
+
+    def _is_quarantined(self, client_id: str) -> bool:
+        return self._strikes.get(client_id, 0) >= self._limits.strikes
+
+    def _quarantine_text(self, client_id: str) -> str:
+        return (
+            f"{client_id} is quarantined after {self._limits.strikes} violations: the operator lets it in again with"
+            " `splitfl revoke` and `splitfl authorize`, or by starting the server again"
+        )
