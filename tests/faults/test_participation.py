@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from faults.town import Town
 
+from server_backbone.replay import rollback
 from splitfl.telemetry.metrics import read_events
 
 pytestmark = pytest.mark.slow
@@ -230,6 +231,20 @@ def test_fed_buff_goes_on_after_a_crash_with_the_same_bits(town: Callable[..., T
     assert {event["round"] for event in run.events("merged")} >= {2, 3, 4, 5, 6}  # one is made before it can be told of
     assert {len(merge) for merge in uploads(run)} == {2}
     assert run.verdict().problems == []
+    assert run.differs_from_replay() == []
+
+
+@pytest.mark.parametrize("buffer_size", [2, 3])  # 3: uploads wait in the buffer when a merge is made
+def test_fed_buff_goes_on_after_a_rollback(town: Callable[..., Town], buffer_size: int) -> None:
+    run = town(2, **{**BUFFERED, "strategy__buffer_size": buffer_size}, federation__num_rounds=8)
+    run.wait_for("merged", 4)
+    run.processes["server"].send_signal(signal.SIGTERM)
+    assert run.end_of("server")[0] == 0
+    (first, *_) = run.events("merged")
+    rollback(run.run_dir, first["round"])
+    run.start("server")
+    assert_all_end_well(run)
+    assert [event["round"] for event in run.events("merged")][-7:] == [2, 3, 4, 5, 6, 7, 8]
     assert run.differs_from_replay() == []
 
 

@@ -170,19 +170,13 @@ class Town:
         """Train the run again from its log, and name what differs."""
         replayed = quiet_replay(self.run_dir, [ClientConfig.load(self.config(name)) for name in self.names])
         problems = list(replayed.problems)
-        for event in read_events(self.run_dir / HISTORY_FILE):
-            if (
-                event["event"] in ("applied", "redone")
-                and replayed.server.get(event["commit_number"]) != event["digest"]
-            ):
-                problems.append(f"server: commit {event['commit_number']} has other weights than in the replay")
+        for number, digests in _digests(self.run_dir / HISTORY_FILE, "commit_number").items():
+            if digests != {replayed.server.get(number)}:
+                problems.append(f"server: commit {number} has other weights than in the replay")
         for name in self.names:
-            for event in read_events(self.client_dir(name) / HISTORY_FILE):
-                if (
-                    event["event"] in ("applied", "redone")
-                    and replayed.clients[name].get(event["step"]) != event["digest"]
-                ):
-                    problems.append(f"{name}: step {event['step']} has other weights than in the replay")
+            for number, digests in _digests(self.client_dir(name) / HISTORY_FILE, "step").items():
+                if digests != {replayed.clients[name].get(number)}:
+                    problems.append(f"{name}: step {number} has other weights than in the replay")
         return problems
 
     def end(self) -> None:
@@ -193,3 +187,15 @@ class Town:
             process.wait()
             if process.stderr is not None:
                 process.stderr.close()
+
+
+def _digests(history: Path, counter: str) -> dict[int, set[str]]:
+    """Return the weights after each step of a history, without what a rollback has undone."""
+    found: dict[int, set[str]] = {}
+    for event in read_events(history):
+        match event["event"]:
+            case "applied" | "redone":
+                found.setdefault(event[counter], set()).add(event["digest"])
+            case "started" | "rewound":
+                found = {number: digests for number, digests in found.items() if number <= event[counter]}
+    return found
