@@ -109,7 +109,7 @@ def test_kills_at_random(town: Callable[..., Town], server_mode: str) -> None:
         victim = draw.choice(["server", *run.names])
         if run.processes[victim].poll() is None:
             run.processes[victim].kill()
-            run.processes[victim].communicate()
+            run.processes[victim].wait()
             time.sleep(draw.uniform(0.0, 1.0))
             run.start(victim)
     settle(run)

@@ -95,7 +95,7 @@ def test_what_a_leaver_has_done_in_the_round_is_not_merged(town: Callable[..., T
 def straggling(town: Callable[..., Town], **settings: Any) -> Town:
     """Two clients that need not wait for each other, of which one stops in the middle of the first round."""
     independent = {"federation__server_mode": "frozen", "federation__num_rounds": 2, "federation__local_steps": 8}
-    run = town(2, **{**independent, **PATIENT, **settings}, federation__round_timeout=15)
+    run = town(2, **{**independent, **PATIENT, **settings}, federation__round_timeout=10)
     wait_for_steps(run, "clinic-1", 2)
     freeze(run, "clinic-1")
     return run
@@ -249,10 +249,10 @@ def test_fed_buff_goes_on_after_a_rollback(town: Callable[..., Town], buffer_siz
 
 
 def test_fed_buff_goes_on_when_a_client_leaves(town: Callable[..., Town]) -> None:
-    run = town(2, **BUFFERED, federation__num_rounds=30)
+    run = town(2, **BUFFERED, federation__num_rounds=12)
     run.wait_for("merged", 2)
     run.processes["clinic-1"].send_signal(signal.SIGINT)
     assert run.end_of("clinic-1", timeout_s=20)[0] == 130
     assert [run.end_of(name)[0] for name in ("server", "clinic-0")] == [0, 0]
-    assert len(run.events("merged")) == 30
+    assert len(run.events("merged")) == 12
     assert run.differs_from_replay() == []

@@ -1,6 +1,7 @@
 """Processes that die, freeze or are stopped: everyone else goes on or says what happened, and nobody hangs."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -19,7 +20,8 @@ def test_a_killed_client_is_noticed_and_the_others_finish(town: Callable[..., To
     run.wait_for("client_lost", 1)
     (lost,) = run.events("client_lost")
     assert lost["client_id"] == "clinic-1"
-    assert "fell silent" in lost["reason"]
+    # by its silence, unless the server had something to tell it before that
+    assert re.search("fell silent|has closed its connection", lost["reason"])
     assert lost["time"] - killed_at <= HEARTBEAT_TIMEOUT_S + 2
     run.wait_for("client_left", 1)
     assert run.events("client_left")[0]["reason"] == "was away for more than step_timeout = 4 s"

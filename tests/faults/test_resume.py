@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 def kill(run: Town, name: str) -> None:
     run.processes[name].kill()
-    run.processes[name].communicate()
+    run.processes[name].wait()
 
 
 def test_a_client_that_lost_its_disk_waits_for_the_next_round(town: Callable[..., Town]) -> None:
@@ -45,9 +45,8 @@ def test_a_second_process_with_the_same_folder_is_refused_and_another_supersedes
     run.config("clinic-0").write_text(copy)
     shutil.copytree(run.folder / "clients", run.folder / "copied")
     run.start("clinic-0")
-    _, errors = first.communicate(timeout=40)
-    assert first.returncode == 8
-    assert "SUPERSEDED" in errors
+    assert first.wait(timeout=40) == 8
+    assert "SUPERSEDED" in first.said()
 
 
 @pytest.mark.parametrize(

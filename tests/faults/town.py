@@ -1,14 +1,14 @@
 """A server and clinics as real processes, which a test may harm and start again with the same command."""
 
+import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from conftest import free_port, write_text
+from forked import Forked
 
 from benchmarks.history import Verdict, check
 from benchmarks.replay import quiet_replay
@@ -41,7 +41,8 @@ class Town:
         self.folder = folder
         self.run_dir = folder / "runs" / "run"
         self.port = free_port()
-        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.processes: dict[str, Forked] = {}
+        self._numbers = itertools.count()
         self.names = [f"clinic-{number}" for number in range(clients)]
         self._crash = crash or {}
         self._write(
@@ -102,11 +103,11 @@ class Town:
         """Start a process, or start it again with the same command."""
         module = "server_backbone" if name == "server" else "client_edge"
         crash = self._crash.pop(name, "")
-        self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", module, "--config", str(self.config(name))],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+        self.processes[name] = Forked(
+            module,
+            "--config",
+            str(self.config(name)),
+            said=self.folder / f"{name}-{next(self._numbers)}.said",
             env={**os.environ, **({"SPLITFL_CRASH": crash} if crash else {})},
         )
 
@@ -128,8 +129,8 @@ class Town:
 
     def end_of(self, name: str, timeout_s: float = 60.0) -> tuple[int, str]:
         """Return a process's exit code and the last line of what it said."""
-        _, errors = self.processes[name].communicate(timeout=timeout_s)
-        return self.processes[name].returncode, (errors.strip().splitlines() or [""])[-1]
+        code = self.processes[name].wait(timeout_s)
+        return code, (self.processes[name].said().strip().splitlines() or [""])[-1]
 
     def keep_alive(self, timeout_s: float = 90.0) -> None:
         """Start again whoever ends before the run's end, until all have ended in order."""
@@ -140,7 +141,7 @@ class Town:
                 return
             for name, code in ended.items():
                 if code not in (None, 0):
-                    self.said = self.processes[name].communicate()[1]
+                    self.said = self.processes[name].said()
                     assert code in (137, -9), f"{name} ended with {code}: {self.said}"
                     self.start(name)
             assert time.monotonic() < deadline, f"still running: {ended}"
@@ -185,8 +186,6 @@ class Town:
             if process.poll() is None:
                 process.kill()
             process.wait()
-            if process.stderr is not None:
-                process.stderr.close()
 
 
 def _digests(history: Path, counter: str) -> dict[int, set[str]]:
