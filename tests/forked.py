@@ -1,7 +1,7 @@
 """Processes of ours that are there at once: forked from one that has imported what they import.
 
-A process that is killed and started again a dozen times in a test would else spend most of the test on its imports. That
-`python -m` starts them as well is for other tests (tests/test_commands.py, tests/own_loop/test_lost_servers.py).
+A test that kills processes and starts them again would else spend most of its time on their imports. That `python -m`
+starts them as well is for other tests (tests/test_commands.py, tests/own_loop/test_lost_servers.py).
 """
 
 import multiprocessing
@@ -9,7 +9,6 @@ import os
 import runpy
 import signal
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +22,7 @@ class Forked:
     """`python -m MODULE ARGUMENTS`, with the methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, module: str, *arguments: str, said: Path, env: Mapping[str, str]) -> None:
-        """What it writes to standard error goes to the file `said`, what it prints nowhere."""
+        """What it writes to standard error goes to the file `said`, what it prints to its neighbour `.out`."""
         self._said = said
         self._process = _FORKS.Process(target=_run, args=(module, arguments, said, dict(env)), daemon=True)
         self._process.start()
@@ -68,7 +67,7 @@ class Forked:
 def _run(module: str, arguments: tuple[str, ...], said: Path, env: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
-    for number, path in ((1, os.devnull), (2, said)):
+    for number, path in ((1, said.with_suffix(".out")), (2, said)):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)

@@ -30,7 +30,8 @@ def test_nothing_secret_is_said(town: Callable[..., Town], tmp_path: Path) -> No
     assert [run.processes[name].wait(timeout=90) for name in said] == [0, 0, 0]
     secrets = {folder.name: (folder / SECRET_FILE).read_text().strip() for folder in tmp_path.glob("keys-*")}
     assert len(secrets) == 3
-    files = [*said.values(), *(path for path in run.run_dir.rglob("*") if path.is_file())]
+    printed = [file.with_suffix(".out") for file in said.values()]
+    files = [*said.values(), *printed, *(path for path in run.run_dir.rglob("*") if path.is_file())]
     files += [path for name in run.names for path in run.client_dir(name).glob("*.jsonl")]
     assert len(files) > 8
     for path in files:
