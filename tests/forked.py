@@ -1,7 +1,7 @@
 """Processes of ours that are there at once: forked from one that has imported what they import.
 
 A test that kills processes and starts them again would else spend most of its time on their imports. That `python -m`
-starts them as well is for other tests (tests/test_commands.py, tests/own_loop/test_lost_servers.py).
+starts them as well is for other tests (tests/models/test_origin.py, tests/commands/test_simulate.py).
 """
 
 import multiprocessing
@@ -9,6 +9,8 @@ import os
 import runpy
 import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +28,7 @@ class Forked:
         self._said = said
         self._process = _FORKS.Process(target=_run, args=(module, arguments, said, dict(env)), daemon=True)
         self._process.start()
+        self._lock = threading.Lock()  # its exit code is read from a pipe, once
 
     @property
     def pid(self) -> int:
@@ -37,7 +40,8 @@ class Forked:
     @property
     def returncode(self) -> int | None:
         """Its exit code, the negative signal's number if that ended it, None while it runs."""
-        return self._process.exitcode
+        with self._lock:
+            return self._process.exitcode
 
     def poll(self) -> int | None:
         """Return `returncode`."""
@@ -52,12 +56,14 @@ class Forked:
         """End it without asking."""
         self.send_signal(signal.SIGKILL)
 
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end, and return its exit code."""
-        self._process.join(timeout)
-        if self.returncode is None:
-            raise TimeoutError(f"process {self.pid} still runs after {timeout} s; it has said: {self.said()}")
-        return self.returncode
+    def wait(self, timeout: float = 300.0) -> int:
+        """Wait for its end, and return its exit code; raises `TimeoutError` after that many seconds."""
+        deadline = time.monotonic() + timeout
+        while (code := self.returncode) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {self.pid} still runs after {timeout} s; it has said: {self.said()}")
+            time.sleep(0.02)
+        return code
 
     def said(self) -> str:
         """Return what it has written to standard error so far."""

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from own_loop.host import Host, adamw, batches, differing, settings, train, trained_of, whole_model, write_model
 
 import client_edge
@@ -213,10 +212,11 @@ class Process:
     def _start(self) -> None:
         crash = (self._crashes[self.starts :] or [""])[0]
         self.starts += 1
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "server_backbone", "--config", str(self._config)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        self._process = Forked(
+            "server_backbone",
+            "--config",
+            str(self._config),
+            said=self._config.with_suffix(f".{self.starts}.said"),
             env={**os.environ, **({"SPLITFL_CRASH": crash} if crash else {})},
         )
 
@@ -229,7 +229,7 @@ class Process:
 
     def stopped(self) -> dict[str, torch.Tensor]:
         """Stop the server as an operator does, and return what it has learned."""
-        self._process.terminate()
+        self._process.send_signal(signal.SIGTERM)
         assert self._process.wait(timeout=30) == 0
         return self._host.backbone()
 
