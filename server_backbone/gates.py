@@ -80,7 +80,10 @@ class Gate(Protocol):
 
 
 class SharedGate:
-    """One optimizer step from all clients' gradients of a step (SplitFed-V2; FL-GLM's client-batch)."""
+    """One optimizer step from all clients' gradients of a step (FL-GLM's client-batch).
+
+    SplitFed-V2 too has one backbone for all, but that steps for one client after the other, as with `SequentialGate`.
+    """
 
     def __init__(self, step_timeout: float) -> None:
         self._step_timeout = step_timeout
