@@ -73,11 +73,15 @@ def _run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     unknown = sorted(set(arguments.arms) - BY_NAME.keys())
     if unknown:
         raise ConfigError(f"--arms {unknown[0]}: unknown; known are {', '.join(BY_NAME)}")
+    if arguments.size == "tiny" and arguments.data != "hpo":
+        raise ConfigError(f"--tiny has made-up words of its own: leave --data {arguments.data} out, or take --quick")
     source = source_of(
         "toy" if arguments.size == "tiny" else arguments.data,
         client_field=arguments.client_field,
         label_field=arguments.label_field,
     )
+    if arguments.alpha and not source.label_field:
+        raise ConfigError(f"--alpha skews by a label, and {source.name} has none: name its column with --label-field")
     work_dir = arguments.work.resolve()
     model_dir = _model(arguments, work_dir, console)
     cells = _cells(arguments, source)
@@ -167,6 +171,38 @@ def _table(title: str, rows: Sequence[Sequence[str]]) -> RichTable:
     return table
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def _count(text: str) -> int:
+    """Read a number of things, of which there must be one."""
+    number = _whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = _whole(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return number
+
+
+def _alpha(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0, and finite")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.split_vs_full", description=(__doc__ or "").splitlines()[0]
@@ -188,16 +224,20 @@ def _parser() -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_const", dest="size", const="quick", help="all arms in 15 minutes")
     size.add_argument("--tiny", action="store_const", dest="size", const="tiny", help="a toy model: does it run?")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="seeds (default: 1 2 3)")
-    parser.add_argument("--full-seeds", type=int, nargs="+", default=[], metavar="N", help="seeds of full weights (1)")
+    parser.add_argument("--seeds", type=_seed, nargs="+", default=[], metavar="N", help="seeds (default: 1 2 3)")
+    parser.add_argument(
+        "--full-seeds", type=_seed, nargs="+", default=[], metavar="N", help="seeds of full weights (1)"
+    )
     for name in _OF_BUDGETS:
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=int, default=0, metavar="N", help="in place of the size's own")
+        parser.add_argument(option, type=_count, default=0, metavar="N", help="in place of the size's own")
     parser.add_argument("--table", choices=("lora", "full"), help="only this table")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help=f"some of: {', '.join(BY_NAME)}")
-    parser.add_argument("--clients", type=int, default=0, metavar="N", help="clients (default: 4, quick: 2)")
-    parser.add_argument("--full-clients", type=int, default=0, metavar="N", help="of the full-weight arms (default: 2)")
-    parser.add_argument("--alpha", type=float, metavar="A", help="deal by Dirichlet over the label, not naturally")
+    parser.add_argument("--clients", type=_count, default=0, metavar="N", help="clients (default: 4, quick: 2)")
+    parser.add_argument(
+        "--full-clients", type=_count, default=0, metavar="N", help="of the full-weight arms (default: 2)"
+    )
+    parser.add_argument("--alpha", type=_alpha, metavar="A", help="deal by Dirichlet over the label, not naturally")
     parser.add_argument(
         "--studies",
         nargs="+",

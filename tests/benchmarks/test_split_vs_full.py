@@ -15,6 +15,7 @@ import pytest
 from benchmarks import arithmetic
 from benchmarks.split_vs_full import cells as cells_module
 from benchmarks.split_vs_full import presets
+from benchmarks.split_vs_full.__main__ import main
 from benchmarks.split_vs_full.arms import ARMS, arms_of
 from benchmarks.split_vs_full.cells import Bench
 from benchmarks.split_vs_full.claims import claims_of
@@ -72,6 +73,38 @@ def test_better_than_local_is_measured_against_the_best_client_and_the_spread() 
     assert verdicts(on(1, 2.0, [2.2, 2.5]) + on(2, 2.1, [2.31, 2.5]))[claim] == "shown"
     assert verdicts(on(1, 2.0, [2.01, 2.5]) + on(2, 2.1, [2.4, 2.5]))[claim] == "not shown"
     assert verdicts(on(1, 2.0, [1.9, 2.5]) + on(2, 2.1, [1.9, 2.5]))[claim] == "not shown"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--alpha", "0"], "0 must be above 0"),
+        (["--alpha", "nan"], "nan must be above 0"),
+        (["--clients", "0"], "0 must be at least 1"),
+        (["--num-rounds", "x"], "'x' is no whole number"),
+        (["--seeds", "1", "-1"], "-1 must not be negative"),
+        (["--tiny", "--data", "notes.jsonl"], "--tiny has made-up words of its own"),
+        (["--data", "NOTES", "--alpha", "1"], "name its column with --label-field"),
+        (["--data", "NOTES", "--client-field", "ward"], "no field 'ward'; the fields there are text"),
+        (["--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--arms", "spilt"], "--arms spilt: unknown; known are base"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_mean_nothing_are_refused(
+    options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = tmp_path / "notes.jsonl"
+    notes.write_text('{"text": "w1 w2"}\n', encoding="utf-8")
+    given = [str(notes) if option == "NOTES" else option for option in options]
+
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "--json", str(tmp_path / "r.json"), "--work", str(tmp_path)])
+
+    assert ended.value.code in (2, 3)
+    said = capsys.readouterr()
+    assert sentence in said.out + said.err
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_a_text_has_a_key_of_its_own() -> None:
