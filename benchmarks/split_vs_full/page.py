@@ -32,7 +32,7 @@ def results_page(result: Mapping[str, Any], plots: Sequence[Path], page: Path) -
     cells = result["cells"]
     arms = [found for found in cells if found["study"] == "arms"]
     parts = [
-        "# Split and full federated learning, compared",
+        f"# Split and full federated learning, compared on {result['data']['name']}",
         _introduction(result),
         "## What a client sends and receives",
         _traffic_words(),
