@@ -90,10 +90,16 @@ def _run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     found = []
     for number, cell in enumerate(cells, start=1):
+        if arguments.no_run:
+            found += [kept] if (kept := bench.kept(cell)) is not None else []
+            continue
         console.print(f"{number} of {len(cells)}: {cell.key}", markup=False)
         found.append(bench.run(cell))
+    if not found:
+        raise ConfigError(f"nothing of this has been run in {work_dir}: leave --no-run out")
     return {
-        "command": "python -m benchmarks.split_vs_full " + " ".join(arguments.shown),
+        "command": "python -m benchmarks.split_vs_full "
+        + " ".join(word for word in arguments.shown if word != "--no-run"),
         "json_name": arguments.json.name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -220,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where to write the result")
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="also write it as a page, with plots beside it")
     parser.add_argument("--work", type=Path, default=Path("runs/split-vs-full"), metavar="DIR", help="work directory")
+    parser.add_argument("--no-run", action="store_true", help="run nothing: report what there is already")
     parser.add_argument("--model", type=Path, metavar="DIR", help="another Llama-like model than SmolLM2-135M")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_const", dest="size", const="quick", help="all arms in 15 minutes")

@@ -30,12 +30,16 @@ class Bench:
     source: Source
     say: Callable[[str], None]
 
+    def kept(self, cell: Cell) -> Found | None:
+        """Return what the cell has found in an earlier run, if it has been run."""
+        file = self._folder(cell) / _FOUND_FILE
+        return json.loads(file.read_text(encoding="utf-8")) | {"study": cell.study} if file.exists() else None
+
     def run(self, cell: Cell) -> Found:
         """Return what the cell has found, running it if it has not been run."""
-        folder = self.work_dir / "cells" / f"{self.source.key}-{self.model_dir.name}-{cell.key}"
-        kept = folder / _FOUND_FILE
-        if kept.exists():
-            return json.loads(kept.read_text(encoding="utf-8")) | {"study": cell.study}
+        if (found_before := self.kept(cell)) is not None:
+            return found_before
+        folder = self._folder(cell)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         found: Found = {"cell": asdict(cell), "study": cell.study, "data": self.source.name}
@@ -49,8 +53,11 @@ class Bench:
                 file.unlink()
             for file in folder.rglob("*.pt"):
                 file.unlink()
-            kept.write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
+            (folder / _FOUND_FILE).write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
         return found
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.work_dir / "cells" / f"{self.source.key}-{self.model_dir.name}-{cell.key}"
 
     def _run(self, cell: Cell, folder: Path) -> Found:
         arm = BY_NAME[cell.arm]

@@ -87,6 +87,7 @@ def test_better_than_local_is_measured_against_the_best_client_and_the_spread() 
         (["--data", "NOTES", "--alpha", "1"], "name its column with --label-field"),
         (["--data", "NOTES", "--client-field", "ward"], "no field 'ward'; the fields there are text"),
         (["--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--tiny", "--no-run"], "nothing of this has been run"),
         (["--arms", "spilt"], "--arms spilt: unknown; known are base"),
     ],
     ids=" ".join,
@@ -223,13 +224,14 @@ def test_all_arms_run_on_a_toy_model(tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 1000 for name in PLOTS)
     # the same command again runs nothing: every arm is read from its file
     assert run_tiny(tmp_path)["cells"] == result["cells"]
+    assert run_tiny(tmp_path, "--no-run")["cells"] == [found for found in result["cells"] if found["status"] == "done"]
 
 
 PLOTS = ("results-loss-against-bytes.png", "results-loss-against-wall.png", "results-memory.png")
 
 
-def run_tiny(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.split_vs_full", "--tiny"]
+def run_tiny(folder: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.split_vs_full", "--tiny", *options]
     files = ["--json", "result.json", "--write", "results.md", "--work", "work"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     done = subprocess.run(
