@@ -105,12 +105,12 @@ def test_kills_at_random(town: Callable[..., Town], server_mode: str) -> None:
     draw = random.Random(server_mode)
     run = town(2, **SMALL, federation__server_mode=server_mode)
     for _ in range(3):
-        time.sleep(draw.uniform(0.5, 4.0))
+        time.sleep(draw.uniform(0.2, 1.5))
         victim = draw.choice(["server", *run.names])
         if run.processes[victim].poll() is None:
             run.processes[victim].kill()
             run.processes[victim].wait()
-            time.sleep(draw.uniform(0.0, 1.0))
+            time.sleep(draw.uniform(0.0, 0.5))
             run.start(victim)
     settle(run)
 
