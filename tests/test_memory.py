@@ -204,12 +204,9 @@ def test_a_client_holds_its_own_layers_and_nothing_of_the_backbone(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("embeddings", ["frozen", "trained"])
 def test_no_logits_of_a_batch_however_large_the_vocabulary(embeddings: str) -> None:
-    # the allocator scatters, now and then beyond the bound: twice in a row is no accident
-    for _ in range(2):
-        command = [sys.executable, "-c", LARGE_VOCABULARY, embeddings]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=80, check=False)
-        assert done.returncode == 0, done.stderr
-        peak, held = json.loads(done.stdout)
-        if peak < 1.3 * held:
-            break
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE_VOCABULARY, embeddings], capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    peak, held = json.loads(done.stdout)
     assert peak < 1.3 * held, (peak / MIB, held / MIB)

@@ -137,13 +137,13 @@ class Town:
         deadline = time.monotonic() + timeout_s
         while True:
             ended = {name: process.poll() for name, process in self.processes.items()}
-            if ended["server"] == 0 and not self._wait_for_clients():
+            # a server that was killed behind the run's end finds nothing to go on with
+            is_over = ended["server"] == 0 or "holds a finished run" in self.processes["server"].said()
+            if is_over and not self._wait_for_clients():
                 return
             for name, code in ended.items():
-                if code not in (None, 0):
+                if code not in (None, 0) and not (is_over and name == "server"):
                     self.said = self.processes[name].said()
-                    if name == "server" and "holds a finished run" in self.said:
-                        return  # it was killed behind its end
                     assert code in (137, -9), f"{name} ended with {code}: {self.said}"
                     self.start(name)
             assert time.monotonic() < deadline, f"still running: {ended}"
