@@ -20,10 +20,15 @@ _PLAIN_LOGITS = 3
 """Copies of a micro-batch's logits that the plain loss holds at its peak: them, their log-softmax, a gradient."""
 _HIDDEN_STATES = 4
 """A micro-batch's activations and gradients on the wire, up and down."""
+_CLIENT_BLOCKS = 2
+"""One at each end."""
 _IN_FLIGHT = 2
 """Micro-batches of a split client under way at once (`link.max_in_flight`)."""
 _TEXT = 60_000_000
 """SmolLM2's tokenizer (40 MB) and some thousand examples, measured; in the checks only."""
+_HEAP_GAPS = 0.6
+"""What glibc's heap leaves unused between a graph's tensors, for each byte of them: measured on 30 blocks
+(docs/experiments.md); in the checks only."""
 _MERGE_COPIES = 2
 """Of what trains on it, a split client holds what it uploads, or what has come back, and that once more on its way."""
 _FLOWER_COPIES = 2
@@ -129,7 +134,7 @@ def num_parameters(shape: Shape) -> int:
     return shape.num_blocks * block_parameters(shape) + end_parameters(shape)
 
 
-def client_parameters(shape: Shape, client_blocks: int = 2) -> int:
+def client_parameters(shape: Shape, client_blocks: int = _CLIENT_BLOCKS) -> int:
     """Count what a split client holds: the ends and its blocks."""
     return end_parameters(shape) + client_blocks * block_parameters(shape)
 
@@ -144,7 +149,7 @@ def lora_parameters(shape: Shape, *, r: int = 8, num_blocks: int | None = None) 
     return blocks * sum(r * (rows + columns) for rows, columns in sides)
 
 
-def trained_parameters(shape: Shape, learns: Learns, side: Side, *, client_blocks: int = 2) -> int:
+def trained_parameters(shape: Shape, learns: Learns, side: Side, *, client_blocks: int = _CLIENT_BLOCKS) -> int:
     """Count what trains in the whole model, or on a split client."""
     if learns == "lora":
         return lora_parameters(shape, num_blocks=client_blocks if side == "client" else None)
@@ -194,7 +199,7 @@ def activation_bytes(shape: Shape, learns: Learns, *, num_positions: int, num_bl
 
 
 def split_client_memory(
-    shape: Shape, learns: Learns, *, num_positions: int, client_blocks: int = 2, value_bytes: int = _F32
+    shape: Shape, learns: Learns, *, num_positions: int, client_blocks: int = _CLIENT_BLOCKS, value_bytes: int = _F32
 ) -> int:
     """Count a split client's memory above imports: its layers, their training, and the micro-batches under way.
 
@@ -248,7 +253,8 @@ def table() -> list[list[str]]:
 
 WORDS = f"""Rounds of {_ROUND_STEPS} steps of {_BATCH} rows of {_LENGTH} tokens in two micro-batches, float32 (halve
 the bytes on the wire for bfloat16), AdamW, one block at each end on a split client, adapters of rank 8. Memory is
-of the process that trains, above imports, without what a particular federated framework adds. The formulas are in
+of the process that trains, above imports, without what a particular federated framework adds and without the gaps
+that a heap leaves between tensors (0.6 of the activations where it was measured). The formulas are in
 `benchmarks/arithmetic.py`."""
 
 
@@ -276,10 +282,14 @@ def _predicted(shape: Shape, cell: Mapping[str, Any], notes: Mapping[str, Any]) 
     """Return a client's bytes in the whole run, and the memory of the one with the largest micro-batch."""
     learns, num_rounds, largest = cell["table"], cell["budget"]["num_rounds"], notes["positions_at_most"]
     if cell["arm"] == "flower":
-        traffic = num_rounds * fl_round_bytes(shape, learns)
-        return traffic, _TEXT + flower_client_memory(shape, learns, num_positions=largest)
-    traffic = step_bytes(shape, notes["positions_per_client"]) + num_rounds * merge_bytes(shape, learns, "client")
-    return traffic, _TEXT + split_client_memory(shape, learns, num_positions=largest)
+        traffic: float = num_rounds * fl_round_bytes(shape, learns)
+        memory = flower_client_memory(shape, learns, num_positions=largest)
+        graphs = activation_bytes(shape, learns, num_positions=largest, num_blocks=shape.num_blocks)
+    else:
+        traffic = step_bytes(shape, notes["positions_per_client"]) + num_rounds * merge_bytes(shape, learns, "client")
+        memory = split_client_memory(shape, learns, num_positions=largest)
+        graphs = _IN_FLIGHT * activation_bytes(shape, learns, num_positions=largest, num_blocks=_CLIENT_BLOCKS)
+    return traffic, _TEXT + memory + _HEAP_GAPS * graphs
 
 
 def _compared(formula: float, measured: float) -> list[str]:

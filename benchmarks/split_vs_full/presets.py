@@ -11,7 +11,7 @@ MODES = ("sequential", "shared", "per_client", "frozen")
 MODE_CLIENTS = (2, 4, 8)
 SKEWS = ("0.1", "1", "100")
 
-_LORA_RATE, _FULL_RATE, _SGD_RATE = 1e-3, 1e-4, 1.0
+_LORA_RATE, _FULL_RATE, _SGD_RATE = 1e-3, 1e-4, 0.3
 
 _FULL = Budget(
     num_rounds=3,
