@@ -125,7 +125,7 @@ def _strategies(cells: Sequence[Found]) -> list[Claim]:
             continue
         gains = [by_variant[plain][seed] - by_variant[variant][seed] for seed in seeds]
         mean, spread = mean_and_spread(gains)
-        figures = f"lower by {mean:+.4f} +- {spread:.4f} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+        figures = f"its loss less the other's: {-mean:+.4f} +- {spread:.4f} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
         claims.append(Claim(text=text, verdict=_verdict(len(seeds) > 1 and mean > spread), figures=figures))
     return claims
 
