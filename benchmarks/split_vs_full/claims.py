@@ -123,10 +123,9 @@ def _strategies(cells: Sequence[Found]) -> list[Claim]:
         if not seeds:
             claims.append(_not_run(text))
             continue
-        gains = [by_variant[plain][seed] - by_variant[variant][seed] for seed in seeds]
-        mean, spread = mean_and_spread(gains)
-        figures = f"its loss less the other's: {-mean:+.4f} +- {spread:.4f} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-        claims.append(Claim(text=text, verdict=_verdict(len(seeds) > 1 and mean > spread), figures=figures))
+        mean, spread = mean_and_spread([by_variant[variant][seed] - by_variant[plain][seed] for seed in seeds])
+        figures = f"its loss less the other's: {mean:+.4f} +- {spread:.4f} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+        claims.append(Claim(text=text, verdict=_verdict(len(seeds) > 1 and -mean > spread), figures=figures))
     return claims
 
 
