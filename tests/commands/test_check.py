@@ -190,7 +190,7 @@ class TestServer:
         words = capsys.readouterr().out
         assert "A llama of 4 blocks: 1 below and 1 above on each client, 2 here." in words
         assert "No keys: whoever reaches the address is let in" in words
-        assert "From activations text can often be worked out" in words
+        assert "A server that wants to can read the text and its labels" in words
         assert words.endswith("all is well\n")
 
     def test_who_is_let_in(
