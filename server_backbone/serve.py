@@ -35,7 +35,7 @@ from splitfl.models.cut import Cut
 from splitfl.models.export import CONFIG_FILE, export_model
 from splitfl.models.origin import locate
 from splitfl.models.source import Weights, empty_cut, server_weights
-from splitfl.session.limits import limits_of
+from splitfl.session.limits import limits_of, messages_queued
 from splitfl.session.terms import Terms
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
@@ -206,7 +206,7 @@ def listen(config: ServerConfig, security: ServerSecurity | None = None) -> List
         config.server.address,
         security=security,
         max_frame_bytes=link.frame_bytes,
-        max_queued=2 * link.max_in_flight + 6,
+        max_queued=messages_queued(link),
         heartbeat_interval=link.heartbeat_interval,
         heartbeat_timeout=link.heartbeat_timeout,
     )
@@ -265,7 +265,7 @@ def build_server(
     worker = Worker(cut, run, device, model.device_map)
     terms = _terms(run, cut, worker)
     limits = limits_of(terms, run.link, clients=config.server.max_clients)
-    listener.max_message_bytes = limits.message_bytes
+    listener.bound_messages(num_bytes=limits.message_bytes, num_frames=limits.message_frames)
     return Server(
         run=run,
         run_id=run_dir.name,

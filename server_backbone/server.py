@@ -219,6 +219,8 @@ class Server:
         if connection is not None:
             self._count(connection, arrived, now_s)
         try:
+            if len(arrived.frames) > self.limits.message_frames:
+                raise RemoteProtocolError(f"a message of more than message_frames = {self.limits.message_frames}")
             if _payload(arrived.frames) > self.limits.message_bytes:
                 raise RemoteProtocolError(f"a message of more than message_bytes = {self.limits.message_bytes}")
             message = codec.decode(arrived.frames, max_frame_bytes=self.limits.frame_bytes)

@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass
 
 from splitfl.config import LinkSection
+from splitfl.protocol.codec import MAX_HEADER_BYTES
 from splitfl.session.terms import Terms
 
-HEADER_BYTES = 1 << 16
 # Violations after which a client is kept out.
 MAX_STRIKES = 3
 
@@ -18,6 +18,8 @@ class Limits:
     frame_bytes: int
     message_bytes: int
     """All frames of one message together."""
+    message_frames: int
+    """Frames of one message, its header included."""
     messages_queued: int
     """Messages of one client that wait in the server's socket before it is made to wait."""
     micro_batches_in_flight: int
@@ -48,11 +50,11 @@ class Limits:
 def limits_of(terms: Terms, link: LinkSection, *, clients: int) -> Limits:
     """Return the limits that follow from a run's terms: the largest legal message is activations or all layers."""
     return Limits(
-        header_bytes=HEADER_BYTES,
+        header_bytes=MAX_HEADER_BYTES,
         frame_bytes=link.frame_bytes,
-        message_bytes=HEADER_BYTES + max(terms.activation_bytes, terms.merged_bytes, link.frame_bytes),
-        # both directions of each micro-batch, a commit or upload, and what a reconnection says
-        messages_queued=2 * terms.max_in_flight + 6,
+        message_bytes=MAX_HEADER_BYTES + max(terms.activation_bytes, terms.merged_bytes, link.frame_bytes),
+        message_frames=_most_frames(terms, link.frame_bytes),
+        messages_queued=messages_queued(link),
         micro_batches_in_flight=terms.max_in_flight,
         clients=clients,
         caches=link.max_caches,
@@ -61,3 +63,19 @@ def limits_of(terms: Terms, link: LinkSection, *, clients: int) -> Limits:
         cache_seconds=link.cache_timeout,
         strikes=MAX_STRIKES,
     )
+
+
+def messages_queued(link: LinkSection) -> int:
+    """Return how many messages of one client may wait, also needed before the terms are known.
+
+    Both directions of each micro-batch, a commit or upload, and what a reconnection says.
+    """
+    return 2 * link.max_in_flight + 6
+
+
+def _most_frames(terms: Terms, frame_bytes: int) -> int:
+    """Return the frames of the largest message: a header, and tensors each cut anew, norms of gradients beside them."""
+    beside = 1 + -(-MAX_HEADER_BYTES // frame_bytes)
+    activations = -(-terms.activation_bytes // frame_bytes)
+    layers = sum(-(-num_bytes // frame_bytes) for num_bytes in terms.merged_sizes)
+    return beside + max(activations, layers, 1)

@@ -64,8 +64,14 @@ class Terms:
     @property
     def merged_bytes(self) -> int:
         """Bytes of what the server sends after a merge: the layers, and the controls where there are any."""
-        controls = sum(math.prod(shape) * DTYPE_BYTES["f32"] for shape in self.layer_shapes)
-        return self.layers_bytes + (controls if self.has_controls else 0)
+        return sum(self.merged_sizes)
+
+    @property
+    def merged_sizes(self) -> list[int]:
+        """Bytes of each tensor of what the server sends after a merge."""
+        dtypes = self.layer_dtypes + (("f32",) * len(self.layer_shapes) if self.has_controls else ())
+        shapes = self.layer_shapes * (2 if self.has_controls else 1)
+        return [math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in zip(shapes, dtypes, strict=True)]
 
     def check_activations(self, tensor: TensorFrames, lengths_B: Sequence[int]) -> None:
         """Raise unless the tensor is activations BSD within the bounds, with a length for each row."""

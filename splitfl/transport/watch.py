@@ -20,7 +20,6 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 _INTERVAL_S = 0.03
-_SLACK_BYTES = 1 << 16
 # include/uapi/linux/tcp.h: struct tcp_info, tcpi_bytes_received (Linux 4.1)
 _BYTES_RECEIVED = struct.Struct("<Q")
 _BYTES_RECEIVED_AT = 128
@@ -57,7 +56,10 @@ class Watch:
         may_be_behind: Callable[[], bool],
         seen_keys: Callable[[], set[str]],
     ) -> None:
-        """`may_be_behind` tells whether whole messages wait to be taken; then more bytes are no wonder."""
+        """`max_message_bytes` are those on the wire, framing included.
+
+        `may_be_behind` tells whether whole messages wait to be taken; then more bytes are no wonder.
+        """
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
         self._socket = monitored
         self._monitor = monitored.get_monitor_socket(events)
@@ -116,7 +118,7 @@ class Watch:
                 _shut_down(descriptor)
 
     def _look(self) -> None:
-        limit = self._max_message_bytes() + _SLACK_BYTES
+        limit = self._max_message_bytes()
         with self._lock:
             for descriptor, connection in self._connections.items():
                 num_bytes = (_received(descriptor) or 0) - connection.baseline

@@ -31,15 +31,16 @@ from zmq.utils.monitor import parse_monitor_message
 from splitfl.errors import LocalProtocolError, PeerGone, Refused, TransportError
 from splitfl.protocol.messages import Buffer, Why
 from splitfl.transport.address import check_address
+from splitfl.transport.framing import Framing
 from splitfl.transport.keys import KeyPair
 from splitfl.transport.security import ClientSecurity, Doorkeeper, ServerSecurity, secure_client, secure_server
 from splitfl.transport.watch import Cut, Watch, is_supported
 
 # Below this a copy costs less than keeping track of who holds the buffer.
 _COPY_BELOW_BYTES = 1 << 16
-# What ZMTP 3.1 (https://rfc.zeromq.org/spec/37) puts before each frame: flags and a length of 1 or 8 bytes.
-_SMALL_FRAME_BYTES = 255
 _CHECKSUM = struct.Struct("<I")
+# What a message may take until the run's own bound is known: nobody has joined before that.
+_MESSAGE_BYTES = 1 << 26
 _HANDSHAKE_MS = 5000
 _BACKLOG = 1024
 # A server that does not complete this many handshakes in a row, for this long, will not.
@@ -63,11 +64,6 @@ class Traffic:
     def __init__(self) -> None:
         self.sent = 0
         self.received = 0
-
-
-def framed_bytes(frames: Sequence[Buffer]) -> int:
-    """Return what a message takes on a TCP connection, without TCP's headers."""
-    return sum(len(frame) + (2 if len(frame) <= _SMALL_FRAME_BYTES else 9) for frame in frames)
 
 
 class ConnectionLost(PeerGone):
@@ -101,16 +97,16 @@ class _Socket:
         kind: int,
         *,
         context: "zmq.Context[zmq.Socket[bytes]]",
-        has_checksum: bool,
+        framing: Framing,
         max_frame_bytes: int,
         heartbeat_timeout: float,
     ) -> None:
         self._socket: zmq.Socket[bytes] = context.socket(kind)
-        self._has_checksum = has_checksum
+        self._framing = framing
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        # one header and whatever frames the config allows; a longer frame ends its connection
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, 1 << 16))
+        # a longer frame ends its connection
+        self._socket.setsockopt(zmq.MAXMSGSIZE, framing.largest_frame(max_frame_bytes))
         # The application has heartbeats of its own on a second connection, which no large frame holds up. These ones
         # only clear away what is dead for good: a frame on a slow link must never be taken for death.
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, int(heartbeat_timeout * 1000))
@@ -142,11 +138,11 @@ class _Socket:
             self._socket.send(frame, flags=zmq.NOBLOCK | more, copy=len(frame) < _COPY_BELOW_BYTES)
 
     def _sealed(self, frames: Sequence[Buffer]) -> list[Buffer]:
-        return [*frames, _CHECKSUM.pack(_checksum(frames))] if self._has_checksum else list(frames)
+        return [*frames, _CHECKSUM.pack(_checksum(frames))] if self._framing.has_checksum else list(frames)
 
     def _unsealed(self, frames: list[memoryview]) -> list[memoryview] | None:
         """Return a message without its checksum, None if that does not fit."""
-        if not self._has_checksum:
+        if not self._framing.has_checksum:
             return frames
         *content, seal = frames
         if not content or len(seal) != _CHECKSUM.size or _CHECKSUM.unpack(seal)[0] != _checksum(content):
@@ -172,7 +168,6 @@ class Listener(_Socket):
         max_frame_bytes: int,
         heartbeat_interval: float,
         heartbeat_timeout: float,
-        max_message_bytes: int = 1 << 26,
         max_queued: int = 64,
         security: ServerSecurity | None = None,
     ) -> None:
@@ -187,11 +182,11 @@ class Listener(_Socket):
         self._context = zmq.Context() if security else zmq.Context.instance()
         self._doorkeeper = Doorkeeper(self._context, security) if security else None
         self._watch: Watch | None = None
-        self.max_message_bytes = max_message_bytes
+        self._max_message_bytes = _MESSAGE_BYTES
         super().__init__(
             zmq.ROUTER,
             context=self._context,
-            has_checksum=address.startswith("tcp") and security is None,
+            framing=Framing.of(address, has_keys=security is not None),
             max_frame_bytes=max_frame_bytes,
             heartbeat_timeout=heartbeat_timeout,
         )
@@ -220,10 +215,14 @@ class Listener(_Socket):
         if address.startswith("tcp") and is_supported():
             self._watch = Watch(
                 self._socket,
-                max_message_bytes=lambda: self.max_message_bytes,
+                max_message_bytes=lambda: self._max_message_bytes,
                 may_be_behind=lambda: self._is_behind,
                 seen_keys=self._doorkeeper.seen if self._doorkeeper else set,
             )
+
+    def bound_messages(self, *, num_bytes: int, num_frames: int) -> None:
+        """Say how large a message may be, once that is known; a longer one is cut off (Linux, TCP)."""
+        self._max_message_bytes = self._framing.most_bytes(num_bytes, num_frames)
 
     def self_test(self, timeout_s: float = 3.0) -> None:
         """Knock with a random key and without one; raise `TransportError` if either is let in.
@@ -276,7 +275,7 @@ class Listener(_Socket):
         if self._watch is not None and received:
             self._watch.heard(received[-1].get(zmq.SRCFD), user_id)
         frames = [frame.buffer for frame in received]
-        num_bytes = framed_bytes(frames)
+        num_bytes = self._framing.num_bytes(frames)
         self.traffic.received += num_bytes
         content = self._unsealed(frames)
         return Arrived(
@@ -298,7 +297,7 @@ class Listener(_Socket):
             if error.errno == zmq.EHOSTUNREACH:
                 raise PeerGone("the peer has closed its connection") from None
             raise
-        size = framed_bytes(sealed)
+        size = self._framing.num_bytes(sealed)
         self.traffic.sent += size
         return size
 
@@ -337,7 +336,7 @@ class Endpoint(_Socket):
         super().__init__(
             zmq.DEALER,
             context=zmq.Context.instance(),
-            has_checksum=address.startswith("tcp") and security is None,
+            framing=Framing.of(address, has_keys=security is not None),
             max_frame_bytes=max_frame_bytes,
             heartbeat_timeout=heartbeat_timeout,
         )
@@ -377,7 +376,7 @@ class Endpoint(_Socket):
             self._send(sealed)
         except zmq.Again:
             raise PeerGone(f"{self.address} does not read what it is sent") from None
-        self.traffic.sent += framed_bytes(sealed)
+        self.traffic.sent += self._framing.num_bytes(sealed)
 
     def recv(self, timeout_s: float) -> list[memoryview] | None:
         """Return the next message's frames, or None after `timeout_s`.
@@ -398,7 +397,7 @@ class Endpoint(_Socket):
 
     def _take(self) -> list[memoryview]:
         frames = [frame.buffer for frame in self._receive()]
-        self.traffic.received += framed_bytes(frames)
+        self.traffic.received += self._framing.num_bytes(frames)
         content = self._unsealed(frames)
         if content is None:
             raise ConnectionLost(f"a message from {self.address} arrived damaged")

@@ -7,7 +7,7 @@ import pytest
 from sample_messages import WIDTH, commit, forward, frames_of, layers, merged, opened, terms
 
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
-from splitfl.protocol.codec import encode
+from splitfl.protocol.codec import MAX_HEADER_BYTES, encode
 from splitfl.protocol.messages import (
     Attach,
     Backward,
@@ -27,7 +27,6 @@ from splitfl.protocol.messages import (
     StepRefused,
     Upload,
 )
-from splitfl.session.limits import HEADER_BYTES
 from splitfl.session.server import Phase, Reply, ServerSession
 from splitfl.session.terms import MAX_PACKED_EXAMPLES
 
@@ -431,7 +430,7 @@ class TestPackedRows:
     def test_as_many_as_may_be_fit_into_a_header(self) -> None:
         lengths = (300,) * MAX_PACKED_EXAMPLES
         header = encode(forward(1, 0, example_lengths=lengths, lengths_B=(300 * len(lengths) // 512,) * 512))[0]
-        assert len(header) < HEADER_BYTES
+        assert len(header) < MAX_HEADER_BYTES
 
     @pytest.mark.parametrize("case", PACKED_WRONGLY)
     @pytest.mark.parametrize("step", [0, 1])
