@@ -5,7 +5,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -26,7 +25,7 @@ from server_backbone.placement import DeviceMap, device_map_of, devices_of
 from server_backbone.provisions import prepare
 from server_backbone.server import Server
 from server_backbone.worker import Worker
-from splitfl.config import RunConfig, ServerConfig, default_cache_dir, to_toml
+from splitfl.config import RunConfig, ServerConfig, default_cache_dir, differences, to_toml
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, Incomplete, ModelError, StorageError
@@ -332,22 +331,14 @@ def _settings_in(path: Path) -> str | None:
 
 
 def _check_same(config: ServerConfig, run_dir: Path) -> None:
-    before = json.loads(ServerConfig.load(run_dir / CONFIG_FILE).run_config().to_json())
-    now = json.loads(config.run_config().to_json())
-    other = [f"{name} (was {a!r}, is {b!r})" for name, a, b in _differences(before, now, "")]
+    before = ServerConfig.load(run_dir / CONFIG_FILE).run_config().identity()
+    now = config.run_config().identity()
+    other = [f"{name} (was {a!r}, is {b!r})" for name, a, b in differences(before, now)]
     if other:
         raise ConfigError(
             f"{run_dir} holds an interrupted run with other settings: {'; '.join(other)}. Give it those again, or set"
             " server.run_id to another name"
         )
-
-
-def _differences(before: Any, now: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield name, before, now
 
 
 def _cache_dir(config: ServerConfig) -> Path:

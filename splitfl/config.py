@@ -11,12 +11,33 @@ import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeGuard, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from splitfl.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class SettingClass(Enum):
+    """What a run's setting decides, and so what a change of it between two starts means."""
+
+    IDENTITY = "identity"
+    EXPOSURE = "exposure"
+    OPERATION = "operation"
+
+
+# Around the type of every setting of a run, and of no other: `num_rounds: Operation[int] = Field(3, ge=0)`.
+Identity: TypeAlias = Annotated[T, SettingClass.IDENTITY]
+"""It decides the weights: another value is another run."""
+Exposure: TypeAlias = Annotated[T, SettingClass.EXPOSURE]
+"""It decides what leaves a client: another value needs the clients' consent. `Identity[Exposure[...]]` is both."""
+Operation: TypeAlias = Annotated[T, SettingClass.OPERATION]
+"""It decides neither: it may change between two starts of one run, and is logged."""
 
 Part = Literal["lora", "full", "none"]
 
@@ -65,45 +86,45 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model is trained and where it is cut."""
 
-    model_name_or_path: str = ""
+    model_name_or_path: Identity[str] = ""
     """A directory with `config.json`, tokenizer and safetensors, a .gguf file (converted once), or a Hugging Face hub
     id. Only the server reads it."""
 
-    bottom_layers: int = Field(1, ge=0)
+    bottom_layers: Identity[Exposure[int]] = Field(1, ge=0)
     """Blocks below the first cut, on the client, after the embedding."""
 
-    top_layers: int = Field(1, ge=0)
+    top_layers: Identity[Exposure[int]] = Field(1, ge=0)
     """Blocks above the last cut, on the client, before the final norm and the LM head."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Identity[Literal["float32", "bfloat16"]] = "float32"
     """Type of the weights on both sides and of the activations on the wire."""
 
-    attn_implementation: Literal["auto", "sdpa", "eager"] = "auto"
+    attn_implementation: Identity[Literal["auto", "sdpa", "eager"]] = "auto"
     """Attention code of transformers, the same on both sides; "auto" is what transformers picks for the family."""
 
 
 class TrainSection(Section):
     """What trains, per part of the model."""
 
-    bottom: Part = "lora"
+    bottom: Identity[Exposure[Part]] = "lora"
     """The client's blocks below the first cut: adapters, all weights, or nothing."""
 
-    top: Part = "lora"
+    top: Identity[Exposure[Part]] = "lora"
     """The client's blocks above the last cut."""
 
-    backbone: Part = "lora"
+    backbone: Identity[Exposure[Part]] = "lora"
     """The server's blocks; `server_mode = "frozen"` overrides it with "none"."""
 
-    backbone_layers: int = Field(0, ge=0)
+    backbone_layers: Identity[int] = Field(0, ge=0)
     """How many of the server's blocks train, counted from the last; 0 means all of them."""
 
-    norm_head: bool = False
+    norm_head: Identity[Exposure[bool]] = False
     """Whether the final norm and the LM head train; a head tied to the embedding trains only if `embeddings` does."""
 
-    embeddings: bool = False
+    embeddings: Identity[Exposure[bool]] = False
     """Whether the token (and position) embeddings train; rows that change in an upload tell which tokens were used."""
 
-    loss: Literal["chunked", "plain"] = "chunked"
+    loss: Identity[Literal["chunked", "plain"]] = "chunked"
     """`chunked`: no client ever holds the logits of a batch (within 1e-6 of plain in float32); `plain`: the library's
     own loss, for which split training equals unsplit training bit for bit."""
 
@@ -111,50 +132,50 @@ class TrainSection(Section):
 class LoraSection(Section):
     """Low-rank adapters (LoRA) for every part that says "lora"."""
 
-    r: int = Field(8, ge=1)
+    r: Identity[int] = Field(8, ge=1)
     """Rank of the adapters."""
 
-    alpha: float = Field(16.0, gt=0)
+    alpha: Identity[float] = Field(16.0, gt=0)
     """Scale of the adapters: their output is multiplied by alpha / r."""
 
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: Identity[float] = Field(0.0, ge=0, lt=1)
     """Dropout before each adapter while training."""
 
-    target_modules: tuple[str, ...] = ()
+    target_modules: Identity[tuple[str, ...]] = ()
     """Names of the linear layers in a block that get an adapter; empty means peft's choice for the model's family."""
 
 
 class OptimizerSection(Section):
     """The optimizer and its schedule, the same on both sides."""
 
-    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    optim: Identity[Literal["adamw_torch", "sgd"]] = "adamw_torch"
     """AdamW, or plain SGD without momentum."""
 
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: Identity[float] = Field(2e-4, gt=0)
     """Peak learning rate of both sides."""
 
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: Identity[float] = Field(0.0, ge=0)
     """Decay of matrices; vectors (norms and biases) never decay."""
 
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: Identity[float] = Field(0.9, ge=0, lt=1)
     """AdamW's first moment."""
 
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_beta2: Identity[float] = Field(0.999, ge=0, lt=1)
     """AdamW's second moment."""
 
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: Identity[float] = Field(1e-8, gt=0)
     """AdamW's epsilon."""
 
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: Identity[float] = Field(1.0, ge=0)
     """Gradients are clipped to this global norm over both sides; 0 means no clipping."""
 
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    lr_scheduler_type: Identity[Literal["constant", "constant_with_warmup", "linear", "cosine"]] = "linear"
     """Schedule over the run's `num_rounds * local_steps` steps, as in transformers."""
 
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: Identity[int] = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
 
-    backbone_lr: float = Field(0.0, ge=0)
+    backbone_lr: Identity[float] = Field(0.0, ge=0)
     """Learning rate of the server's blocks where clients train in loops of their own (`federation.num_rounds = 0`); 0
     follows the client's."""
 
@@ -162,81 +183,81 @@ class OptimizerSection(Section):
 class FederationSection(Section):
     """Rounds, who takes part in them, and how the backbone and the merges treat several clients."""
 
-    server_mode: Literal["shared", "sequential", "per_client", "frozen"] = "shared"
+    server_mode: Identity[Exposure[Literal["shared", "sequential", "per_client", "frozen"]]] = "shared"
     """`shared`: one backbone step from all clients' gradients; `sequential`: a step per client, one client at a time;
     `per_client`: each client trains a copy of the backbone's adapters (or weights) of its own, merged with the round;
     `frozen`: the backbone does not learn. docs/server-modes.md compares them."""
 
-    num_rounds: int = Field(3, ge=0)
+    num_rounds: Operation[int] = Field(3, ge=0)
     """Rounds in the run; each ends with a merge of the client-side layers (with FedBuff it is merges that are counted).
     0 means no rounds and no merges: each client trains in a loop of its own (`client_edge.connect`), and the server
     runs until it is stopped."""
 
-    local_steps: int = Field(10, ge=1)
+    local_steps: Identity[int] = Field(10, ge=1)
     """Optimizer steps of each client per round."""
 
-    per_device_train_batch_size: int = Field(4, ge=1)
+    per_device_train_batch_size: Identity[int] = Field(4, ge=1)
     """Examples in one micro-batch; rows, each of several examples, where `text.packing` is on."""
 
-    gradient_accumulation_steps: int = Field(2, ge=1)
+    gradient_accumulation_steps: Identity[int] = Field(2, ge=1)
     """Micro-batches in one step; with two or more, client and server compute at the same time."""
 
-    per_device_eval_batch_size: int = Field(8, ge=1)
+    per_device_eval_batch_size: Operation[int] = Field(8, ge=1)
     """Examples in one batch of an evaluation."""
 
-    strategy: StrategyName = "FedAvg"
+    strategy: Identity[StrategyName] = "FedAvg"
     """How the client-side layers are merged; `[strategy]` has its options, docs/strategies.md the formulas."""
 
-    weight_by: Literal["num_examples", "num_tokens", "uniform"] = "num_examples"
+    weight_by: Identity[Literal["num_examples", "num_tokens", "uniform"]] = "num_examples"
     """What weighs a client in a merge: its training examples, its label tokens of the round, or nothing."""
 
-    fraction_train: float = Field(1.0, gt=0, le=1)
+    fraction_train: Identity[float] = Field(1.0, gt=0, le=1)
     """Share of the connected clients that train in a round, drawn with the run's seed."""
 
-    min_train_clients: int = Field(1, ge=1)
+    min_train_clients: Operation[int] = Field(1, ge=1)
     """Fewest clients whose layers make a merge; below it the old layers stay."""
 
-    min_available_clients: int = Field(1, ge=1)
+    min_available_clients: Operation[int] = Field(1, ge=1)
     """Clients that must be connected and ready before a round opens."""
 
-    optimizer_state: Literal["keep", "reset"] = "keep"
+    optimizer_state: Identity[Literal["keep", "reset"]] = "keep"
     """What becomes of a client's optimizer state when merged layers arrive."""
 
-    client_max_grad_norm: float = Field(10.0, ge=0)
+    client_max_grad_norm: Identity[float] = Field(10.0, ge=0)
     """Where several clients share a step, the backbone's gradient from each of them is clipped to this norm before they
     are added up, so that none outweighs the others; 0 means no such clipping."""
 
-    evaluate: Literal["ends", "rounds"] = "ends"
+    evaluate: Exposure[Literal["ends", "rounds"]] = "ends"
     """Evaluate each client's held-out text before and after the run, or after every round as well."""
 
-    metric_for_best_model: MeasureName = "eval_loss"
+    metric_for_best_model: Identity[MeasureName] = "eval_loss"
     """The measure by which rounds are compared, over all clients' held-out text (docs/evaluation.md); its name decides
     whether more is better."""
 
-    early_stopping_patience: int = Field(0, ge=0)
+    early_stopping_patience: Identity[int] = Field(0, ge=0)
     """Rounds in a row without improvement after which the run ends, as in transformers; 0 never ends it early. Needs
     `evaluate = "rounds"`."""
 
-    early_stopping_threshold: float = Field(0.0, ge=0)
+    early_stopping_threshold: Identity[float] = Field(0.0, ge=0)
     """How much better than the best round so far a round must be to count as an improvement."""
 
-    load_best_model_at_end: bool = False
+    load_best_model_at_end: Identity[bool] = False
     """Whether the run ends with the layers and the backbone of its best round, and not with those of its last: on all
     clients and in the exported model. Needs `evaluate = "rounds"`."""
 
-    wait_timeout: float = Field(600.0, gt=0)
+    wait_timeout: Operation[float] = Field(600.0, gt=0)
     """Seconds to wait for `min_available_clients` before the run is given up."""
 
-    round_timeout: float = Field(3600.0, gt=0)
+    round_timeout: Operation[float] = Field(3600.0, gt=0)
     """Seconds after which a round closes with the clients that are done; `partial_work` says what becomes of the
     others' work."""
 
-    partial_work: Literal["drop", "accept"] = "drop"
+    partial_work: Identity[Literal["drop", "accept"]] = "drop"
     """`drop`: clients still at work at `round_timeout` are left out of the merge; `accept`: they have `step_timeout`
     more to upload what their finished steps have made, and a client's `num_examples` count by the share of the round's
     steps that it has finished."""
 
-    step_timeout: float = Field(120.0, gt=0)
+    step_timeout: Operation[float] = Field(120.0, gt=0)
     """Seconds after which a step goes on without a client that has not finished it, and a round without one whose
     connection is lost."""
 
@@ -300,43 +321,43 @@ class StrategySection(Section):
         "clipping_norm": frozenset({"NormClippedMean"}),
     }
 
-    proximal_mu: float = Field(0.01, ge=0)
+    proximal_mu: Identity[float] = Field(0.01, ge=0)
     """FedProx: how strongly a client's layers are pulled towards those of the last merge; 0 is FedAvg."""
 
-    server_learning_rate: float = Field(1.0, gt=0)
+    server_learning_rate: Identity[float] = Field(1.0, gt=0)
     """FedAvgM, FedBuff, SCAFFOLD: scale of the server's step."""
 
-    server_momentum: float = Field(0.9, ge=0, lt=1)
+    server_momentum: Identity[float] = Field(0.9, ge=0, lt=1)
     """FedAvgM: share of the last step that is kept; 0 and `server_learning_rate = 1` is FedAvg."""
 
-    buffer_size: int = Field(2, ge=1)
+    buffer_size: Identity[int] = Field(2, ge=1)
     """FedBuff: uploads in a merge (K), whoever they come from; `federation.num_rounds` counts these merges."""
 
-    max_staleness: int = Field(0, ge=0)
+    max_staleness: Identity[int] = Field(0, ge=0)
     """FedBuff: an upload begun more merges ago than this is dropped; 0 means that none is."""
 
-    eta: float = Field(0.1, gt=0)
+    eta: Identity[float] = Field(0.1, gt=0)
     """FedAdagrad, FedAdam, FedYogi: the server's learning rate, about the largest change of a value in a merge."""
 
-    beta_1: float = Field(0.9, ge=0, lt=1)
+    beta_1: Identity[float] = Field(0.9, ge=0, lt=1)
     """FedAdam, FedYogi: the first moment's decay."""
 
-    beta_2: float = Field(0.99, ge=0, lt=1)
+    beta_2: Identity[float] = Field(0.99, ge=0, lt=1)
     """FedAdam, FedYogi: the second moment's decay."""
 
-    tau: float = Field(1e-3, gt=0)
+    tau: Identity[float] = Field(1e-3, gt=0)
     """FedAdagrad, FedAdam, FedYogi: added to the root of the second moment; a change far below it counts little."""
 
-    beta: float = Field(0.2, ge=0, lt=0.5)
+    beta: Identity[float] = Field(0.2, ge=0, lt=0.5)
     """FedTrimmedAvg: share of the clients, rounded down, left out at each end of every value."""
 
-    num_malicious_clients: int = Field(0, ge=0)
+    num_malicious_clients: Identity[int] = Field(0, ge=0)
     """Krum, MultiKrum: how many clients may be up to no good (f); a merge needs 2 f + 3 clients."""
 
-    num_clients_to_keep: int = Field(0, ge=0)
+    num_clients_to_keep: Identity[int] = Field(0, ge=0)
     """MultiKrum: how many of the best clients are averaged; 0 means all but `num_malicious_clients`."""
 
-    clipping_norm: float = Field(1.0, gt=0)
+    clipping_norm: Identity[float] = Field(1.0, gt=0)
     """NormClippedMean: largest norm of a client's change since the last merge, over all its merged layers."""
 
     def unused_by(self, strategy: StrategyName) -> list[str]:
@@ -351,7 +372,7 @@ class StrategySection(Section):
 class MergeSection(Section):
     """Which of the client-side layers are everyone's."""
 
-    parts: tuple[Literal["bottom", "top"], ...] = ("bottom", "top")
+    parts: Identity[Exposure[tuple[Literal["bottom", "top"], ...]]] = ("bottom", "top")
     """What is uploaded and merged; a part that is not named stays each client's own and is not uploaded (personal
     heads), and [] merges nothing. A head tied to the embedding is the bottom's."""
 
@@ -359,17 +380,17 @@ class MergeSection(Section):
 class TextSection(Section):
     """How every client turns text into tokens."""
 
-    max_seq_length: int = Field(512, ge=2)
+    max_seq_length: Identity[Exposure[int]] = Field(512, ge=2)
     """Tokens after which an example is cut off; the client reports how many were."""
 
-    append_eos: bool = True
+    append_eos: Identity[bool] = True
     """Whether each example ends with the tokenizer's end-of-sequence token."""
 
-    packing: bool = False
+    packing: Identity[Exposure[bool]] = False
     """Whether training examples share rows of up to `max_seq_length` tokens, without attention across them;
     `federation.per_device_train_batch_size` then counts rows, and the server is told where each example ends."""
 
-    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+    train_sampling_strategy: Identity[Literal["random", "group_by_length"]] = "random"
     """Which examples share a micro-batch, as in transformers: any, or such of about the same length, so that less is
     padding; drawn anew each epoch either way."""
 
@@ -377,18 +398,18 @@ class TextSection(Section):
 class EvaluationSection(Section):
     """What is measured on held-out text besides loss, perplexity and token accuracy; see docs/evaluation.md."""
 
-    measures: tuple[Literal["exact_match", "rouge_l", "accuracy", "macro_f1"], ...] = ()
+    measures: Exposure[tuple[Literal["exact_match", "rouge_l", "accuracy", "macro_f1"], ...]] = ()
     """`exact_match` and `rouge_l` compare greedily generated text with the completions; `accuracy` and `macro_f1`
     classify: the label word that is likeliest as completion is the prediction. All need prompts and completions."""
 
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: Exposure[int] = Field(64, ge=1)
     """Tokens that are generated at most in answer to a prompt."""
 
-    num_examples: int = Field(32, ge=0)
+    num_examples: Exposure[int] = Field(32, ge=0)
     """Prompts that are answered in an evaluation, spread evenly over the held-out examples; 0 answers all. Classifying
     takes all."""
 
-    label_words: tuple[str, ...] = ()
+    label_words: Exposure[tuple[str, ...]] = ()
     """The label words, spelt as the completions are, a leading space included; empty takes each client's from its own
     completions."""
 
@@ -414,33 +435,33 @@ class EvaluationSection(Section):
 class LinkSection(Section):
     """The wire between one client and the server."""
 
-    max_in_flight: int = Field(2, ge=1, le=64)
+    max_in_flight: Operation[int] = Field(2, ge=1, le=64)
     """Micro-batches a client may have under way at once."""
 
-    frame_bytes: int = Field(1 << 18, ge=1 << 12, le=1 << 26)
+    frame_bytes: Operation[int] = Field(1 << 18, ge=1 << 12, le=1 << 26)
     """Largest frame a tensor is cut into."""
 
-    heartbeat_interval: float = Field(2.0, gt=0)
+    heartbeat_interval: Operation[float] = Field(2.0, gt=0)
     """Seconds between two heartbeats on the control connection."""
 
-    heartbeat_timeout: float = Field(8.0, gt=0)
+    heartbeat_timeout: Operation[float] = Field(8.0, gt=0)
     """Seconds of silence on the control connection after which the peer counts as gone."""
 
-    slowest_link_bytes_per_second: float = Field(250_000.0, gt=0)
+    slowest_link_bytes_per_second: Operation[float] = Field(250_000.0, gt=0)
     """The slowest client link to allow for (default 2 Mbit/s); a frame must pass it in less than half the heartbeat
     timeout, and a message that is slower than this is taken for lost."""
 
-    max_rms: float = Field(1e6, gt=0)
+    max_rms: Operation[float] = Field(1e6, gt=0)
     """Largest root mean square of a tensor's values that either side takes from the other; larger ones count as poison,
     as NaN and infinity do."""
 
-    max_caches: int = Field(2, ge=1)
+    max_caches: Operation[int] = Field(2, ge=1)
     """Generations that one client may have under way at once, each with a key-value cache on the server."""
 
-    max_cache_tokens: int = Field(16384, ge=1)
+    max_cache_tokens: Operation[int] = Field(16384, ge=1)
     """Tokens, rows times positions, that all caches of one client may hold on the server."""
 
-    cache_timeout: float = Field(300.0, gt=0)
+    cache_timeout: Operation[float] = Field(300.0, gt=0)
     """Seconds without a new token after which the server frees a cache."""
 
     @model_validator(mode="after")
@@ -462,26 +483,26 @@ class LinkSection(Section):
 class StorageSection(Section):
     """What both sides keep on disk so that no acknowledged step is lost."""
 
-    durability: Literal["redo", "snapshot"] = "redo"
+    durability: Identity[Literal["redo", "snapshot"]] = "redo"
     """`redo`: a step's gradients are on disk before it is acknowledged, so it survives any crash; `snapshot`: only
     merges are, and all sides go back to the last one together (for full training, whose records are as large as the
     model)."""
 
-    fsync: Literal["always", "interval", "never"] = "always"
+    fsync: Operation[Literal["always", "interval", "never"]] = "always"
     """When writes are forced through to the disk: before every acknowledgement, every `fsync_interval`, or when the
     system likes; the last two survive a crash of the process but not a power failure."""
 
-    fsync_interval: float = Field(1.0, gt=0)
+    fsync_interval: Operation[float] = Field(1.0, gt=0)
     """Seconds between two forced writes with `fsync = "interval"`."""
 
-    snapshot_steps: int = Field(50, ge=1)
+    snapshot_steps: Operation[int] = Field(50, ge=1)
     """Commits after which a snapshot is taken between two merges; bounds the log's size and the time to recover."""
 
-    keep_snapshots: int = Field(2, ge=0)
+    keep_snapshots: Operation[int] = Field(2, ge=0)
     """Generations of snapshots, with the log since each, that are kept; at least 2 for a damaged one to have a
     predecessor, 0 keeps all, so that `splitfl replay` can begin at the first step."""
 
-    keep_named: int = Field(8, ge=1)
+    keep_named: Operation[int] = Field(8, ge=1)
     """Snapshots of the backbone that checkpoints of clients in loops of their own name (`federation.num_rounds = 0`);
     the oldest goes when another is kept."""
 
@@ -636,7 +657,7 @@ class Config(Section):
 class RunConfig(Config):
     """What both roles must agree on; the welcome carries it to every client."""
 
-    seed: int = Field(42, ge=0, lt=2**31)
+    seed: Identity[int] = Field(42, ge=0, lt=2**31)
     """Seed of adapters, data order, dropout and client sampling."""
 
     model: ModelSection = ModelSection()
@@ -800,13 +821,35 @@ class RunConfig(Config):
             )
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """Return, as nested plain values, what decides the run's weights: with another value it is another run."""
+        found = _of_class(RunConfig, self._plain(), SettingClass.IDENTITY)
+        # with rounds or without is not how many
+        found["federation"]["num_rounds"] = 0 if self.has_own_loops else "1 or more"
+        if self.federation.compares_rounds:  # then what is measured decides which round the run ends with
+            found["evaluation"] = self._plain()["evaluation"]
+            found["federation"]["per_device_eval_batch_size"] = self.federation.per_device_eval_batch_size
+        return found
+
+    def exposure(self) -> dict[str, Any]:
+        """Return, as nested plain values, what decides what leaves a client: its consent is for these."""
+        return _of_class(RunConfig, self._plain(), SettingClass.EXPOSURE)
+
+    def operation(self) -> dict[str, Any]:
+        """Return, as nested plain values, what may change between two starts of the same run."""
+        return _of_class(RunConfig, self._plain(), SettingClass.OPERATION)
+
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over all values both roles must agree on."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 (hex) over identity and exposure: what a client agrees to, as far as it can be agreed to."""
+        agreed = {"identity": self.identity(), "exposure": self.exposure()}
+        return hashlib.sha256(json.dumps(agreed, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Write the run's settings as one line of JSON with sorted keys."""
-        return json.dumps(self.model_dump(mode="json", include=set(RunConfig.model_fields)), sort_keys=True)
+        return json.dumps(self._plain(), sort_keys=True)
+
+    def _plain(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", include=set(RunConfig.model_fields))
 
 
 class ServerConfig(RunConfig):
@@ -842,6 +885,22 @@ class ClientConfig(Config):
         if not self.client.client_id:
             raise ValueError("client.client_id is empty: give this client a name, such as clinic-a")
         return self
+
+
+def classes_of(field: FieldInfo) -> tuple[SettingClass, ...]:
+    """Return the classes that a setting is marked with: identity, exposure, both of them, or operation."""
+    marks = [mark for mark in field.metadata if isinstance(mark, SettingClass)]
+    return tuple(sorted(marks, key=list(SettingClass).index))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (name, before, now) of settings that differ in two nested trees of plain values; None is "not there"."""
+    for key in sorted(before.keys() | now.keys()):
+        then, here, name = before.get(key), now.get(key), f"{prefix}{key}"
+        if isinstance(then, Mapping) or isinstance(here, Mapping):
+            yield from differences(then or {}, here or {}, f"{name}.")
+        elif then != here:
+            yield name, then, here
 
 
 def default_cache_dir() -> Path:
@@ -899,6 +958,18 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {section} is a value, not a section")
         tree = inner
     tree[key] = value
+
+
+def _of_class(section: type[Section], values: Mapping[str, Any], wanted: SettingClass) -> dict[str, Any]:
+    """Return of a section's plain values those of one class, sections that have none left out."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if _is_section(field.annotation):
+            if inner := _of_class(field.annotation, values[name], wanted):
+                found[name] = inner
+        elif wanted in classes_of(field):
+            found[name] = values[name]
+    return found
 
 
 def _explain(tree: type[Config], error: ValidationError) -> str:

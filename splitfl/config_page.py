@@ -5,13 +5,13 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from splitfl.config import NAME_PATTERN, ClientConfig, Config, Section, ServerConfig
+from splitfl.config import NAME_PATTERN, ClientConfig, Config, Section, ServerConfig, classes_of
 
 _INTRODUCTION = """\
 # Configuration
@@ -27,6 +27,16 @@ one, a wrong value with the rule; the exit code is then 2.
 joins, so nothing has to be kept equal by hand on two machines. A client's file holds only what is the client's own.
 
 "unset" means that the setting is left out of the file.
+
+Each setting of a run has a **class**, which says what a change between two starts means:
+
+- **identity**: it decides the weights. With another value it is another run.
+- **exposure**: it decides what leaves a client. A change needs the clients' consent.
+- **operation**: it decides neither. It may change between two starts of the same run.
+
+Where rounds are compared (`federation.early_stopping_patience`, `federation.load_best_model_at_end`), what is measured
+decides which round the run ends with, so `[evaluation]` and `federation.per_device_eval_batch_size` are then identity
+too. `federation.num_rounds = 0` against 1 or more is identity as well. docs/reliability.md says what becomes of a run.
 
 Some settings are tied to others, and a file that breaks a rule is refused: `federation.min_train_clients` must not
 exceed `federation.min_available_clients`; an option in `[strategy]` must be one that `federation.strategy` uses;
@@ -66,20 +76,27 @@ def _tables(tree: type[Config]) -> Iterator[str]:
 
 
 def _table(fields: dict[str, FieldInfo]) -> str:
-    rows = ["| setting | type | default | bounds | meaning |", "|---|---|---|---|---|"]
-    rows += [_row(name, field) for name, field in fields.items()]
+    has_classes = any(map(classes_of, fields.values()))
+    head = ["setting", *(["class"] if has_classes else []), "type", "default", "bounds", "meaning"]
+    rows = [_line(head), "|---" * len(head) + "|"]
+    rows += [_row(name, field, has_classes=has_classes) for name, field in fields.items()]
     return "\n".join(rows)
 
 
-def _row(name: str, field: FieldInfo) -> str:
+def _row(name: str, field: FieldInfo, *, has_classes: bool) -> str:
     cells = [
         f"`{name}`",
+        *([", ".join(mark.value for mark in classes_of(field))] if has_classes else []),
         _type_of(field.annotation),
         _default_of(field),
         _bounds_of(field),
         _one_line(field.description),
     ]
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return _line(cell.replace("|", r"\|") for cell in cells)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _type_of(annotation: Any) -> str:

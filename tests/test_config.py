@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 
-from splitfl.config import ClientConfig, Config, RunConfig, Section, ServerConfig, StrategySection, to_toml
+from splitfl.config import (
+    ClientConfig,
+    ClientSection,
+    Config,
+    DataSection,
+    RunConfig,
+    Section,
+    ServerConfig,
+    ServerSection,
+    SettingClass,
+    StrategySection,
+    classes_of,
+    differences,
+    to_toml,
+)
 from splitfl.errors import ConfigError
 
 MODEL = {"model": {"model_name_or_path": "/srv/models/llama"}}
@@ -362,11 +376,63 @@ def built(path: tuple[str, ...], annotation: Any, default: Any) -> ServerConfig:
     return ServerConfig.from_tree(merged(base_for(path), nested(path, another(annotation, default))), source="test")
 
 
+def classes_of_setting(path: tuple[str, ...]) -> tuple[SettingClass, ...]:
+    section: type[Section] = RunConfig
+    for name in path[:-1]:
+        section = typing.cast(type[Section], section.model_fields[name].annotation)
+    return classes_of(section.model_fields[path[-1]])
+
+
+class TestClasses:
+    @pytest.mark.parametrize(("path", "_annotation", "_default"), RUN_SETTINGS, ids=lambda part: str(part)[:40])
+    def test_every_setting_of_a_run_is_operation_or_not(
+        self, path: tuple[str, ...], _annotation: Any, _default: Any
+    ) -> None:
+        marks = classes_of_setting(path)
+        assert marks in (
+            (SettingClass.OPERATION,),
+            (SettingClass.IDENTITY,),
+            (SettingClass.EXPOSURE,),
+            (SettingClass.IDENTITY, SettingClass.EXPOSURE),
+        ), f"{'.'.join(path)}: write Identity[...], Exposure[...], Identity[Exposure[...]] or Operation[...]"
+
+    @pytest.mark.parametrize("tree", [ServerSection, ClientSection, DataSection], ids=lambda tree: tree.__name__)
+    def test_what_is_one_sides_own_has_none(self, tree: type[Section]) -> None:
+        assert not any(map(classes_of, tree.model_fields.values()))
+
+    def test_differences_are_named_with_both_values(self) -> None:
+        before = {"a": {"b": 1, "c": [1]}, "d": 2}
+        now = {"a": {"b": 2, "c": [1]}, "e": {"f": None, "g": 3}}
+        assert list(differences(before, now)) == [("a.b", 1, 2), ("d", 2, None), ("e.g", None, 3)]
+        assert not list(differences(now, now))
+
+
 class TestFingerprint:
     @pytest.mark.parametrize(("path", "annotation", "default"), RUN_SETTINGS, ids=lambda part: str(part)[:40])
-    def test_every_setting_of_the_run_changes_it(self, path: tuple[str, ...], annotation: Any, default: Any) -> None:
-        base = ServerConfig.from_tree(base_for(path), source="test")
-        assert built(path, annotation, default).fingerprint() != base.fingerprint()
+    def test_identity_and_exposure_change_it_and_operation_does_not(
+        self, path: tuple[str, ...], annotation: Any, default: Any
+    ) -> None:
+        base = ServerConfig.from_tree(base_for(path), source="test").run_config()
+        changed = built(path, annotation, default).run_config()
+        found = [name for name, _, _ in differences(base.operation(), changed.operation())]
+        is_operation = SettingClass.OPERATION in classes_of_setting(path)
+        assert (found == [".".join(path)]) == is_operation
+        assert (changed.fingerprint() == base.fingerprint()) == is_operation
+
+    @pytest.mark.parametrize(("path", "annotation", "default"), RUN_SETTINGS, ids=lambda part: str(part)[:40])
+    def test_each_setting_is_in_the_trees_of_its_classes(
+        self, path: tuple[str, ...], annotation: Any, default: Any
+    ) -> None:
+        base = ServerConfig.from_tree(base_for(path), source="test").run_config()
+        changed = built(path, annotation, default).run_config()
+        trees = {
+            SettingClass.IDENTITY: (base.identity(), changed.identity()),
+            SettingClass.EXPOSURE: (base.exposure(), changed.exposure()),
+            SettingClass.OPERATION: (base.operation(), changed.operation()),
+        }
+        found = {mark for mark, (before, now) in trees.items() if any(differences(before, now))}
+        also = {SettingClass.IDENTITY} if base.federation.compares_rounds and path[0] == "evaluation" else set()
+        assert found - also == set(classes_of_setting(path))
 
     @pytest.mark.parametrize(("path", "annotation", "default"), SERVER_SETTINGS, ids=lambda part: str(part)[:40])
     def test_the_servers_own_do_not(self, path: tuple[str, ...], annotation: Any, default: Any) -> None:
@@ -375,6 +441,24 @@ class TestFingerprint:
         assert changed != base
         assert changed.fingerprint() == base.fingerprint()
         assert changed.run_config() == base.run_config()
+
+    def test_with_rounds_or_without_is_another_run(self) -> None:
+        without = {"federation": {"num_rounds": 0, "server_mode": "frozen"}}
+        runs = [
+            ServerConfig.from_tree(merged(MODEL, tree), source="test").run_config()
+            for tree in (without, {"federation": {"server_mode": "frozen"}})
+        ]
+        assert list(differences(runs[0].identity(), runs[1].identity())) == [("federation.num_rounds", 0, "1 or more")]
+        assert runs[0].fingerprint() != runs[1].fingerprint()
+
+    def test_where_rounds_are_compared_what_is_measured_is_identity(self) -> None:
+        compared = {"federation": {"evaluate": "rounds", "load_best_model_at_end": True}}
+        before, now = (
+            ServerConfig.from_tree(merged(MODEL, merged(compared, tree)), source="test").run_config()
+            for tree in ({}, {"evaluation": {"num_examples": 4}, "federation": {"per_device_eval_batch_size": 3}})
+        )
+        names = [name for name, _, _ in differences(before.identity(), now.identity())]
+        assert names == ["evaluation.num_examples", "federation.per_device_eval_batch_size"]
 
     def test_where_the_model_lies_is_nobodys_affair(self) -> None:
         here, there = (
