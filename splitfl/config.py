@@ -15,8 +15,18 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeGuard, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticKnownError
 
 from splitfl.errors import ConfigError
 
@@ -81,6 +91,19 @@ class Section(BaseModel):
     """A frozen group of settings; the sentence under each field is its documentation (docs/configuration.md)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _guesses_nothing(cls, value: object, info: ValidationInfo) -> object:
+        """Take no `true`, "3" or 3.0 for a whole number; pydantic's own strict mode refuses lists and paths too."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if wanted is int and type(value) is not int:
+            raise PydanticKnownError("int_type")
+        if wanted is float and type(value) not in (int, float):
+            raise PydanticKnownError("float_type")
+        if wanted is bool and type(value) is not bool:
+            raise PydanticKnownError("bool_type")
+        return value
 
 
 class ModelSection(Section):
@@ -643,11 +666,13 @@ class Config(Section):
     @classmethod
     def load(cls, path: Path | None, overrides: Iterable[str] = ()) -> Self:
         """Read TOML, lay `section.key=value` strings over it; raise `ConfigError` naming the setting and the rule."""
-        return cls.from_tree(_read_tree(path, overrides), source="--set" if path is None else str(path))
+        return cls.from_tree(_read_tree(path, overrides, cls), source="--set" if path is None else str(path))
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any], *, source: str) -> Self:
         """Build the tree from plain values; `source` is named in the error."""
+        if foreign := _of_the_other_role(cls, tree):
+            raise ConfigError(f"{source} {foreign}")
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
@@ -922,10 +947,10 @@ def role_of(path: Path, overrides: Iterable[str] = ()) -> str:
     return "client" if {"client", "data"} & _read_tree(path, overrides).keys() else "server"
 
 
-def _read_tree(path: Path | None, overrides: Iterable[str]) -> dict[str, Any]:
+def _read_tree(path: Path | None, overrides: Iterable[str], config: type[Config] | None = None) -> dict[str, Any]:
     tree = {} if path is None else _read_toml(path)
     for override in overrides:
-        _lay_over(tree, override)
+        _lay_over(tree, override, config)
     return tree
 
 
@@ -940,8 +965,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
-def _lay_over(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`; the value is TOML, or plain text where it is not."""
+def _lay_over(tree: dict[str, Any], override: str, config: type[Config] | None) -> None:
+    """Set one `section.key=value`; the value is TOML, or plain text where it is not or where text is wanted."""
     name, equals, text = override.partition("=")
     *sections, key = name.strip().split(".")
     if not equals or not key:
@@ -950,8 +975,9 @@ def _lay_over(tree: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if isinstance(value, date | time):
-        value = text  # no setting is a date, but a name may look like one
+    # no setting is a date, but a name may look like one, or like a number
+    if isinstance(value, date | time) or (not isinstance(value, str) and _is_text(config, [*sections, key])):
+        value = text.strip()
     for section in sections:
         inner = tree.setdefault(section, {})
         if not isinstance(inner, dict):
@@ -972,6 +998,63 @@ def _of_class(section: type[Section], values: Mapping[str, Any], wanted: Setting
     return found
 
 
+# What is wrong with a value of the wrong kind, by the name of pydantic's finding.
+_WANTED = {
+    "int_type": "must be a whole number, without quotes and decimal point",
+    "float_type": "must be a number, without quotes",
+    "bool_type": "must be true or false, without quotes",
+    "string_type": "must be text, in quotes",
+    "tuple_type": 'must be a list of texts, as in ["a", "b"]',
+    "dict_type": "must be names and values, as in { name = value }",
+}
+_NAME_RULE = "must be 1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or a digit"
+
+# Names that other programs have for our settings; the first one is meant that the tree at hand has.
+_OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    other: names
+    for names, others in {
+        ("model.model_name_or_path",): "model name_or_path model_name model_path model_id base_model",
+        ("model.bottom_layers",): "split_layer cut_layer",
+        ("model.dtype",): "torch_dtype precision bf16",
+        ("train.bottom",): "train",
+        ("train.embeddings",): "train_embeddings",
+        ("lora.r",): "rank lora_r lora_rank",
+        ("lora.alpha",): "lora_alpha",
+        ("lora.dropout",): "lora_dropout",
+        ("lora.target_modules",): "modules lora_target_modules",
+        ("optimizer.optim",): "optimizer type optimizer_type",
+        ("optimizer.learning_rate",): "lr step_size",
+        ("optimizer.lr_scheduler_type",): "scheduler schedule lr_scheduler lr_schedule",
+        ("optimizer.warmup_steps",): "warmup warmup_ratio",
+        ("optimizer.max_grad_norm",): "clip grad_clip gradient_clipping max_norm clip_norm",
+        ("optimizer.adam_beta1",): "beta1 betas",
+        ("optimizer.adam_beta2",): "beta2",
+        ("optimizer.adam_epsilon",): "eps epsilon adam_eps",
+        ("federation.num_rounds",): "rounds n_rounds num_server_rounds global_rounds communication_rounds",
+        ("federation.local_steps",): "steps num_steps max_steps epochs num_epochs local_epochs num_train_epochs",
+        ("federation.per_device_train_batch_size",): "batch batch_size train_batch_size micro_batch_size bs",
+        ("federation.gradient_accumulation_steps",): "grad_accum accumulation_steps gradient_accumulation",
+        ("federation.per_device_eval_batch_size",): "eval_batch_size",
+        ("federation.min_available_clients",): "num_clients n_clients clients min_clients",
+        ("federation.min_train_clients",): "min_fit_clients",
+        ("federation.fraction_train",): "fraction_fit client_fraction",
+        ("federation.strategy",): "strategy aggregator aggregation",
+        ("federation.server_mode",): "mode",
+        ("strategy.proximal_mu",): "mu",
+        ("text.max_seq_length",): "max_length max_len max_seq_len seq_length seq_len block_size context_length",
+        ("server.address", "client.server_address"): "server address host port listen bind url",
+        ("server.run_id",): "name run_name",
+        ("server.runs_dir", "client.output_dir"): "out output out_dir save_dir run_dir",
+        ("server.num_threads", "client.num_threads"): "threads",
+        ("client.client_id",): "client id",
+        ("data.path",): "data data_path dataset train_file train_path file",
+        ("data.eval_path",): "eval_file validation_file test_file",
+        ("data.eval_fraction",): "val_fraction test_size holdout",
+    }.items()
+    for other in others.split()
+}
+
+
 def _explain(tree: type[Config], error: ValidationError) -> str:
     """Put pydantic's findings into one sentence a person can act on."""
     return "; ".join(_explain_one(tree, finding) for finding in error.errors())
@@ -980,21 +1063,82 @@ def _explain(tree: type[Config], error: ValidationError) -> str:
 def _explain_one(tree: type[Config], finding: Any) -> str:
     where = [str(part) for part in finding["loc"]]
     name = ".".join(where)
-    if finding["type"] == "extra_forbidden":
-        return f"unknown setting {name}{_nearest(tree, where)}"
+    match finding["type"]:
+        case "extra_forbidden":
+            return f"unknown setting {name}{_nearest(tree, where)}"
+        case "model_type":
+            return _no_section(tree, where, finding["input"])
+        case kind if kind in _WANTED:
+            return f"{name} = {_as_toml(finding['input'])}: {_WANTED[kind]}"
+        case "string_pattern_mismatch" if NAME_PATTERN in finding["ctx"]["pattern"]:
+            return f"{name} = {finding['input']!r}: {_NAME_RULE}"
     message = finding["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if finding["type"] == "value_error":
         return f"{name}: {message}" if name else message
-    return f"{name} = {finding['input']!r}: {message}"
+    return f"{name} = {_as_toml(finding['input'])}: {message}"
+
+
+def _no_section(tree: type[Config], where: Sequence[str], value: object) -> str:
+    """Say how a section is written to someone who has written something else under its name."""
+    name = ".".join(where)
+    if isinstance(value, list):
+        return f"{name} is one section, and the file has a list of them: write [{name}], in single brackets"
+    meant = _other_name(tree, where)
+    return f"{name} = {_as_toml(value)}: {name} is a section" + (f"; did you mean {meant}?" if meant else "")
+
+
+def _as_toml(value: object) -> str:
+    """Write a value as it was written: true and not True."""
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _of_the_other_role(tree: type[Config], given: Mapping[str, Any]) -> str:
+    """Say that this is the other role's file, or that it has sections of the other role's; "" where it has not."""
+    roles: dict[type[Config], type[Config]] = {ServerConfig: ClientConfig, ClientConfig: ServerConfig}
+    others = roles.get(tree)
+    if others is None:
+        return ""
+    names = [name for name in given if name in others.model_fields and name not in tree.model_fields]
+    foreign = [f"[{name}]" for name in names if isinstance(given[name], Mapping)] or names
+    if not foreign:
+        return ""
+    named = " and ".join([", ".join(foreign[:-1]), foreign[-1]] if len(foreign) > 1 else foreign)
+    if any(name in tree.model_fields for name in given):
+        return f"is a {tree.command}'s file, and {named} belongs in a {others.command}'s: move it there"
+    return (
+        f"is a {others.command}'s file (it has {named}): `splitfl {others.command}` takes it, and `splitfl"
+        f" {tree.command}` one with {_needs(tree)}"
+    )
+
+
+def _needs(tree: type[Config]) -> str:
+    return "[client] and [data]" if tree is ClientConfig else "[model], [federation] and [server]"
+
+
+def _is_text(tree: type[Section] | None, where: Sequence[str]) -> bool:
+    """Tell whether a setting is text, so that `--set` need not quote a value that looks like a number."""
+    for part in where[:-1]:
+        field = tree.model_fields.get(part) if tree is not None else None
+        tree = field.annotation if field is not None and _is_section(field.annotation) else None
+    field = tree.model_fields.get(where[-1]) if tree is not None else None
+    return field is not None and field.annotation in (str, Path, Path | None)
 
 
 def _nearest(tree: type[Section], where: Sequence[str]) -> str:
-    """Name the known setting most like an unknown one, here or in another section."""
+    """Name the known setting that is meant by an unknown one, or that is most like it, here or in another section."""
+    if meant := _other_name(tree, where):
+        return f"; did you mean {meant}?"
     here = _known(tree)
     same_key = [name for name in here if name.split(".")[-1] == where[-1]]
     close = same_key or difflib.get_close_matches(".".join(where), [*tree.model_fields, *here], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(_siblings(tree, where))}"
+
+
+def _other_name(tree: type[Section], where: Sequence[str]) -> str:
+    """Return the setting that other programs call this, "" if none is known or this tree has none."""
+    known = _known(tree)
+    return next((name for name in _OTHER_NAMES.get(where[-1].lower(), ()) if name in known), "")
 
 
 def _siblings(tree: type[Section], where: Sequence[str]) -> Iterable[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from splitfl.config import (
+    _OTHER_NAMES,
     ClientConfig,
     ClientSection,
     Config,
@@ -20,6 +21,7 @@ from splitfl.config import (
     ServerSection,
     SettingClass,
     StrategySection,
+    _known,
     classes_of,
     differences,
     to_toml,
@@ -110,7 +112,7 @@ class TestOverrides:
             loaded("seed=1", "seed.more=2")
 
     def test_the_error_names_its_source(self) -> None:
-        with pytest.raises(ConfigError, match=r"^--set: federation\.num_rounds = 'many': input should be a valid int"):
+        with pytest.raises(ConfigError, match=r"^--set: federation\.num_rounds = 'many': must be a whole number"):
             loaded("federation.num_rounds=many")
 
 
@@ -132,6 +134,106 @@ class TestUnknownSettings:
     def test_or_those_that_are_known(self) -> None:
         with pytest.raises(ConfigError, match=r"unknown setting lora\.z+; known here: r, alpha, dropout, target"):
             loaded("lora.zzzzzzzzzzzzzzzzzzzz=1")
+
+
+class TestNamesOfOtherPrograms:
+    @pytest.mark.parametrize(
+        ("override", "meant"),
+        [
+            ("lr=1e-3", "optimizer.learning_rate"),
+            ("optimizer.lr=1e-3", "optimizer.learning_rate"),
+            ("optimizer.LR=1e-3", "optimizer.learning_rate"),
+            ("batch_size=8", "federation.per_device_train_batch_size"),
+            ("federation.epochs=3", "federation.local_steps"),
+            ("lora.rank=4", "lora.r"),
+            ("lora.lora_alpha=4", "lora.alpha"),
+            ("text.max_length=64", "text.max_seq_length"),
+            ("model.name_or_path=llama", "model.model_name_or_path"),
+            ("federation.rounds=3", "federation.num_rounds"),
+            ("num_clients=3", "federation.min_available_clients"),
+            ("server.port=5555", "server.address"),
+        ],
+    )
+    def test_the_setting_that_is_meant_is_named(self, override: str, meant: str) -> None:
+        name = override.partition("=")[0]
+        with pytest.raises(ConfigError, match=rf"unknown setting {re.escape(name)}; did you mean {re.escape(meant)}\?"):
+            loaded(override)
+
+    def test_a_client_is_told_its_own(self) -> None:
+        with pytest.raises(ConfigError, match=r"did you mean client\.server_address\?"):
+            ClientConfig.load(None, ["client.client_id=a", "client.host=gpu-box"])
+
+    def test_each_is_one_of_ours(self) -> None:
+        ours = {*_known(ServerConfig), *_known(ClientConfig)}
+        assert {name for names in _OTHER_NAMES.values() for name in names} <= ours
+
+
+class TestKindsOfValues:
+    @pytest.mark.parametrize(
+        ("line", "rule"),
+        [
+            ("federation.num_rounds = true", "federation.num_rounds = true: must be a whole number"),
+            ("federation.num_rounds = 2.0", "federation.num_rounds = 2.0: must be a whole number"),
+            ('federation.num_rounds = "2"', "federation.num_rounds = '2': must be a whole number"),
+            ("lora.alpha = true", "lora.alpha = true: must be a number"),
+            ('optimizer.learning_rate = "1e-3"', "optimizer.learning_rate = '1e-3': must be a number"),
+            ("train.embeddings = 1", "train.embeddings = 1: must be true or false"),
+            ('train.embeddings = "yes"', "train.embeddings = 'yes': must be true or false"),
+            ("server.device = 0", "server.device = 0: must be text"),
+            ('lora.target_modules = "q_proj"', "lora.target_modules = 'q_proj': must be a list"),
+            ('server.run_id = "a/b"', "server.run_id = 'a/b': must be 1 to 64 letters, digits"),
+        ],
+    )
+    def test_nothing_is_guessed(self, line: str, rule: str, tmp_path: Path) -> None:
+        path = written(tmp_path / "run.toml", f'model.model_name_or_path = "llama"\n{line}\n')
+        with pytest.raises(ConfigError, match=re.escape(f"run.toml: {rule}")):
+            ServerConfig.load(path)
+
+    def test_a_whole_number_is_a_number(self) -> None:
+        assert loaded("lora.alpha=4").lora.alpha == 4.0
+
+    def test_text_on_the_command_line_may_look_like_a_number(self) -> None:
+        assert loaded("server.run_id=20261130").server.run_id == "20261130"
+        assert loaded("server.runs_dir=7").server.runs_dir == Path("7")
+        assert ClientConfig.load(None, ["client.client_id=true"]).client.client_id == "true"
+
+
+class TestSections:
+    def test_a_list_of_a_section(self, tmp_path: Path) -> None:
+        path = written(tmp_path / "run.toml", 'model.model_name_or_path = "llama"\n[[train]]\nbottom = "none"\n')
+        with pytest.raises(ConfigError, match=r"train is one section, .* write \[train\], in single brackets") as found:
+            ServerConfig.load(path)
+        assert "TrainSection" not in str(found.value)
+
+    def test_a_value_in_a_sections_place(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"^--set: model = 'llama': model is a section; did you mean model\.model_n"
+        ):
+            ServerConfig.load(None, ["model=llama"])
+
+    def test_a_servers_file_for_a_client(self, tmp_path: Path) -> None:
+        path = written(
+            tmp_path / "server.toml", 'seed = 1\n[model]\nmodel_name_or_path = "x"\n[train]\n[server]\nrun_id = "a"\n'
+        )
+        with pytest.raises(ConfigError) as found:
+            ClientConfig.load(path)
+        assert str(found.value) == (
+            f"{path} is a server's file (it has [model], [train] and [server]): `splitfl server` takes it, and"
+            " `splitfl client` one with [client] and [data]"
+        )
+
+    def test_a_clients_file_for_a_server(self, tmp_path: Path) -> None:
+        path = written(tmp_path / "client.toml", '[client]\nclient_id = "a"\n[data]\npath = "a.txt"\n')
+        with pytest.raises(ConfigError) as found:
+            ServerConfig.load(path)
+        assert str(found.value) == (
+            f"{path} is a client's file (it has [client] and [data]): `splitfl client` takes it, and"
+            " `splitfl server` one with [model], [federation] and [server]"
+        )
+
+    def test_a_section_of_the_other_role(self) -> None:
+        with pytest.raises(ConfigError, match=r"is a server's file, and \[data\] belongs in a client's: move it there"):
+            loaded("data.path=x")
 
 
 BUFFERED = [
