@@ -14,7 +14,7 @@ from client_edge.run import Text, check_files, describe, read_text
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.models.source import WEIGHTS_FILE, empty_cut
 from splitfl.telemetry.findings import Finding
-from splitfl.telemetry.units import format_bytes, format_share
+from splitfl.telemetry.units import counted, format_bytes, format_share
 from splitfl.training.device import open_device
 from splitfl.training.forecast import EvaluationWork, Part, evaluations_of, memory_of, sight_of, steps_of, wire_of
 from splitfl.training.terms import terms_of
@@ -77,19 +77,22 @@ def _data(text: Text, run: RunConfig, client_id: str) -> Finding:
     batch = run.federation.per_device_train_batch_size * run.federation.gradient_accumulation_steps
     batches = TrainBatches.of(text.train, run, client_id)
     num_rows = len(batches.rows)
-    counted = min(steps, -(-num_rows // batch))
-    padding = padding_share(batches, counted)
-    packed = f", packed into {num_rows} rows of at most {run.text.max_seq_length}" if run.text.packing else ""
-    of_what = "rows" if run.text.packing else "examples"
+    measured = min(steps, -(-num_rows // batch))
+    padding = padding_share(batches, measured)
+    packed = (
+        f", packed into {counted(num_rows, 'row')} of at most {run.text.max_seq_length}" if run.text.packing else ""
+    )
+    of_what = counted(batch, "row" if run.text.packing else "example")
     sentences = [
         f"{describe(text, run)}.",
-        f"{num_tokens:,} tokens in the training examples{packed}; {steps} steps of {batch} {of_what} go through them"
+        f"{num_tokens:,} {'token' if num_tokens == 1 else 'tokens'} in the training examples{packed};"
+        f" {counted(steps, 'step')} of {of_what} go through them"
         f" {steps * batch / num_rows:.2f} times"
         + (", and how many steps this client comes to depends on its speed." if run.is_buffered else "."),
     ]
     if padding is not None:
         sentences.append(
-            f"{format_share(padding)} of the positions sent in the first {counted} steps are padding"
+            f"{format_share(padding)} of the positions sent in the first {counted(measured, 'step')} are padding"
             + ("." if run.text.packing else "; text.packing on the server leaves less.")
         )
     return Finding(

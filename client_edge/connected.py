@@ -23,6 +23,7 @@ from splitfl.models.cut import Cut
 from splitfl.models.deferred import defer_logits
 from splitfl.models.loss import IGNORED_LABEL
 from splitfl.models.packing import check_packing
+from splitfl.telemetry.units import counted
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
 
@@ -96,7 +97,8 @@ def _join(client: ClientSection) -> OwnLoopLink:
     if not link.run.has_own_loops:
         link.close()
         raise ConfigError(
-            f"{link.address} serves a run of {link.run.federation.num_rounds} rounds: take part in it with `splitfl"
+            f"{link.address} serves a run of {counted(link.run.federation.num_rounds, 'round')}: take part in it with"
+            " `splitfl"
             " client`, or set federation.num_rounds = 0 on the server for a loop of your own"
         )
     return link

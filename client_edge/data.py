@@ -25,6 +25,7 @@ from splitfl.federation.records import PLAIN_TEXT_FIELD, Record, is_plain_text, 
 from splitfl.models.layout import Layout
 from splitfl.models.loss import IGNORED_LABEL
 from splitfl.session.terms import MAX_PACKED_EXAMPLES
+from splitfl.telemetry.units import counted
 
 T = TypeVar("T")
 
@@ -122,7 +123,8 @@ def read_examples(
             num_truncated += is_truncated
     if not kept:
         raise DataError(
-            f"{path}: none of {num_read} examples has a token to learn within {max_seq_length} tokens; shorten the"
+            f"{path}: none of {counted(num_read, 'example')} has a token to learn within"
+            f" {counted(max_seq_length, 'token')}; shorten the"
             " prompts, or raise text.max_seq_length on the server"
         )
     _check_ids(kept, vocab_size)
@@ -422,7 +424,8 @@ def _num_held_out(num_examples: int, fraction: float) -> int:
     num_held_out = max(1, min(round(fraction * num_examples), num_examples - 1)) if fraction > 0 else 0
     if num_held_out >= num_examples:
         raise DataError(
-            f"holding out {fraction} of {num_examples} examples leaves nothing to train on; add examples, name"
+            f"holding out {fraction} of {counted(num_examples, 'example')} leaves nothing to train on; add examples,"
+            " name"
             " data.eval_path, or set data.eval_fraction to 0"
         )
     return num_held_out

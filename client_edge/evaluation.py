@@ -22,6 +22,7 @@ from splitfl.config import OPTIONAL_MEASURES, RunConfig
 from splitfl.errors import DataError
 from splitfl.models.loss import IGNORED_LABEL
 from splitfl.telemetry.measures import complete
+from splitfl.telemetry.units import counted
 
 # Completions that are more than this are texts, and no labels.
 _MAX_LABELS = 64
@@ -79,7 +80,8 @@ class Exam:
         fitting = [each for each in questions if len(each.prompt_ids) + longest <= run.text.max_seq_length]
         if wanted.classifies and not fitting:
             raise DataError(
-                f"no held-out prompt leaves room for the longest label word, which has {longest} tokens, within"
+                f"no held-out prompt leaves room for the longest label word, which has {counted(longest, 'token')},"
+                " within"
                 f" text.max_seq_length = {run.text.max_seq_length}: shorten the prompts, or raise that on the server"
             )
         return cls(

@@ -18,6 +18,7 @@ from client_edge.own_link import OwnLoopLink, Rows
 from client_edge.owner_thread import OwnerThread
 from splitfl.errors import ConfigError, ModelError, PeerGone, Refused
 from splitfl.protocol.messages import Resumed
+from splitfl.telemetry.units import counted
 
 T = TypeVar("T")
 
@@ -250,7 +251,8 @@ class FarBackbone:
         waiting = [sent for sent in self._sent if sent.micro_batch.may_get_gradient]
         if len(waiting) >= self.run.link.max_in_flight:
             raise ConfigError(
-                f"{len(waiting)} losses wait for their backward, which is link.max_in_flight of this run: raise it on"
+                f"{counted(len(waiting), 'loss waits', 'losses wait')} for their backward, which is"
+                " link.max_in_flight of this run: raise it on"
                 " the server, or run what gets no backward under torch.no_grad()"
             )
         self._begin_again([sent for sent in self._sent if sent.micro_batch.has_gradient or sent in waiting])

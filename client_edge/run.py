@@ -33,6 +33,7 @@ from splitfl.telemetry.history import History
 from splitfl.telemetry.measures import ALSO, event_of
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog
+from splitfl.telemetry.units import counted
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
 
@@ -395,7 +396,7 @@ def describe(text: Text, run: RunConfig) -> str:
     limit = f"longer than max_seq_length = {run.text.max_seq_length}"
     cut_off = f"{text.train.num_truncated} {limit} and cut off there" if text.train.num_truncated else f"none {limit}"
     dropped = f", {text.train.num_dropped} left out because nothing to learn was left" if text.train.num_dropped else ""
-    return f"{len(text.train)} examples to train on ({cut_off}{dropped}), {held_out}"
+    return f"{counted(len(text.train), 'example')} to train on ({cut_off}{dropped}), {held_out}"
 
 
 def _say(console: Console, config: ClientConfig, text: str) -> None:

@@ -7,6 +7,7 @@ from server_backbone.members import Members
 from splitfl.config import NAME_PATTERN
 from splitfl.protocol.messages import WIRE_VERSION, Hello, Why
 from splitfl.session.limits import Limits
+from splitfl.telemetry.units import counted
 from splitfl.transport.keys import AllowList
 
 
@@ -81,12 +82,14 @@ class Admission:
         most = self._limits.clients
         if members.num_connected >= most and (known is None or known.connection is None):
             return Refused(
-                code=Why.FULL, reason=f"{most} clients are connected, which is server.max_clients: try again later"
+                code=Why.FULL,
+                reason=f"{counted(most, 'client is', 'clients are')} connected, which is server.max_clients: try"
+                " again later",
             )
         if keeps_copies and known is None and len(members) >= most:
             return Refused(
                 code=Why.FULL,
-                reason=f"this server keeps a copy of the backbone for each of {most} clients, which is"
+                reason=f"this server keeps a copy of the backbone for each of {counted(most, 'client')}, which is"
                 " server.max_clients, and theirs wait for them: ask its operator to raise that",
             )
         return None

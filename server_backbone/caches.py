@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from splitfl.config import LinkSection
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Decode
+from splitfl.telemetry.units import counted
 
 
 @dataclass(slots=True)
@@ -58,7 +59,7 @@ class CacheBook:
         others = [cache for number, cache in caches.open.items() if number != cache_id]
         if len(others) >= self._bounds.max_caches:
             return (
-                f"this client generates with {len(others)} caches already, and link.max_caches is"
+                f"this client generates with {counted(len(others), 'cache')} already, and link.max_caches is"
                 f" {self._bounds.max_caches}: let one of those generations end first"
             )
         if (total := tokens + sum(cache.tokens for cache in others)) > self._bounds.max_cache_tokens:

@@ -1,20 +1,19 @@
 """What `splitfl check` says of a server: it binds the address, reads keys and model, and lets go of them again."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from server_backbone.room import room_for
 from server_backbone.serve import listen, security_of
 from splitfl.config import ServerConfig, default_cache_dir
-from splitfl.errors import StorageError
 from splitfl.models.cut import Cut
 from splitfl.models.origin import locate
 from splitfl.models.source import empty_cut, lacking, weights_in
 from splitfl.session.limits import limits_of
 from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding
-from splitfl.telemetry.units import format_bytes
+from splitfl.telemetry.units import counted, format_bytes
 from splitfl.training.device import open_device
 from splitfl.training.forecast import Part, copies_of, evaluations_of, memory_of, sight_of, steps_of, wire_of
 from splitfl.training.terms import terms_of
@@ -43,7 +42,7 @@ def check_server(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
         yield memory_of(backbone, "The backbone has", topic="memory")
     yield memory_of(client, "Each client holds", topic="clients")
     yield _limits(config, terms)
-    yield _disk(config, backbone, client)
+    yield room_for(config, cut)
     yield sight_of(config)
 
 
@@ -74,7 +73,8 @@ def _model(config: ServerConfig) -> tuple[Cut, Finding]:
     cut, notes = empty_cut(origin.directory, config)
     middle = cut.layers_of("backbone")
     sentences = [
-        f"A {cut.whole.config.model_type} of {cut.anatomy.num_blocks} blocks: {config.model.bottom_layers} below and"
+        f"A {cut.whole.config.model_type} of {counted(cut.anatomy.num_blocks, 'block')}: {config.model.bottom_layers}"
+        " below and"
         f" {config.model.top_layers} above on each client, {len(middle)} here.",
         *(f"Note: {note}." for note in notes),
     ]
@@ -92,34 +92,10 @@ def _limits(config: ServerConfig, terms: Terms) -> Finding:
     return Finding(
         topic="limits",
         sentences=(
-            f"At most {limits.clients} clients at once; each may have the server hold"
-            f" {format_bytes(limits.bytes_per_client)} of messages and {limits.micro_batches_in_flight} graphs.",
-            f"Round 1 opens when {config.federation.min_available_clients} are ready.",
+            f"At most {counted(limits.clients, 'client')} at once; each may have the server hold"
+            f" {format_bytes(limits.bytes_per_client)} of messages and"
+            f" {counted(limits.micro_batches_in_flight, 'graph')}.",
+            f"Round 1 opens when {counted(config.federation.min_available_clients, 'client is', 'clients are')} ready.",
         ),
         numbers=limits.announced(),
-    )
-
-
-def _disk(config: ServerConfig, backbone: Part, client: Part) -> Finding:
-    """Compare what is free with the exported model and the snapshots of all that trains."""
-    exported = (backbone.weight_bytes + client.weight_bytes) * config.server.export_model
-    copies = config.federation.min_available_clients if config.has_copies else 1
-    snapshot = copies * backbone.training_bytes + client.training_bytes
-    needed = exported + config.storage.keep_snapshots * snapshot
-    folder = config.server.runs_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise StorageError(
-            f"{folder}: {format_bytes(free)} are free and the run's model and snapshots take about"
-            f" {format_bytes(needed)}: make room, or set server.runs_dir to another disk"
-        )
-    return Finding(
-        topic="disk",
-        sentences=(
-            f"The run's model and snapshots take about {format_bytes(needed)}; {format_bytes(free)} are free in"
-            f" {folder}.",
-        ),
-        numbers={"free_bytes": free, "needed_bytes": needed},
     )

@@ -54,14 +54,16 @@ class Replay:
         """Do it, and end with an error if a bit differs."""
         from server_backbone.replay import replay
         from splitfl.errors import StorageError
+        from splitfl.telemetry.units import counted
 
         found = replay(arguments.run_dir)
         if arguments.json:
             sys.stdout.write(json.dumps(asdict(found)) + "\n")
         else:
             sys.stdout.write(
-                f"{found.commits} commits done again from snapshot {found.from_generation} to commit"
-                f" {found.last_commit}; {found.snapshots_equal} snapshots equal in every bit; weights {found.digest}\n"
+                f"{counted(found.commits, 'commit')} done again from snapshot {found.from_generation} to commit"
+                f" {found.last_commit}; {counted(found.snapshots_equal, 'snapshot')} equal in every bit; weights"
+                f" {found.digest}\n"
             )
         if found.problems:
             raise StorageError(

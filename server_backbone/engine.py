@@ -35,6 +35,7 @@ from splitfl.protocol.messages import (
 )
 from splitfl.protocol.tensors import describe, digest_of, realise
 from splitfl.telemetry.history import History
+from splitfl.telemetry.units import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +275,7 @@ class Engine:
     def _objection_to(self, buffer: BufferedMerger, begun: int) -> str:
         staleness, most = self.ledger.state.num_merged - begun, self._run.strategy.max_staleness
         if most and staleness > most:
-            return f"begun {staleness} merges ago, strategy.max_staleness = {most}"
+            return f"begun {counted(staleness, 'merge')} ago, strategy.max_staleness = {most}"
         return "" if buffer.has(begun) else f"the layers of merge {begun}, which it began with, cannot be read any more"
 
     def _stand(self) -> None:

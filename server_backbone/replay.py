@@ -16,6 +16,7 @@ from splitfl.errors import ConfigError
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.export import CONFIG_FILE, TRAINED_FILE
 from splitfl.telemetry.metrics import MetricsLog
+from splitfl.telemetry.units import counted
 
 
 @dataclass(slots=True)
@@ -99,7 +100,9 @@ def _compare_saved(run_dir: Path, ledger: Ledger, worker: Worker, found: Replay)
     trained = {**(ledger.merged_layers or {}), **worker.trained()}
     different = [name for name, tensor in trained.items() if not torch.equal(saved[name], tensor)]
     if different:
-        found.problems.append(f"{TRAINED_FILE}: {len(different)} tensors differ, {different[0]} first")
+        found.problems.append(
+            f"{TRAINED_FILE}: {counted(len(different), 'tensor differs', 'tensors differ')}, {different[0]} first"
+        )
 
 
 def rollback(run_dir: Path, generation: int | None) -> tuple[int, int]:

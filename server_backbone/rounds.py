@@ -10,6 +10,7 @@ from enum import Enum, auto
 from typing import TypeAlias
 
 from splitfl.config import FederationSection
+from splitfl.telemetry.units import counted
 
 Choose: TypeAlias = Callable[[int, Sequence[str]], Sequence[str]]
 
@@ -318,7 +319,7 @@ class Rounds:
         self._deadline_s = float("inf")
         done = tuple(sorted(self._uploaded))
         fewest = self._federation.min_train_clients
-        reason = "" if len(done) >= fewest else f"{len(done)} clients finished, min_train_clients = {fewest}"
+        reason = "" if len(done) >= fewest else f"{counted(len(done), 'client')} finished, min_train_clients = {fewest}"
         return [
             Merge(
                 round_number=self.round_number,

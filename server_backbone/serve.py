@@ -23,6 +23,7 @@ from server_backbone.ledger import Ledger
 from server_backbone.merger import FirstLayers, Merger
 from server_backbone.placement import DeviceMap, device_map_of, devices_of
 from server_backbone.provisions import prepare
+from server_backbone.room import room_for
 from server_backbone.server import Server
 from server_backbone.worker import Worker
 from splitfl.config import RunConfig, ServerConfig, default_cache_dir, differences, to_toml
@@ -85,6 +86,7 @@ def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) 
         listener = stack.enter_context(listen(config, security))
         listener.self_test()
         model = load(config, device)
+        room_for(config, model.cut, run_dir=run_dir if is_resumed else None)
         make_private_dir(run_dir)
         storage = config.storage
         store = stack.enter_context(
@@ -347,7 +349,7 @@ def _cache_dir(config: ServerConfig) -> Path:
 
 def _write_config(config: ServerConfig, run_dir: Path) -> None:
     """Keep the settings as used; a model's relative path would mean nothing from elsewhere."""
-    path = Path(config.model.model_name_or_path)
+    path = Path(config.model.model_name_or_path).expanduser()
     if path.exists():
         model = config.model.model_copy(update={"model_name_or_path": str(path.resolve())})
         config = config.model_copy(update={"model": model})

@@ -518,10 +518,11 @@ class Server:
         member.absent_since_s, member.is_out = None, False
 
     def _supersede(self, rival: Connection) -> None:
-        reason = (
-            "a newer session of this client has begun: if that was not you, somebody has a copy of this client's keys;"
-            " tell the server's operator"
-        )
+        if rival.user_id:
+            why = "somebody has a copy of this client's keys; tell the server's operator"
+        else:  # without keys a name is all there is
+            why = "another process has the same client.client_id; give each client a name of its own"
+        reason = f"a newer session of this client has begun: if that was not you, {why}"
         for peer in (rival.peer, rival.control_peer):
             if peer is not None:
                 self._refuse(peer, Why.SUPERSEDED, reason)

@@ -6,6 +6,7 @@ from typing import Any
 
 from splitfl.config import FederationSection
 from splitfl.telemetry.measures import MEASURES, Measured, complete, federated
+from splitfl.telemetry.units import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,8 @@ class Standing:
         if not patience or stalled < patience:
             return ""
         return (
-            f"{federation.metric_for_best_model} has not improved for {stalled} rounds (early_stopping_patience ="
+            f"{federation.metric_for_best_model} has not improved for {counted(stalled, 'round')}"
+            " (early_stopping_patience ="
             f" {patience}); the best was {self.best_value:.4f} after round {self.best_round}"
         )
 

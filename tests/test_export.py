@@ -134,6 +134,7 @@ def test_the_adapter_on_its_base_gives_the_split_logits(
     output = tmp_path / "adapter"
     assert run_one("export", Export(), [str(finished.run_dir), str(output), "--format", "adapter"]) == 0
     assert not (output / "config.json").exists()
+    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
     base = AutoModelForCausalLM.from_pretrained(model).eval()
     ids_BS = torch.randint(3, 250, (2, 11))
     with torch.no_grad():
@@ -144,6 +145,26 @@ def test_the_adapter_on_its_base_gives_the_split_logits(
     assert torch.equal(theirs, split_logits(model, finished.run_dir, ids_BS))
     assert (theirs - before).abs().max() > 1e-3
     assert AutoTokenizer.from_pretrained(output)("abc")["input_ids"]
+
+
+def test_an_adapter_finds_its_base_from_any_folder(
+    make_model: Callable[..., Path],
+    federate: Callable[..., Finished],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model()
+    monkeypatch.setenv("HOME", str(model.parent))
+    finished = federate(
+        {"model": {"model_name_or_path": f"~/{model.name}"}, "federation": {"num_rounds": 1, "local_steps": 1}},
+        {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},
+    )
+    assert finished.errors == {}
+    export_run(finished.run_dir, tmp_path / "adapter", "adapter")
+    monkeypatch.setenv("HOME", "/nowhere")
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == str(model)
+    export_run(finished.run_dir, tmp_path / "again", "adapter")  # the run's own config names it by its whole path too
 
 
 def test_an_adapter_directory_holds_adapters_only(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitfl.errors import ConfigError, DataError
+from splitfl.telemetry.units import counted
 
 CITATION = (
     "Human Phenotype Ontology: Gargano et al., The Human Phenotype Ontology in 2024: phenotypes around the world,"
@@ -213,7 +214,8 @@ def _shuffled(records: Sequence[dict[str, str]], seed: int) -> list[dict[str, st
 def _check_size(clinic: str, num_terms: int, wanted: int) -> None:
     if wanted > num_terms:
         raise ConfigError(
-            f"clinic {clinic} has {num_terms} terms, fewer than num_train + num_eval = {wanted}; ask for fewer"
+            f"clinic {clinic} has {counted(num_terms, 'term')}, fewer than num_train + num_eval = {wanted}; ask for"
+            " fewer"
         )
 
 

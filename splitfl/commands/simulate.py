@@ -19,7 +19,9 @@ class Simulate:
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
         add_config_arguments(parser)
-        parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="a .jsonl or .txt file")
+        parser.add_argument(
+            "--data", type=Path, required=True, metavar="FILE", help="a .jsonl, .csv, .tsv, .parquet or .txt file"
+        )
         parser.add_argument("--num-clients", type=int, default=2, metavar="N", help="clients to deal the data to (2)")
         parser.add_argument(
             "--partition",

@@ -18,6 +18,7 @@ import numpy as np
 
 from splitfl.errors import ConfigError, DataError
 from splitfl.federation.records import is_table, name_fields, read_file, read_lines
+from splitfl.telemetry.units import counted
 
 FORMS = ("iid", "field:NAME", "dirichlet:NAME:ALPHA")
 
@@ -111,7 +112,7 @@ class DirichletPartitioner:
                 return parts
         raise ConfigError(
             f"none of {_MAX_DRAWS} draws with alpha {self.alpha} gave each of {self.num_partitions} partitions"
-            f" {self.min_partition_size} of {len(records)} records; raise alpha or ask for fewer partitions"
+            f" {self.min_partition_size} of {counted(len(records), 'record')}; raise alpha or ask for fewer partitions"
         )
 
     def _draw(self, groups: Mapping[str, list[int]], random: np.random.Generator) -> list[list[int]]:
@@ -158,7 +159,9 @@ def write_partitions(path: Path, out_dir: Path, parts: Sequence[Sequence[int]]) 
     lines = list(map(_json_line, read_records(path))) if is_table(path) else [line.content for line in read_lines(path)]
     for index in itertools.chain.from_iterable(parts):
         if not 0 <= index < len(lines):
-            raise DataError(f"{path}: {len(lines)} records, but a partition holds index {index}; partition it again")
+            raise DataError(
+                f"{path}: {counted(len(lines), 'record')}, but a partition holds index {index}; partition it again"
+            )
     width = len(str(len(parts) - 1))
     written = [out_dir / f"partition-{number:0{width}}{suffix}" for number in range(len(parts))]
     if path.resolve() in [target.resolve() for target in written]:
@@ -221,7 +224,8 @@ def _check_count(num_partitions: int) -> None:
 def _check_enough(num_records: int, num_partitions: int, each: int = 1) -> None:
     if num_records < num_partitions * each:
         raise ConfigError(
-            f"{num_records} records cannot fill {num_partitions} partitions with at least {each} each;"
+            f"{counted(num_records, 'record')} cannot fill {counted(num_partitions, 'partition')} with at least"
+            f" {each} each;"
             " ask for fewer partitions or add records"
         )
 

@@ -10,6 +10,7 @@ from splitfl.errors import ConfigError
 from splitfl.models import checkpoint
 from splitfl.models.cut import Cut
 from splitfl.models.trainable import is_adapter
+from splitfl.telemetry.units import counted
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 # In a file of adapters peft names the model inside its own, and leaves out the name of the adapter.
@@ -17,20 +18,24 @@ _PREFIX = "base_model.model."
 _ADAPTER_NAME = ".default"
 
 
-def write_adapter(cut: Cut, run: RunConfig, trained: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `adapter_config.json` and the adapters; raise `ConfigError` when more than adapters was trained."""
+def write_adapter(cut: Cut, run: RunConfig, trained: Mapping[str, Tensor], folder: Path, *, base: str) -> None:
+    """Write `adapter_config.json` and the adapters; raise `ConfigError` when more than adapters was trained.
+
+    `base` is what they belong on: the hub id of a model or its directory, absolute, since peft takes it as it is.
+    """
     from peft import LoraConfig
 
     others = [name for name in trained if not is_adapter(name)]
     if others:
         raise ConfigError(
-            f"the run has trained {len(others)} tensors that are no adapters ({others[0]} is the first), and an adapter"
+            f"the run has trained {counted(len(others), 'tensor that is no adapter', 'tensors that are no adapters')}"
+            f" ({others[0]} is the first), and an adapter"
             " directory cannot hold them: export with --format merged"
         )
     adapted = [name.rsplit(".lora_", 1)[0] for name in trained]
     LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=run.model.model_name_or_path,
+        base_model_name_or_path=base,
         inference_mode=True,
         r=run.lora.r,
         lora_alpha=run.lora.alpha,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from splitfl.config import RunConfig
 from splitfl.models.origin import is_hub_id
+from splitfl.telemetry.units import counted
 
 CARD_FILE = "README.md"
 Format = Literal["merged", "adapter"]
@@ -50,7 +51,7 @@ def card_of(run: RunConfig, report: Mapping[str, Any], format_: Format) -> str:
 def _facts(run: RunConfig, report: Mapping[str, Any], base: str) -> Iterator[tuple[str, object]]:
     federation = run.federation
     yield "base model", base
-    yield "cut", f"{run.model.bottom_layers} blocks below and {run.model.top_layers} above on the clients"
+    yield "cut", f"{counted(run.model.bottom_layers, 'block')} below and {run.model.top_layers} above on the clients"
     yield "run begun", report["date"]
     yield "rounds merged", f"{report['num_rounds']} of {federation.num_rounds}"
     if report["best_round"]:

@@ -21,6 +21,7 @@ from splitfl.models.deferred import deferrable_head
 from splitfl.models.far_cache import BackboneCache
 from splitfl.models.loss import Head, Scores, chunked_loss, chunked_scores, head_of, plain_scores
 from splitfl.models.stand_in import FarBlocks, StandIn
+from splitfl.telemetry.units import counted
 
 Side = Literal["client", "server"]
 
@@ -158,7 +159,7 @@ class Cut:
         anatomy = anatomy_of(model)
         if min(bottom_layers, top_layers) < 0 or bottom_layers + top_layers >= anatomy.num_blocks:
             raise ModelError(
-                f"{model.config.model_type} has {anatomy.num_blocks} blocks: bottom_layers + top_layers ="
+                f"{model.config.model_type} has {counted(anatomy.num_blocks, 'block')}: bottom_layers + top_layers ="
                 f" {bottom_layers} + {top_layers} must leave at least one to the backbone"
             )
         cut = cls(whole=model, anatomy=anatomy, bottom_layers=bottom_layers, top_layers=top_layers)

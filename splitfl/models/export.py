@@ -59,7 +59,7 @@ def export_run(run_dir: Path, output_dir: Path, format_: Format = "merged", clie
     if format_ == "adapter":
         described = set(DESCRIPTION_FILES) - _OF_A_WHOLE_MODEL
         with _appearing(output_dir, origin.directory, described, _card(run_dir, config, "adapter")) as folder:
-            write_adapter(cut, config, trained, folder)
+            write_adapter(cut, config, trained, folder, base=origin.hub_id or str(origin.directory.resolve()))
         return output_dir
     weights = server_weights(origin, cut, seed=config.seed, cache_dir=cache_dir)
     return export_model(cut, weights, origin.directory, config, run_dir, output_dir, client_id)

@@ -7,6 +7,7 @@ from splitfl.errors import ModelError
 from splitfl.models.anatomy import view_of
 from splitfl.models.cut import Backbone, Cut
 from splitfl.models.stand_in import StandIn
+from splitfl.telemetry.units import counted
 
 
 class _NearBlocks:
@@ -65,7 +66,8 @@ def join(client: PreTrainedModel, backbone: Backbone) -> PreTrainedModel:
     stand_ins = [block for block in blocks if isinstance(block, StandIn)]
     if len(stand_ins) != 1 or len(blocks) != cut.bottom_layers + 1 + cut.top_layers:
         raise ModelError(
-            f"join takes the client and the backbone of one split: this backbone needs {cut.bottom_layers} blocks below"
+            "join takes the client and the backbone of one split: this backbone needs"
+            f" {counted(cut.bottom_layers, 'block')} below"
             f" it and {cut.top_layers} above"
         )
     at = blocks.index(stand_ins[0])

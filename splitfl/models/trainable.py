@@ -11,6 +11,7 @@ from splitfl.config import LoraSection, RunConfig
 from splitfl.errors import ConfigError
 from splitfl.models.cut import Cut
 from splitfl.models.locks import TORCH_IS_PATCHED
+from splitfl.telemetry.units import counted
 
 _ADAPTER = ".lora_"
 
@@ -68,7 +69,8 @@ def _mode_per_layer(cut: Cut, run: RunConfig) -> dict[int, str]:
     middle = cut.layers_of("backbone")
     if run.train.backbone_layers > len(middle):
         raise ConfigError(
-            f"train.backbone_layers = {run.train.backbone_layers}: the backbone has {len(middle)} blocks; 0 means all"
+            f"train.backbone_layers = {run.train.backbone_layers}: the backbone has {counted(len(middle), 'block')};"
+            " 0 means all"
         )
     learning = set(middle[-run.train.backbone_layers :]) if run.backbone_trains else set()
     return {**modes, **{layer: run.train.backbone if layer in learning else "none" for layer in middle}}

@@ -17,6 +17,7 @@ from rich.text import Text
 from splitfl.telemetry.measures import MEASURES
 from splitfl.telemetry.metrics import Event
 from splitfl.telemetry.units import (
+    counted,
     format_bytes,
     format_loss,
     format_measure,
@@ -41,6 +42,7 @@ class ClientProgress:
     step: int = 0
     loss: float | None = None
     tokens_per_second: float | None = None
+    """Of all tokens that went through in this round's steps, those without a loss included."""
     bytes_sent: int = 0
     bytes_received: int = 0
     round_tokens: int = 0
@@ -127,7 +129,7 @@ class RunProgress:
         client = self.client(event["client_id"])
         client.round, client.step, client.loss = event["round"], event["step"], event["loss"]
         client.bytes_sent, client.bytes_received = event["bytes_sent"], event["bytes_received"]
-        client.round_tokens += event["num_label_tokens"]
+        client.round_tokens += event.get("num_tokens", 0)
         client.round_steps += 1
         client.num_tokens += event.get("num_tokens", 0)
         client.num_positions += event.get("num_positions", 0)
@@ -283,15 +285,16 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
 
 
 def _say_run(event: Event) -> str:
-    rounds, own = f"{event['num_rounds']} rounds of {event['local_steps']} steps", "clients in loops of their own"
-    steps = rounds if event["num_rounds"] else own
-    return f"{event['run_id']}: {event['model']}, {event['server_mode']}, {steps}, {event['device']}"
+    rounds, steps = counted(event["num_rounds"], "round"), counted(event["local_steps"], "step")
+    what = f"{rounds} of {steps}" if event["num_rounds"] else "clients in loops of their own"
+    return f"{event['run_id']}: {event['model']}, {event['server_mode']}, {what}, {event['device']}"
 
 
 def _say_round(event: Event, progress: RunProgress) -> str:
     last_step = event["first_step"] + event["num_steps"] - 1
     which = f"{event['round']}/{progress.run.get('num_rounds', '?')}"
-    return f"{which}: steps {event['first_step']}-{last_step} of {', '.join(event['trainers'])}"
+    steps = f"steps {event['first_step']}-{last_step}" if event["num_steps"] > 1 else f"step {last_step}"
+    return f"{which}: {steps} of {', '.join(event['trainers'])}"
 
 
 def _say_step(event: Event, progress: RunProgress) -> str:
@@ -302,7 +305,7 @@ def _say_step(event: Event, progress: RunProgress) -> str:
 
 def _say_evaluation(event: Event, progress: RunProgress) -> str:
     phase = f"after round {event['round']}" if event["phase"] == "round" else f"{event['phase']} training"
-    loss = f"held-out loss {format_loss(event['eval_loss'])} on {event['num_eval_examples']} examples"
+    loss = f"held-out loss {format_loss(event['eval_loss'])} on {counted(event['num_eval_examples'], 'example')}"
     others = "".join(
         f", {measure.title} {format_measure(name, event[name])}"
         for name, measure in MEASURES.items()
@@ -348,14 +351,14 @@ def _say_merge(event: Event) -> str:
         return f"round {event['round']} not merged: {event['reason']}{absent}"
     weights = ", ".join(f"{client_id} ({format_weight(weight)})" for client_id, weight in event["clients"].items())
     digest = event["digest"][:_DIGEST_CHARACTERS]
-    return f"round {event['round']}: {weights}; {event['num_tensors']} tensors, digest {digest}{absent}"
+    return f"round {event['round']}: {weights}; {counted(event['num_tensors'], 'tensor')}, digest {digest}{absent}"
 
 
 def _say_done(event: Event, progress: RunProgress) -> str:
     client = progress.client(event["client_id"])
     share = 1 - client.num_tokens / client.num_positions if client.num_positions else None
     padding = "" if share is None else f"{format_share(share)} padding  "
-    return f"{_padded(event, progress)}  {event['num_examples']} examples  {padding}{_traffic(event)}"
+    return f"{_padded(event, progress)}  {counted(event['num_examples'], 'example')}  {padding}{_traffic(event)}"
 
 
 def _say_end(event: Event) -> str:
@@ -394,7 +397,10 @@ def _client_row(client: ClientProgress) -> list[Text]:
 
 
 def _rate(tokens_per_second: float | None) -> str:
-    return "-" if tokens_per_second is None else f"{tokens_per_second:.0f}"
+    """Write tokens a second; a slow client's are not rounded to none."""
+    if tokens_per_second is None:
+        return "-"
+    return f"{tokens_per_second:.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.1f}"
 
 
 def _padded(event: Event, progress: RunProgress) -> str:

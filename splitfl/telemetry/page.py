@@ -78,7 +78,11 @@ def _cards(report: Report) -> list[str]:
         _loss_card(report["eval_loss_before"], report["eval_loss_after"]),
         _card("Rounds", str(report["num_rounds"]), f"of {wanted} merged" if wanted else "merged"),
         _card("Clients", str(len(clients)), f"{left} left early" if left else "none left early"),
-        _card("Wall time", format_seconds(report["wall_seconds"]), f"{report['steps']:,} steps committed"),
+        _card(
+            "Wall time",
+            format_seconds(report["wall_seconds"]),
+            f"{report['steps']:,} {'step' if report['steps'] == 1 else 'steps'} committed",
+        ),
         _card("Traffic", "unknown" if through is None else format_bytes(through), "server, both ways"),
     ]
 
@@ -228,14 +232,16 @@ def _ending(report: Report) -> str:
 
 
 def _client_section(report: Report) -> str:
-    header = ["client", "examples", "cut short", "steps", "label tokens", "padding"]
+    header = ["client", "examples", "cut short", "steps", "tokens", "label tokens", "padding"]
     header += ["loss before", "loss after", "change", "sent", "received", "peak memory", "seconds", "computing"]
     mean = [report["eval_loss_before"], report["eval_loss_after"]]
-    means = ["mean", *[""] * 5, *map(_number, mean), _change(*mean), *[""] * 5]
+    means = ["mean", *[""] * 6, *map(_number, mean), _change(*mean), *[""] * 5]
     rows = [_client_row(client) for client in report["clients"]]
-    server = ["server", *[""] * 8, *_use(report["server"] | {"wall_seconds": report["wall_seconds"]})]
+    server = ["server", *[""] * 9, *_use(report["server"] | {"wall_seconds": report["wall_seconds"]})]
     note = (
-        "Held-out loss in nats a token. Padding is the part of the positions sent in training that holds no token. Sent"
+        "Held-out loss in nats a token. Tokens are those sent in training, label tokens those a loss was taken on."
+        " Padding is"
+        " the part of the positions sent in training that holds no token. Sent"
         " and received are each one's own bytes; sizes in decimal units."
     )
     note += _copies_note(report.get("copies"))
@@ -253,7 +259,7 @@ def _copies_note(copies: Mapping[str, Any] | None) -> str:
 
 
 def _client_row(client: Mapping[str, Any]) -> list[Cell]:
-    counts = [client[key] for key in ("num_examples", "num_truncated", "steps", "num_label_tokens")]
+    counts = [client[key] for key in ("num_examples", "num_truncated", "steps", "num_tokens", "num_label_tokens")]
     losses = [client["eval_loss_before"], client["eval_loss_after"]]
     left = "" if client["left"] is None else f" <small>left: {_text(_without_paths(client['left']))}</small>"
     name = _text(client["client_id"]) + left

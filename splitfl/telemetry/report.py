@@ -144,6 +144,7 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
             "bytes_sent": last.get("bytes_sent"),
             "bytes_received": last.get("bytes_received"),
             "steps": len(steps),
+            "num_tokens": sum(step.get("num_tokens", 0) for step in steps),
             "num_label_tokens": sum(step["num_label_tokens"] for step in steps),
             "padding_share": _padding_share(steps),
             "left": None if done else _last(own, "client_left").get("reason"),

@@ -29,6 +29,11 @@ def format_seconds(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """Write a number and what it counts: `1 round`, `2 rounds`; `many` where the plural takes more than an s."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 def format_loss(loss: float | None) -> str:
     """Write a loss (nats a token) with three decimals; unknown is a dash."""
     return "-" if loss is None else f"{loss:.3f}"

@@ -10,7 +10,7 @@ from splitfl.models.cut import Cut, Side
 from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.measures import MEASURES
-from splitfl.telemetry.units import format_bytes
+from splitfl.telemetry.units import counted, format_bytes
 
 # Tensors like its gradient that an optimizer keeps for each one that trains.
 _MOMENTS = {"adamw_torch": 2, "sgd": 0}
@@ -87,16 +87,25 @@ def steps_of(run: RunConfig) -> Finding:
     """Say how many steps the run has."""
     federation = run.federation
     rows = federation.per_device_train_batch_size * federation.gradient_accumulation_steps
-    what = "rows of packed examples" if run.text.packing else "examples"
-    rounds = f"{federation.num_rounds} rounds of {federation.local_steps} steps of each client: {run.total_steps} steps"
+    what = (
+        counted(rows, "row of packed examples", "rows of packed examples")
+        if run.text.packing
+        else counted(rows, "example")
+    )
+    steps = counted(federation.local_steps, "step")
+    rounds = f"{counted(federation.num_rounds, 'round')} of {steps} of each client: {counted(run.total_steps, 'step')}"
     if run.is_buffered:
         rounds = (
-            f"{federation.num_rounds} merges of {run.strategy.buffer_size} uploads of {federation.local_steps} steps,"
-            f" whoever they come from: {run.total_steps * run.strategy.buffer_size} steps of all clients together"
+            f"{counted(federation.num_rounds, 'merge')} of {counted(run.strategy.buffer_size, 'upload')} of {steps},"
+            f" whoever they come from: {counted(run.total_steps * run.strategy.buffer_size, 'step')} of all clients"
+            " together"
         )
     return Finding(
         topic="steps",
-        sentences=(f"{rounds}, each from {rows} {what} in {federation.gradient_accumulation_steps} micro-batches.",),
+        sentences=(
+            f"{rounds}, each from {what} in"
+            f" {counted(federation.gradient_accumulation_steps, 'micro-batch', 'micro-batches')}.",
+        ),
         numbers={
             "rounds": federation.num_rounds,
             "steps": run.total_steps,
@@ -138,10 +147,11 @@ def evaluations_of(run: RunConfig, work: EvaluationWork | None = None) -> Findin
         sentences.append(said)
         numbers |= more
     elif asked.generates:
-        limit = f"at most {asked.num_examples} prompts" if asked.num_examples else "every held-out prompt"
+        limit = f"at most {counted(asked.num_examples, 'prompt')}" if asked.num_examples else "every held-out prompt"
         sentences.append(
-            f"Each time {limit} are answered with up to {asked.max_new_tokens} tokens, a round trip for each token of a"
-            f" batch of up to {federation.per_device_eval_batch_size} prompts."
+            f"Each time {limit} are answered with up to {counted(asked.max_new_tokens, 'token')}, a round trip for"
+            " each token of a"
+            f" batch of up to {counted(federation.per_device_eval_batch_size, 'prompt')}."
         )
     if federation.compares_rounds:
         sentences.append(_comparison(run))
@@ -154,13 +164,14 @@ def _work_of(run: RunConfig, work: EvaluationWork) -> tuple[str, dict[str, objec
     forward = -(-work.examples // rows) + -(-candidates // rows)
     answers = -(-work.answered // rows)
     tokens = work.answered * run.evaluation.max_new_tokens
-    said = f"Each takes {forward} forward passes of up to {rows} rows"
+    said = f"Each takes {counted(forward, 'forward pass', 'forward passes')} of up to {counted(rows, 'row')}"
     if candidates:
-        said += f", those of {work.classified} prompts with each of {work.labels} label words among them"
+        said += f", those of {counted(work.classified, 'prompt')} with each of {work.labels} label words among them"
     if work.answered:
         said += (
-            f", and at most {tokens} generated tokens: {work.answered} prompts in about {answers} batches, up to"
-            f" {answers * run.evaluation.max_new_tokens} round trips"
+            f", and at most {counted(tokens, 'generated token')}: {counted(work.answered, 'prompt')} in about"
+            f" {counted(answers, 'batch', 'batches')}, up to"
+            f" {counted(answers * run.evaluation.max_new_tokens, 'round trip')}"
         )
     return f"{said}.", {"forward_passes": forward, "generated_tokens": tokens, "classified": work.classified}
 

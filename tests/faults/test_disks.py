@@ -44,6 +44,15 @@ def test_a_server_whose_disk_is_full(town: Callable[..., Town], small_disk: Path
     assert stops_and_goes_on(run, "server", small_disk) == 60
 
 
+def test_a_server_that_has_no_room_for_its_run_begins_none(town: Callable[..., Town], small_disk: Path) -> None:
+    run = town(1, server__runs_dir=small_disk, storage__keep_snapshots=1000, **LONG)
+    code, said = run.end_of("server")
+    assert code == 10
+    assert "the run's model and snapshots take about" in said
+    assert "make room, or set server.runs_dir to another disk" in said
+    assert list(small_disk.iterdir()) == []
+
+
 def test_a_client_whose_disk_is_full(town: Callable[..., Town], small_disk: Path) -> None:
     """It leaves, so the round is merged without it; with room again it takes the merge and joins the next round."""
     run = town(1, own={"client.output_dir": small_disk}, **{**LONG, "federation__num_rounds": 2})

@@ -194,7 +194,7 @@ def test_counts_are_checked(spec: str) -> None:
 
 
 def test_no_records_fill_no_partition() -> None:
-    with pytest.raises(ConfigError, match="0 records cannot fill 1 partitions"):
+    with pytest.raises(ConfigError, match="0 records cannot fill 1 partition "):
         NaturalIdPartitioner(field="organ").partition([])
 
 

@@ -277,7 +277,7 @@ class TestObjections:
     def test_one_client_alone_is_merged_or_refused_in_a_sentence(self, name: StrategyName) -> None:
         rule = strategy(name)
         if name in CHOOSERS:
-            assert rule.objection([7.0]) == f"1 clients finished, {name} with num_malicious_clients = 0 needs 3"
+            assert rule.objection([7.0]) == f"1 client finished, {name} with num_malicious_clients = 0 needs 3"
             return
         assert rule.objection([7.0]) == ""
         own = near(layers(0), 1, 1e-2)

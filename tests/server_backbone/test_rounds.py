@@ -127,7 +127,7 @@ class TestClosing:
                 round_number=1,
                 uploaded=("c",),
                 absent=("a", "b"),
-                reason="1 clients finished, min_train_clients = 2",
+                reason="1 client finished, min_train_clients = 2",
             )
         ]
 

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from splitfl.telemetry.display import Display, RunProgress, log_line
-from splitfl.telemetry.units import format_bytes, format_change, format_loss, format_seconds, format_weight
+from splitfl.telemetry.units import counted, format_bytes, format_change, format_loss, format_seconds, format_weight
 
 
 def shown(events, *, terminal=False, width=110):
@@ -36,11 +36,27 @@ def test_without_a_terminal_each_event_is_one_plain_line(events):
     assert lines[1] == "     1.0 s  joined    clinic-a"
     assert lines[3] == "     3.0 s  evaluated clinic-a  before training: held-out loss 3.000 on 4 examples"
     assert lines[5] == "     5.0 s  round     1/2: steps 1-2 of clinic-a, clinic-b"
-    said = "6.0 s step clinic-a step 1 loss 2.750 100 tokens/s sent 1.0 MB received 900.0 kB"
+    said = "6.0 s step clinic-a step 1 loss 2.750 150 tokens/s sent 1.0 MB received 900.0 kB"
     assert " ".join(lines[6].split()) == said
     assert "    10.0 s  merged    round 1: clinic-a (10), clinic-b (11); 8 tensors, digest ab12ab12ab12" in lines
     assert lines[-1].endswith("end       complete after 33.0 s; model in runs/run-1/model")
     assert not any(" loaded " in line for line in lines)
+
+
+def test_one_of_a_kind_is_no_plural(events):
+    opened = next(event for event in events if event["event"] == "round_opened")
+    run = events[0] | {"num_rounds": 1, "local_steps": 1}
+    evaluated = events[3] | {"num_eval_examples": 1}
+    text = shown([run, evaluated, opened | {"num_steps": 1}])
+    assert "tiny, shared, 1 round of 1 step, cpu" in text
+    assert "held-out loss 3.000 on 1 example\n" in text
+    assert "1/1: step 1 of clinic-a, clinic-b" in text
+
+
+def test_a_slow_client_is_not_shown_as_one_that_stands_still(events):
+    step = next(event for event in events if event["event"] == "step")
+    slow = step | {"elapsed_s": 5.0 + 600.0, "num_label_tokens": 0}
+    assert "0.2 tokens/s" in shown([*up_to(events, "round_opened"), slow])
 
 
 def test_a_line_is_never_wrapped(events):
@@ -100,7 +116,7 @@ def test_the_panel_tells_where_the_run_is(events):
     assert re.search(r"run-1 +· +tiny +· +shared +· +round 1/2 +· +step 2/2 +· +8.0 s", panel)
     row_a = re.search(r"clinic-a +(\w+) +(\d) +(\d) +([\d.]+) +(\d+) +([\d.]+ MB) +([\d.]+ MB)", panel)
     assert row_a
-    assert row_a.groups() == ("waiting", "1", "2", "2.500", "67", "2.0 MB", "1.8 MB")
+    assert row_a.groups() == ("waiting", "1", "2", "2.500", "100", "2.0 MB", "1.8 MB")
     assert re.search(r"clinic-b +training +1 +1 ", panel)
 
 
@@ -156,6 +172,10 @@ def test_the_elapsed_time_goes_on_between_events(events):
         (format_loss(2.34567), "2.346"),
         (format_change(3.0, 2.5), "-0.500"),
         (format_change(3.0, None), "-"),
+        (counted(0, "round"), "0 rounds"),
+        (counted(1, "round"), "1 round"),
+        (counted(2, "round"), "2 rounds"),
+        (counted(2, "batch", "batches"), "2 batches"),
         (format_weight(12345), "12,345"),
         (format_weight(0.25), "0.250"),
     ],

@@ -87,6 +87,7 @@ def test_the_report_holds_what_the_events_say(events):
         "bytes_sent": 5_000_000,
         "bytes_received": 4_000_000,
         "steps": 4,
+        "num_tokens": 600,
         "num_label_tokens": 400,
         "padding_share": 0.25,
         "left": None,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from splitfl.federation.strategy import Folded, Strategy
 from splitfl.federation.updates import Update, stacks, weighted_mean
+from splitfl.telemetry.units import counted
 
 
 class MultiKrum(Strategy):
@@ -18,11 +19,11 @@ class MultiKrum(Strategy):
         name = self._federation.strategy
         if len(weights) < 2 * num_malicious + 3:
             return (
-                f"{len(weights)} clients finished, {name} with num_malicious_clients = {num_malicious} needs"
+                f"{counted(len(weights), 'client')} finished, {name} with num_malicious_clients = {num_malicious} needs"
                 f" {2 * num_malicious + 3}"
             )
         if len(weights) < num_kept:
-            return f"{len(weights)} clients finished, {name} has num_clients_to_keep = {num_kept}"
+            return f"{counted(len(weights), 'client')} finished, {name} has num_clients_to_keep = {num_kept}"
         return super().objection(weights)
 
     def aggregate_train(
