@@ -112,7 +112,7 @@ def test_an_example_without_a_label_to_predict_is_dropped_and_counted(
 
 def test_nothing_left_to_learn_names_the_setting(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write(tmp_path / "a.jsonl", {"prompt": "a" * 9, "completion": "b"})
-    with pytest.raises(DataError, match=r"none of 1 example  .* text\.max_seq_length"):
+    with pytest.raises(DataError, match=r"none of 1 example .* text\.max_seq_length"):
         read(path, tokenizer, length=4)
 
 
