@@ -19,6 +19,7 @@ import struct
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from splitfl.errors import LocalProtocolError, PeerGone, Refused, TransportError
+from splitfl.protocol.codec import MAX_HEADER_BYTES
 from splitfl.protocol.messages import Buffer, Why
 from splitfl.transport.address import check_address
 from splitfl.transport.framing import Framing
@@ -182,6 +184,7 @@ class Listener(_Socket):
         self._context = zmq.Context() if security else zmq.Context.instance()
         self._doorkeeper = Doorkeeper(self._context, security) if security else None
         self._watch: Watch | None = None
+        self._early: deque[Arrived] = deque()
         self._max_message_bytes = _MESSAGE_BYTES
         super().__init__(
             zmq.ROUTER,
@@ -227,7 +230,8 @@ class Listener(_Socket):
     def self_test(self, timeout_s: float = 3.0) -> None:
         """Knock with a random key and without one; raise `TransportError` if either is let in.
 
-        An authentication that is not set up completely lets everybody in without a word, so it is tried.
+        An authentication that is not set up completely lets everybody in without a word, so it is tried. What clients
+        say meanwhile, who wait for a server that comes back, is kept for `recv`.
         """
         if self._security is None:
             return
@@ -242,10 +246,14 @@ class Listener(_Socket):
     def _hears(self, nonce: bytes, timeout_s: float) -> bool:
         deadline_s = time.monotonic() + timeout_s
         while (left_s := deadline_s - time.monotonic()) > 0:
-            if not dict(self._poller.poll(int(left_s * 1000) + 1)).get(self._socket):
+            arrived = self._next(left_s)
+            if arrived is None:
                 continue
-            if any(bytes(frame.buffer) == nonce for frame in self._receive()):
+            if any(bytes(frame) == nonce for frame in arrived.frames):
                 return True
+            # nobody has more to say yet than hello
+            if arrived.num_bytes <= MAX_HEADER_BYTES and len(self._early) < _BACKLOG:
+                self._early.append(arrived)
         return False
 
     def sweep(self) -> list[Cut]:
@@ -264,6 +272,9 @@ class Listener(_Socket):
 
     def recv(self, timeout_s: float) -> Arrived | None:
         """Return the next message, or None after `timeout_s` or a `wake`."""
+        return self._early.popleft() if self._early else self._next(timeout_s)
+
+    def _next(self, timeout_s: float) -> Arrived | None:
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
         if self._wake_in.fileno() in ready:
             self._wake_in.recv(4096)

@@ -159,6 +159,16 @@ def test_a_server_that_would_let_strangers_in_refuses_to_serve(office: Office, m
         office.listener.self_test()
 
 
+def test_a_server_hears_after_its_test_what_a_client_said_during_it(office: Office) -> None:
+    """A client that waits for a server which is started again says hello as soon as it listens."""
+    with office.endpoint(office.client("clinic-a")) as endpoint:
+        endpoint.send([b"hello"])
+        office.listener.self_test(1.0)
+        arrived = hears(office.listener, 0.2)
+        assert arrived is not None
+        assert bytes(arrived.frames[0]) == b"hello"
+
+
 def test_nobody_gets_anothers_answers_by_taking_its_routing_id(office: Office) -> None:
     honest, spoofer = office.client("clinic-a"), office.client("clinic-b")
     with office.endpoint(honest) as mine:
