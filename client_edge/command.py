@@ -38,7 +38,7 @@ class Client:
             from splitfl.config import ClientConfig
 
             config = ClientConfig.load(arguments.config, arguments.overrides)
-            folder = take_part(config, resumes=arguments.resume == "auto")
+            folder = take_part(config, resumes=arguments.resume == "auto", stop=arguments.stop)
             if arguments.json:
                 sys.stdout.write(json.dumps({"folder": str(folder)}) + "\n")
 

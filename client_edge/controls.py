@@ -20,6 +20,11 @@ class Controls:
     def __init__(self, merged: Mapping[str, nn.Parameter]) -> None:
         """Both begin at 0; with no layers there is nothing to correct, to keep or to settle."""
         self._merged = merged
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin at 0, as at the first step."""
+        merged = self._merged
         self._everyones = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in merged.items()}
         self._own = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in merged.items()}
         self._rate = 0.0

@@ -219,6 +219,14 @@ class Edge:
             start.copy_(state[_ROUND_START + name])
         self._controls.restore(state)
 
+    def begin_again(self, first_layers: Mapping[str, Tensor]) -> None:
+        """Go back to before the first step: to these layers, with nothing that was learned or gathered since."""
+        self._half_done = None
+        self._embedded.clear()
+        self.optimizer.load_state(first_layers)
+        self._controls.forget()
+        self._mark_round_start()
+
     def digest(self) -> str:
         """Return the SHA-256 (hex) over what trains here, in the model's order."""
         self.finish_step()

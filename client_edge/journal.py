@@ -156,11 +156,22 @@ class Journal:
 
     def snapshot(self) -> None:
         """Write this moment down whole."""
+        self._snapshot(with_pending=self._keeps_records)
+
+    def _snapshot(self, *, with_pending: bool) -> None:
         self._store.snapshot(Record(kind="snapshot", fields=asdict(self.place), tensors=self._edge.state()))
         self._steps_since_snapshot = 0
-        if self.pending is not None and self._keeps_records:  # it is in no log yet
+        if self.pending is not None and with_pending:  # it is in no log yet
             fields = {name: getattr(self.pending, name) for name in ("step", "num_label_tokens", "loss")}
             self._store.append(Record(kind="step", fields=fields, tensors=self.pending.gradients), durable=True)
+
+    def stopped(self) -> None:
+        """Write this moment down for a client that is stopped in order and whose steps are in no log."""
+        if self._keeps_records:
+            return
+        if self.pending is not None:  # the server may have applied it before it hears that we go
+            self.pending = replace(self.pending, gradients=self._edge.gradients())
+        self._snapshot(with_pending=True)
 
     def finished(self) -> None:
         """Take note that the run is over for this client."""

@@ -54,6 +54,7 @@ from splitfl.protocol.messages import (
 from splitfl.protocol.tensors import describe, realise
 from splitfl.session.client import ClientSession
 from splitfl.session.terms import Terms
+from splitfl.stopping import StopRequest
 from splitfl.transport.keys import read_enrolment, read_key_pair
 from splitfl.transport.security import ClientSecurity
 from splitfl.transport.zeromq import ConnectionLost, Endpoint, HandshakeFailed, Traffic
@@ -62,7 +63,8 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 
-_POLL_S = 0.5
+# How long a wait lasts at most before it looks whether a stop was asked for.
+_POLL_S = 0.2
 # A server that lives answers a Hello at once; a new connection is tried after this.
 _JOIN_AGAIN_S = 10.0
 _RETRY_LEAST_S = 0.1
@@ -110,7 +112,7 @@ class Heartbeat:
         self._session = session
         self._link = link
         self._stopping = threading.Event()
-        self._leaving = ""
+        self._leave: Leave | None = None
         self.last_heard_s = time.monotonic()
         self.pong = Pong(number=0, waiting_for="", bytes_sent=0, bytes_received=0)
         self.sent = 0
@@ -123,9 +125,9 @@ class Heartbeat:
         """Seconds since the server's last sign of life."""
         return time.monotonic() - self.last_heard_s
 
-    def stop(self, leaving: str = "") -> None:
-        """End the thread; `leaving` is the reason to give when we go before the end."""
-        self._leaving = leaving
+    def stop(self, leave: Leave | None = None) -> None:
+        """End the thread; `leave` is what to say when we go before the end."""
+        self._leave = leave
         self._stopping.set()
         self._thread.join(timeout=5.0)
 
@@ -143,8 +145,8 @@ class Heartbeat:
             number += 1
             endpoint.send(codec.encode(Ping(number=number)))
             self._listen(endpoint, time.monotonic() + self._link.heartbeat_interval)
-        if self._leaving:
-            endpoint.send(codec.encode(Leave(reason=self._leaving)))
+        if self._leave is not None:
+            endpoint.send(codec.encode(self._leave))
         self.sent, self.received = endpoint.traffic.sent, endpoint.traffic.received
 
     def _listen(self, endpoint: Endpoint, until_s: float) -> None:
@@ -162,9 +164,13 @@ class Heartbeat:
 class Link:
     """One client's session with its server, over one connection after another. Use from one thread."""
 
-    def __init__(self, client: ClientSection) -> None:
-        """Connect and join; raise `Refused`, or `PeerGone` when nobody answers in time."""
+    def __init__(self, client: ClientSection, stop: StopRequest | None = None) -> None:
+        """Connect and join; raise `Refused`, or `PeerGone` when nobody answers in time.
+
+        Every wait raises `Stopped` soon after a `stop` is asked for.
+        """
         self._client = client
+        self.stop = stop or StopRequest()
         self._security = _security_of(client)
         self.address = client.server_address
         if client.enrolment is not None:
@@ -177,6 +183,8 @@ class Link:
         self.is_closed = False
         self.leaving = ""
         """Why we go before the end, to be told to the server; "" when we do not."""
+        self.comes_back = False
+        """Whether we then mean to be waited for."""
         self._data_sent = self._data_received = 0
         self._progress: tuple[int, int] = (0, 0)
         self._progress_s = 0.0
@@ -206,7 +214,7 @@ class Link:
                     raise
             except (ConnectionLost, _NoAnswer) as gone:
                 log.info("joining again: %s", gone)
-            time.sleep(_RETRY_LEAST_S)
+            self.stop.sleep(_RETRY_LEAST_S)
         raise PeerGone(
             f"no answer from {self.address} after {timeout_s:g} s of trying to connect ({self._endpoint.finding()}): is"
             " the server running, and is this its address?"
@@ -283,7 +291,7 @@ class Link:
                     f"gave up on {self.address} after {self._client.reconnect_timeout:g} s (client.reconnect_timeout):"
                     f" {reason}; what was learned is kept: start the same command again to resume at step {resume_at}"
                 )
-            time.sleep(min(_RETRY_MOST_S, _RETRY_LEAST_S * 2 ** min(attempt, 6)))
+            self.stop.sleep(min(_RETRY_MOST_S, _RETRY_LEAST_S * 2 ** min(attempt, 6)))
 
     def _start_over(self) -> None:
         self._end_connections()
@@ -329,7 +337,8 @@ class Link:
         """End both connections, saying why if we go before the end (`leaving`)."""
         self.is_closed = True
         if self._heartbeat is not None:
-            self._heartbeat.stop(self.leaving)
+            reason = self.leaving
+            self._heartbeat.stop(Leave(reason=reason, comes_back=self.comes_back) if reason else None)
         self._endpoint.close(linger_s=1.0)
 
     # files of the welcome
@@ -482,7 +491,7 @@ class Link:
             codec.encode(Hello(wire_version=WIRE_VERSION, software=f"splitfl {__version__}", client_id=name))
         )
         try:
-            frames = self._endpoint.recv(timeout_s)
+            frames = self._first_answer(timeout_s)
             if frames is None:
                 raise _NoAnswer(f"no answer from {self.address} for {timeout_s:.3g} s ({self._endpoint.finding()})")
             self._data_received = _payload(frames)
@@ -496,6 +505,15 @@ class Link:
         except SplitflError:
             self._endpoint.close()
             raise
+
+    def _first_answer(self, timeout_s: float) -> list[memoryview] | None:
+        deadline_s = time.monotonic() + timeout_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            self.stop.check()
+            frames = self._endpoint.recv(min(left_s, _POLL_S))
+            if frames is not None:
+                return frames
+        return None
 
     def _send(self, message: Message) -> None:
         frames = codec.encode(message)
@@ -543,6 +561,7 @@ class Link:
     def _next(self, what: str) -> Message:
         say_at_s = time.monotonic() + _WAITING_AFTER_S
         while True:
+            self.stop.check()
             frames = self._endpoint.recv(_POLL_S)
             if frames is not None:
                 self._data_received += _payload(frames)

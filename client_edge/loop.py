@@ -140,6 +140,7 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
     while to_send or under_way:
         # forward here, as far ahead as the server lets us
         while to_send and link.session.has_credit:
+            link.stop.check()  # nothing is half done between two micro-batches
             number, batch = to_send.pop(0)
             micro_batch = edge.bottom_forward(batch, step=step, number=number)
             request_id = link.send_forward(micro_batch.hidden_BSD.detach(), batch.layout, step=step, micro_batch=number)

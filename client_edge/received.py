@@ -13,7 +13,7 @@ from splitfl.config import ClientSection, default_cache_dir
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
 from splitfl.models.origin import DESCRIPTION_FILES
-from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, empty_cut, weights_of
+from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, Weights, empty_cut, weights_of
 
 
 def fetch_description(link: Link, client: ClientSection, folder: Path) -> Path:
@@ -43,13 +43,27 @@ def fetch_layers(
     if client.model_name_or_path:
         path, own = link.place_of(WEIGHTS_FILE, _cache_dir(client)), client.cache_dir or default_cache_dir()
         tell(take_from_local_copy(client.model_name_or_path, cut, path, cache_dir=own))
+    cut.fill("client", _weights(link, client, cut).read, device)
+    return cut
+
+
+def first_layers(link: Link, client: ClientSection, cut: Cut) -> dict[str, Tensor]:
+    """Return what trains here as it is before the first step, by its name in the whole model."""
+    weights, known_as = _weights(link, client, cut), cut.tensors_of("client")
+    found = {}
+    for name, parameter in cut.trainable("client").items():
+        found[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
+        weights.read(known_as[name][0], found[name])
+    return found
+
+
+def _weights(link: Link, client: ClientSection, cut: Cut) -> Weights:
+    """Open the files of the welcome, which are had from the server where they are not here."""
     weights_file = link.fetch(WEIGHTS_FILE, _cache_dir(client))
     later: Mapping[str, Tensor] = {}
     if ADAPTERS_FILE in link.welcome.file_names:
         later = TensorFile(link.fetch(ADAPTERS_FILE, _cache_dir(client)))
-    weights = weights_of([weights_file], cut, seed=run.seed, later=later)
-    cut.fill("client", weights.read, device)
-    return cut
+    return weights_of([weights_file], cut, seed=link.run.seed, later=later)
 
 
 def _cache_dir(client: ClientSection) -> Path:

@@ -4,7 +4,7 @@ import collections
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from client_edge.data import Dataset, TrainBatches, hold_out, read_examples
 from client_edge.edge import Edge
@@ -20,7 +21,7 @@ from client_edge.generation import FarGenerator
 from client_edge.journal import Journal
 from client_edge.link import Link
 from client_edge.loop import Step, report_layers, train
-from client_edge.received import fetch_description, fetch_layers
+from client_edge.received import fetch_description, fetch_layers, first_layers
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
@@ -28,6 +29,7 @@ from splitfl.errors import ConfigError, DataError, ModelError, PeerGone, RemoteP
 from splitfl.federation.records import read_file
 from splitfl.models.source import read_config
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded
+from splitfl.stopping import Stopped, StopRequest
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
 from splitfl.telemetry.measures import ALSO, event_of
@@ -53,19 +55,19 @@ class Text:
     tokenizer: Tokenizer
 
 
-def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
+def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest | None = None) -> Path:
     """Join a run, or go on with it, train in it to its end, and return the folder with this client's own metrics.
 
-    SIGTERM and Ctrl-C save everything and are raised.
+    When a `stop` is asked for everything is saved, the server told, and `Stopped` raised.
     """
-    begun_s = time.monotonic()
+    begun_s, stop = time.monotonic(), stop or StopRequest()
     check_files(config)
     if config.client.num_threads:
         torch.set_num_threads(config.client.num_threads)
     device = open_device(config.client.device, "client.device")
     console = Console(stderr=True, soft_wrap=True)
     with ExitStack() as stack:
-        link = stack.enter_context(_joined(config))
+        link = stack.enter_context(_joined(config, stop))
         link.on_lost = lambda text: _say(console, config, text)
         run = link.run
         if run.has_own_loops:
@@ -115,15 +117,23 @@ def take_part(config: ClientConfig, *, resumes: bool = True) -> Path:
         if text.exam.to_answer:
             answerer = Answerer(cut.client_model(FarGenerator(link)), text.tokenizer, run)
         evaluator = Evaluator(run, edge, link, text.exam, answerer)
-        part = Participation(config, link, edge, journal, text, evaluator, metrics, begun_s)
+        part = Participation(
+            config,
+            link,
+            edge,
+            journal,
+            text,
+            evaluator,
+            metrics,
+            begun_s,
+            first_layers=lambda: first_layers(link, config.client, cut),
+        )
+        stop.raises = False  # from here on much can be half done
         try:
             part.run()
-        except KeyboardInterrupt:
-            if storage.durability != "redo":
-                journal.pending = None
-                journal.snapshot()
-            at = journal.place.step + 1
-            _say(console, config, f"stopped; start the same command again to resume at step {at}")
+        except Stopped:
+            journal.stopped()
+            _say(console, config, _where_it_goes_on(journal.place.step + 1, run, resumes=resumes))
             raise
     _say(console, config, f"done; this client's own metrics are in {folder}")
     return folder
@@ -146,7 +156,11 @@ class Participation:
         evaluator: Evaluator,
         metrics: MetricsLog,
         begun_s: float,
+        *,
+        first_layers: Callable[[], Mapping[str, Tensor]],
     ) -> None:
+        """`first_layers` are what trains here, as it is before the first step."""
+        self._first_layers = first_layers
         self._client_id = config.client.client_id
         self._device = config.client.device
         self._link = link
@@ -205,6 +219,7 @@ class Participation:
         if resumed.verdict == "rewind":
             self._emit("rewound", step=resumed.step, reason=resumed.reason)
             if not self._journal.rewind(resumed.step, resumed.commit_number, resumed.held_round):
+                self._edge.begin_again(self._first_layers())
                 self._journal.begin_at(0, 0, "its records do not reach back that far", forgets=True)
             self._link.agree_again()
             resumed = self._ask_where()
@@ -213,6 +228,8 @@ class Participation:
         if resumed.verdict == "anew":
             self._emit("rejoined", reason=f"{resumed.reason}: it takes part again from the next round on")
             self._edge.discard()
+            if not resumed.layers:  # nothing is merged, and all begin with the first ones
+                self._edge.begin_again(self._first_layers())
             self._journal.begin_at(resumed.step, resumed.commit_number, resumed.reason)
         else:
             self._settle(resumed)
@@ -357,16 +374,26 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
     )
 
 
+def _where_it_goes_on(step: int, run: RunConfig, *, resumes: bool) -> str:
+    """Say what becomes of a client that is stopped."""
+    how = "the same command again" if resumes else "the same command again, without `--resume never`,"
+    timeout_s = run.federation.step_timeout
+    return (
+        f"stopped; start {how} to resume at step {step}. The others wait for it for {timeout_s:g} s"
+        " (federation.step_timeout), then they go on and it takes part again from where they are"
+    )
+
+
 @contextmanager
-def _joined(config: ClientConfig) -> Iterator[Link]:
+def _joined(config: ClientConfig, stop: StopRequest) -> Iterator[Link]:
     """Join, and say why when we leave before the end."""
-    link = Link(config.client)
+    link = Link(config.client, stop)
     link.leaving = "stopped without a reason"
     try:
         yield link
         link.leaving = ""
     except KeyboardInterrupt:
-        link.leaving = "stopped by its operator"
+        link.leaving, link.comes_back = "stopped by its operator", True
         raise
     except DataError:
         link.leaving = "could not read its data"  # the reason names files, which are nobody else's affair

@@ -37,7 +37,7 @@ class Server:
             from splitfl.config import ServerConfig
 
             config = ServerConfig.load(arguments.config, arguments.overrides)
-            serve(config, as_json=arguments.json, resumes=arguments.resume == "auto")
+            serve(config, as_json=arguments.json, resumes=arguments.resume == "auto", stop=arguments.stop)
 
 
 class Replay:

@@ -126,6 +126,7 @@ class Engine:
 
     def forward(self, client_id: str, message: Forward) -> ForwardDone:
         """Run a micro-batch forward and keep its graph."""
+        crash_point("forward")
         self._check_adapters(message)
         hidden_BSD = self.worker.forward(
             client_id,

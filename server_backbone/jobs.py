@@ -8,6 +8,10 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class _Dropped(Exception):  # noqa: N818  # no error: nobody waits for it any more
+    """A job that had not begun when everything was stopped."""
+
+
 class Jobs:
     """A queue of work for one thread. Results are handed over in order, by whoever calls `finish`."""
 
@@ -16,12 +20,32 @@ class Jobs:
         self._wake = wake
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="backbone")
         self._waiting: deque[tuple[Future[Any], Callable[[Any], None], Callable[[Exception], bool]]] = deque()
+        self._is_closed = False
+        self._drops = False
+        self.is_quiet = False
+        """Whether the compute thread has ended."""
 
     def submit(
-        self, work: Callable[[], T], then: Callable[[T], None], failed: Callable[[Exception], bool] = lambda _: False
+        self,
+        work: Callable[[], T],
+        then: Callable[[T], None],
+        failed: Callable[[Exception], bool] = lambda _: False,
+        *,
+        always: bool = False,
     ) -> None:
-        """Run `work` on the compute thread and `then(result)` here; `failed` says whether it dealt with an error."""
-        future = self._executor.submit(work)
+        """Run `work` on the compute thread and `then(result)` here; `failed` says whether it dealt with an error.
+
+        What is to be done `always` is also done when everything behind the job at hand is dropped.
+        """
+        if self._is_closed:
+            return  # what follows from the last results follows when the run goes on
+
+        def undropped() -> T:
+            if self._drops and not always:
+                raise _Dropped
+            return work()
+
+        future = self._executor.submit(undropped)
         self._waiting.append((future, then, failed))
         future.add_done_callback(lambda _: self._wake())
 
@@ -32,9 +56,17 @@ class Jobs:
             error = future.exception()
             if error is None:
                 then(future.result())
+            elif isinstance(error, _Dropped):
+                continue
             elif not isinstance(error, Exception) or not failed(error):
                 raise error
 
-    def close(self) -> None:
-        """Wait for all that was submitted; what is decided and what is applied must not come apart."""
+    def close(self, *, drops: bool = False) -> None:
+        """Take no more, and wait for what was submitted, or if the rest `drops` for the job at hand; twice is fine.
+
+        What is decided and what is applied must not come apart: the second is to be done `always`.
+        """
+        self._is_closed = True
+        self._drops = drops
         self._executor.shutdown(wait=True)
+        self.is_quiet = True

@@ -37,6 +37,7 @@ from splitfl.models.origin import locate
 from splitfl.models.source import Weights, empty_cut, server_weights
 from splitfl.session.limits import limits_of, messages_queued
 from splitfl.session.terms import Terms
+from splitfl.stopping import StopRequest
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
@@ -70,13 +71,15 @@ class _Model:
     device_map: DeviceMap | None
 
 
-def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) -> Path:
+def serve(
+    config: ServerConfig, *, as_json: bool = False, resumes: bool = True, stop: StopRequest | None = None
+) -> Path:
     """Serve one run, or go on with it where it was interrupted, and return its folder.
 
-    Nothing is written before the model is loaded and the address is ours. SIGTERM and Ctrl-C
-    save the run and are raised. Raises `Incomplete` when the run ended before its last round.
+    Nothing is written before the model is loaded and the address is ours. When a `stop` is asked for, the run is saved
+    and `Stopped` raised. Raises `Incomplete` when the run ended before its last round.
     """
-    begun_s = time.monotonic()
+    begun_s, stop = time.monotonic(), stop or StopRequest()
     if config.server.num_threads:
         torch.set_num_threads(config.server.num_threads)
     device = open_device(config.server.device, "server.device")
@@ -104,23 +107,25 @@ def serve(config: ServerConfig, *, as_json: bool = False, resumes: bool = True) 
         history = stack.enter_context(History(run_dir, is_on=config.server.history, role="server"))
         display = stack.enter_context(Display(console))
         metrics.listen(display)
-        server = build_server(config, model, listener, security, store, metrics, history, run_dir, device)
+        server = build_server(config, model, listener, security, store, metrics, history, run_dir, device, stop)
         if not is_resumed:
             _write_config(config, run_dir)  # not earlier: settings that the model refuses are no run's
         about_model = {"bytes_per_copy": model.copy_bytes}
         metrics.emit("run_started", **_description(config, run_dir), **about_model, resumed=is_resumed)
+        stop.raises = False  # from here on much can be half done
         _recover(server, config, metrics, history, is_resumed=is_resumed)
         metrics.emit("waiting", text=f"clients at {listener.address}")
         try:
             server.serve()
+            server.dismiss(server.reason or "the run is over")
+            _finish(server, config, model, listener, history, run_dir, begun_s)
         except KeyboardInterrupt:
-            _suspend(server, run_dir, console)
+            _suspend(server, listener, run_dir, console, begun_s)
+            _report(run_dir, console, as_json=as_json)
             raise
         except StorageError:
             server.say_shutdown()
             raise
-        server.stop(server.reason or "the run is over")
-        _finish(server, config, model, listener, history, run_dir, begun_s)
         _report(run_dir, console, as_json=as_json)
     if server.reason:
         raise Incomplete(
@@ -137,6 +142,7 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
     def redone(commit_number: int, client_id: str) -> None:
         if history.is_on:
             history.note("redone", commit_number=commit_number, digest=engine.worker.digest(client_id))
+        server.stop.check()  # nothing has been written yet
 
     notes = ledger.recover(engine.worker, redone) if is_resumed else []
     if not ledger.state.fingerprint:  # new, or ended before its first snapshot
@@ -164,9 +170,12 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
     )
 
 
-def _suspend(server: Server, run_dir: Path, console: Console) -> None:
+def _suspend(server: Server, listener: Listener, run_dir: Path, console: Console, begun_s: float) -> None:
+    """Save a run that is stopped, tell the clients, and write down what this process has taken."""
     server.suspend()
     number = server.engine.ledger.state.commit_number
+    reason = f"stopped by its operator after commit {number}; the same command goes on with it"
+    server.metrics.emit("run_stopped", **_totals(server, listener, begun_s), reason=reason)
     console.print(
         f"stopped after commit {number}; everything is in {run_dir}, and the same command goes on from there",
         markup=False,
@@ -184,10 +193,14 @@ def _finish(
     begun_s: float,
 ) -> None:
     """Export the model of a run that went through, and write the last event."""
+    server.stop.raises = True  # all is saved; what is half exported is exported again
+    server.stop.check()
     model_dir = _export(config, model, run_dir) if not server.reason else None
+    server.stop.raises = False
     if history.is_on:
         history.note("finished", digest=server.engine.worker.digest())
-    server.metrics.emit("run_finished", **_totals(server, listener, begun_s), model_dir=model_dir)
+    totals = _totals(server, listener, begun_s)
+    server.metrics.emit("run_finished", **totals, reason=server.reason, model_dir=model_dir)
     if not server.reason:
         (run_dir / FINISHED_FILE).touch(mode=0o600)
 
@@ -246,6 +259,7 @@ def build_server(
     history: History,
     run_dir: Path,
     device: torch.device,
+    stop: StopRequest,
 ) -> Server:
     """Put a run's server together."""
     run = config.run_config()
@@ -278,6 +292,7 @@ def build_server(
         provisions=prepare(model.directory, cut, model.weights, cache_dir=_cache_dir(config), run_dir=run_dir),
         metrics=metrics,
         history=history,
+        stop=stop,
     )
 
 
@@ -395,7 +410,10 @@ def _export(config: ServerConfig, model: _Model, run_dir: Path) -> Path | None:
 
 def _report(run_dir: Path, console: Console, *, as_json: bool) -> None:
     report = build_report(read_events(run_dir / "metrics.jsonl"))
-    write_report(run_dir, report)
+    try:
+        write_report(run_dir, report)
+    except OSError as error:
+        raise StorageError.at(run_dir / "report.json", error) from None
     if as_json:
         sys.stdout.write(json.dumps(report) + "\n")
         return

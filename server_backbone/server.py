@@ -71,6 +71,7 @@ from splitfl.session.limits import Limits
 from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
+from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
 from splitfl.telemetry.measures import ALSO, Measured, complete, event_of, federated
 from splitfl.telemetry.metrics import MetricsLog
@@ -100,6 +101,7 @@ class Server:
     provisions: Provisions
     metrics: MetricsLog
     history: History
+    stop: StopRequest
     reason: str = field(default="the server stopped on an error", init=False)
     """Why the run ended before its last round, "" once it has gone through it."""
 
@@ -124,9 +126,12 @@ class Server:
         self._waiting_said = ("", 0.0)
 
     def serve(self) -> None:
-        """Run until the last client has said goodbye, or the run is given up (see `reason`)."""
+        """Run until the last client has said goodbye, or the run is given up (see `reason`).
+
+        Raises `Stopped` when that was asked for, behind the job that the compute thread was at.
+        """
         try:
-            while not self._is_over:
+            while not self._is_over and not self.stop.is_asked:
                 arrived = self.listener.recv(_TICK_S)
                 now_s = time.monotonic()
                 if arrived is not None:
@@ -134,20 +139,30 @@ class Server:
                 self._jobs.finish()
                 self._tick(now_s)
         finally:
-            self._jobs.close()
+            self._jobs.close(drops=self.stop.is_asked)
+        if not self._is_over:
+            self._jobs.finish()  # whoever waits for what is decided hears of it
+        if not self._is_over:
+            self.stop.check()
 
-    def stop(self, reason: str) -> None:
+    def dismiss(self, reason: str) -> None:
         """Tell every client that the run is over."""
         for connection in self._members.connections():
             self._refuse(connection.peer, Why.OVER if self.reason else Why.FINISHED, reason)
 
     def suspend(self) -> None:
         """Save this moment after an interruption, and tell every client where to resume."""
+        try:
+            if self._jobs.is_quiet:  # else the compute thread may be in the middle of a step
+                self._save()
+        finally:
+            self.say_shutdown()
+
+    def _save(self) -> None:
         note = self.engine.snapshot()
         self._said_of_snapshot(note)
         if self.run.has_own_loops:
             self.engine.save_trained()
-        self.say_shutdown()
 
     def say_shutdown(self) -> None:
         """Tell every client at which step it resumes."""
@@ -244,7 +259,7 @@ class Server:
             case Ping() if connection is not None:
                 self._pong(peer, connection, message.number)
             case Leave() if connection is not None:
-                self._left(connection, message.reason[:200])
+                self._lose(connection, message.reason[:200], waits=message.comes_back)
             case _ if connection is None:
                 self._refuse(peer, Why.NO_SESSION, "no session here: say hello first (the server may be a new one)")
             case _ if peer != connection.peer:
@@ -481,7 +496,7 @@ class Server:
         if known is not None:
             return known
         self._members.add(newcomer)
-        self._jobs.submit(partial(self.engine.ledger.note, "joined", client_id=newcomer.client_id), _nothing)
+        self._note("joined", newcomer)
         self._rounds.joined(newcomer.client_id)
         self.metrics.emit("client_joined", client_id=newcomer.client_id)
         return newcomer
@@ -584,8 +599,9 @@ class Server:
                     self._jobs.submit(
                         partial(self.engine.decide, contributions), partial(self._acknowledge, members, contributions)
                     )
-                    # next on the queue, so ahead of any work of a later step: both sides take their steps at once
-                    self._jobs.submit(partial(self.engine.apply, contributions), self._said_of_snapshot)
+                    # next on the queue, so ahead of any work of a later step: both sides take their steps at once;
+                    # whatever is stopped, since what is decided counts
+                    self._jobs.submit(partial(self.engine.apply, contributions), self._said_of_snapshot, always=True)
                 case CloseStep():
                     self._close_step(action, now_s)
 
@@ -948,10 +964,6 @@ class Server:
         text = f"the step of {', '.join(slow)}" if slow else self._rounds.waiting_for()
         return f"{text} (absent: {', '.join(absent)})" if text and absent else text
 
-    def _left(self, connection: Connection, reason: str) -> None:
-        """Let a client go that says it goes."""
-        self._lose(connection, reason, waits=False)
-
     def _lose(self, connection: Connection, reason: str, *, waits: bool = True) -> None:
         """Forget a connection and what was under way on it; the member is waited for, or the run goes on without it."""
         member, now_s = connection.member, time.monotonic()
@@ -981,7 +993,8 @@ class Server:
 
     def _note(self, kind: str, member: Member) -> None:
         """Write into the ledger that a member has come or gone."""
-        self._jobs.submit(partial(self.engine.ledger.note, kind, client_id=member.client_id), _nothing)
+        note = partial(self.engine.ledger.note, kind, client_id=member.client_id)
+        self._jobs.submit(note, _nothing, always=True)
 
     # what goes out
 

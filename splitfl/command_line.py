@@ -7,7 +7,6 @@ nothing heavy, so that `splitfl --help` is quick.
 import argparse
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,9 @@ from typing import Protocol
 
 from splitfl import __version__
 from splitfl.errors import SplitflError
+from splitfl.stopping import StopRequest, Terminated, on_signals
 
 _INTERRUPTED = 130
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: a command that has saved its state ends with 0 after it."""
 
 
 class Command(Protocol):
@@ -36,7 +32,7 @@ class Command(Protocol):
         ...
 
     def run(self, arguments: argparse.Namespace) -> None:
-        """Do it, or raise a `SplitflError`."""
+        """Do it, or raise a `SplitflError`; `arguments.stop` is the process's `StopRequest`."""
         ...
 
 
@@ -82,8 +78,10 @@ def _run(commands: Mapping[str, Command], argv: Sequence[str] | None) -> int:
     # Read when torch is loaded, which is later. Threads that spin while they wait take the cores from other processes
     # that compute; several of ours on one machine were six times slower with the default (docs/experiments.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments.stop = StopRequest()
+    arguments.stop.raises = True
     try:
-        with _interrupted_once():
+        with on_signals(arguments.stop, f"splitfl {arguments.command}"):
             commands[arguments.command].run(arguments)
     except SplitflError as error:
         sys.stderr.write(f"splitfl {arguments.command}: {error}\n")
@@ -101,26 +99,3 @@ def saved_on_sigterm() -> Iterator[None]:
         yield
     except Terminated:
         sys.stderr.write("stopped; the same command goes on from what is saved\n")
-
-
-@contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """Let SIGTERM end a command the way Ctrl-C does, and let what it does about it finish.
-
-    A terminal sends Ctrl-C to every process of a command, which then also asks its own to end: a second interruption in
-    the middle of telling the clients or writing the report would leave either half done.
-    """
-
-    def interrupt(number: int, _frame: object) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, interrupt)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,12 +1,12 @@
 """A server in a thread of the test's own process, which is stopped as Ctrl-C stops one."""
 
-import ctypes
 import threading
 import time
 from pathlib import Path
 
 from server_backbone.serve import serve
 from splitfl.config import ServerConfig
+from splitfl.stopping import StopRequest
 from splitfl.telemetry.metrics import read_events
 
 _SOON_S = 30.0
@@ -27,8 +27,9 @@ class ServedRun:
         return self.run_dir / "metrics.jsonl"
 
     def start(self) -> None:
-        """Return when it waits for clients, or has ended: an interruption before that would find half a server."""
+        """Return when it waits for clients, or has ended."""
         before, deadline = self._num_starts(), time.monotonic() + _SOON_S
+        self._request = StopRequest()
         self._thread = threading.Thread(target=self._serve, name="host", daemon=True)
         self._thread.start()
         while self._thread.is_alive() and self._num_starts() == before:
@@ -37,11 +38,9 @@ class ServedRun:
 
     def stop(self) -> None:
         """Interrupt it, as Ctrl-C does a process."""
-        while self._thread.is_alive():
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self._thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
-            )
-            self._thread.join(timeout=10.0)
+        self._request.ask()
+        self._thread.join(timeout=_SOON_S)
+        assert not self._thread.is_alive(), "the server does not stop"
         assert self.error is None, self.error
 
     def _num_starts(self) -> int:
@@ -50,7 +49,7 @@ class ServedRun:
 
     def _serve(self) -> None:
         try:
-            serve(self.config, as_json=self._as_json)
+            serve(self.config, as_json=self._as_json, stop=self._request)
         except KeyboardInterrupt:
             pass
         except BaseException as error:  # noqa: BLE001  # whatever ends it is the test's to see

@@ -1,34 +1,45 @@
-"""Ends the process at a named point, as a kill would: how the tests put a crash where it hurts most.
+"""Ends or holds up the process at a named point: how the tests put a crash, or a signal, where it hurts most.
 
-`SPLITFL_CRASH=commit-after-record:3` ends it the third time it comes by that point; several are separated by commas.
+`SPLITFL_CRASH=commit-after-record:3` ends it, as a kill would, the third time it comes by that point.
+`SPLITFL_PAUSE=optimizer-tensor:3:2.5` says on standard error that it pauses there, and sleeps for 2.5 s. Several of
+either are separated by commas.
 """
 
 import functools
 import os
+import re
+import time
 from collections import Counter
 
 from splitfl.errors import ConfigError
 
-_VARIABLE = "SPLITFL_CRASH"
+_CRASH, _PAUSE = "SPLITFL_CRASH", "SPLITFL_PAUSE"
 _EXIT_CODE = 137  # what a shell reports of a process that was killed by SIGKILL
 _passed: Counter[str] = Counter()
 
 
 def crash_point(name: str) -> None:
-    """End the process at once, without any cleaning up, if the environment says so; else do nothing."""
-    if _VARIABLE not in os.environ:
+    """End the process at once, without any cleaning up, or sleep, if the environment says so; else do nothing."""
+    if _CRASH not in os.environ and _PAUSE not in os.environ:
         return
     _passed[name] += 1
-    if _wanted(os.environ[_VARIABLE]).get(name) == _passed[name]:
+    if (name, _passed[name]) in _wanted(_CRASH, os.environ.get(_CRASH, "")):
         os._exit(_EXIT_CODE)
+    pause_s = _wanted(_PAUSE, os.environ.get(_PAUSE, "")).get((name, _passed[name]))
+    if pause_s:
+        os.write(2, f"paused at {name}\n".encode())
+        time.sleep(pause_s)
 
 
-@functools.lru_cache(maxsize=1)
-def _wanted(text: str) -> dict[str, int]:
+@functools.lru_cache(maxsize=2)
+def _wanted(variable: str, text: str) -> dict[tuple[str, int], float]:
+    """Return the seconds to sleep (0 for a crash) by point and how often it was come by."""
+    form = re.compile(r"\s*([^:]+):([1-9]\d*)" + (r":(\d+(?:\.\d+)?)\s*" if variable == _PAUSE else r"\s*()"))
     wanted = {}
-    for part in text.split(","):
-        name, colon, count = part.partition(":")
-        if not colon or not count.isdigit() or not int(count):
-            raise ConfigError(f"{_VARIABLE}={text!r}: write POINT:N with N from 1, several separated by commas")
-        wanted[name.strip()] = int(count)
+    for part in text.split(",") if text else ():
+        found = form.fullmatch(part)
+        if found is None:
+            written = "POINT:N:SECONDS" if variable == _PAUSE else "POINT:N"
+            raise ConfigError(f"{variable}={text!r}: write {written} with N from 1, several separated by commas")
+        wanted[found[1], int(found[2])] = float(found[3] or 0.0)
     return wanted

@@ -18,7 +18,7 @@ from typing import TypeAlias
 Buffer: TypeAlias = bytes | memoryview
 
 # Must match exactly before 1.0; add one whenever a message changes.
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 
 # Bytes an element takes, for the types that may cross.
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"f32": 4, "bf16": 2, "u8": 1})
@@ -141,6 +141,8 @@ class Leave:
     """Client, on the control connection: I go before the end, and why."""
 
     reason: str
+    comes_back: bool
+    """Whether it means to be waited for, as if its connection were lost; else the run goes on without it at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from transformers import get_scheduler
 
 from splitfl.config import OptimizerSection
+from splitfl.durability.crash import crash_point
 
 NO_GRADIENT = -1.0
 _SLICE = 1 << 20  # elements
@@ -32,6 +33,7 @@ class SlicedAdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._step_one(parameter, parameter.grad, group)
+                    crash_point("optimizer-tensor")
 
     def _step_one(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

@@ -14,7 +14,7 @@ def town(tmp_path: Path, make_model: Callable[..., Path]) -> Iterator[Callable[.
     towns: list[Town] = []
 
     def start(clients: int, *, model: dict[str, Any] | None = None, **settings: Any) -> Town:
-        special = {key: settings.pop(key) for key in ("own", "crash", "starts", "ports") if key in settings}
+        special = {key: settings.pop(key) for key in ("own", "crash", "pause", "starts", "ports") if key in settings}
         named = {key.replace("__", "."): value for key, value in settings.items()}
         towns.append(Town(tmp_path, make_model("llama", **(model or {})), clients, named, **special))
         return towns[-1]

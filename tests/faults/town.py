@@ -31,10 +31,12 @@ class Town:
         *,
         own: dict[str, Any] | None = None,
         crash: dict[str, str] | None = None,
+        pause: dict[str, str] | None = None,
         starts: bool = True,
         ports: dict[str, int] | None = None,
     ) -> None:
-        """`own` are settings of every client, `crash` the points at which a process ends its first life.
+        """`own` are settings of every client, `crash` and `pause` the points at which a process ends, or sleeps in, its
+        first life.
 
         `ports` are where a client finds the server if not at its own.
         """
@@ -45,6 +47,7 @@ class Town:
         self._numbers = itertools.count()
         self.names = [f"clinic-{number}" for number in range(clients)]
         self._crash = crash or {}
+        self._pause = pause or {}
         self._write(
             "server",
             {
@@ -102,13 +105,13 @@ class Town:
     def start(self, name: str) -> None:
         """Start a process, or start it again with the same command."""
         module = "server_backbone" if name == "server" else "client_edge"
-        crash = self._crash.pop(name, "")
+        harm = {"SPLITFL_CRASH": self._crash.pop(name, ""), "SPLITFL_PAUSE": self._pause.pop(name, "")}
         self.processes[name] = Forked(
             module,
             "--config",
             str(self.config(name)),
             said=self.folder / f"{name}-{next(self._numbers)}.said",
-            env={**os.environ, **({"SPLITFL_CRASH": crash} if crash else {})},
+            env={**os.environ, **{variable: points for variable, points in harm.items() if points}},
         )
 
     def events(self, kind: str) -> list[Event]:
@@ -126,6 +129,12 @@ class Town:
         while [event["client_id"] for event in self.events(kind)].count(name) < count:
             assert time.monotonic() < deadline, f"no {count} events of {kind} of {name} within {timeout_s} s"
             time.sleep(0.05)
+
+    def wait_until_it_says(self, name: str, text: str, timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while text not in self.processes[name].said():
+            assert time.monotonic() < deadline, f"{name} has not said {text!r} within {timeout_s} s"
+            time.sleep(0.02)
 
     def end_of(self, name: str, timeout_s: float = 60.0) -> tuple[int, str]:
         """Return a process's exit code and the last line of what it said."""

@@ -182,7 +182,7 @@ MESSAGES: dict[str, Message] = {
     "Hello": Hello(wire_version=1, software="x", client_id="a"),
     "Attach": Attach(session="x"),
     "Ping": Ping(number=1),
-    "Leave": Leave(reason="x"),
+    "Leave": Leave(reason="x", comes_back=False),
     "ForwardDone": ForwardDone(request_id=1, hidden_BSD=ACTIVATIONS),
     "Farewell": Farewell(),
 }
