@@ -124,7 +124,7 @@ def test_sigterm_and_the_same_command_again(town: Callable[..., Town]) -> None:
         code, said = run.end_of(victim, timeout_s=20)
         assert code == 0, said
         run.start(victim)
-    settle(run, all_steps=False)  # a client that is stopped in order leaves, and is not waited for
+    settle(run)
 
 
 @pytest.mark.parametrize(

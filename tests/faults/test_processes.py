@@ -80,13 +80,17 @@ def test_a_stopped_server_has_saved_everything(town: Callable[..., Town]) -> Non
     assert not (run.run_dir / "finished").exists()
 
 
-def test_a_stopped_client_says_goodbye(town: Callable[..., Town]) -> None:
-    run = town(2, federation__num_rounds=1)
+def test_a_stopped_client_that_does_not_come_back_is_waited_for_and_then_left_behind(
+    town: Callable[..., Town],
+) -> None:
+    run = town(2, federation__num_rounds=1, federation__step_timeout=4)
     run.wait_for("step", 10)
     run.processes["clinic-0"].send_signal(signal.SIGINT)
     assert run.end_of("clinic-0", timeout_s=10)[0] == 130
-    run.wait_for("client_left", 1, timeout_s=HEARTBEAT_TIMEOUT_S)
-    assert run.events("client_left")[0]["reason"] == "stopped by its operator"
+    run.wait_for("client_lost", 1, timeout_s=1)  # it says so, nobody has to miss it
+    assert run.events("client_lost")[0]["reason"] == "stopped by its operator"
+    run.wait_for("client_left", 1)
+    assert run.events("client_left")[0]["reason"] == "was away for more than step_timeout = 4 s"
     assert run.end_of("server")[0] == run.end_of("clinic-1")[0] == 0
 
 

@@ -1,9 +1,7 @@
 """Ctrl-C and SIGTERM on each side in every phase, also inside an optimizer step, and twice: as good as a kill (R36)."""
 
-import json
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,7 +52,8 @@ def test_a_stopped_client_is_waited_for_and_so_is_a_stopped_server(
     town: Callable[..., Town], server_mode: str, durability: str
 ) -> None:
     run = town(2, **SMALL, **MODES[server_mode], storage__durability=durability)
-    for number, (victim, at) in zip(STOPS * 2, [("clinic-0", 4), ("server", 9), ("clinic-1", 14), ("server", 20)]):
+    victims = [("clinic-0", 4), ("server", 9), ("clinic-1", 14), ("server", 20)]
+    for number, (victim, at) in zip(STOPS * 2, victims, strict=True):
         run.wait_for("step", at)
         said = stop(run, victim, number)
         if victim != "server":
