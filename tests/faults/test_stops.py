@@ -55,13 +55,13 @@ def test_a_stopped_client_is_waited_for_and_so_is_a_stopped_server(
     victims = [("clinic-0", 4), ("server", 9), ("clinic-1", 14), ("server", 20)]
     for number, (victim, at) in zip(STOPS * 2, victims, strict=True):
         run.wait_for("step", at)
+        lost, returned = (len(of(run, kind, victim)) for kind in ("client_lost", "client_returned"))
         said = stop(run, victim, number)
         if victim != "server":
             place = said.partition("to resume at step ")[2].partition(".")[0]
             assert "The others wait for it for 20 s (federation.step_timeout)" in said
-            lost = [event["reason"] for event in run.events("client_lost") if event["client_id"] == victim]
-            assert lost[-1] == "stopped by its operator"
-            returned = len(of(run, "client_returned", victim))
+            run.wait_for_client(victim, "client_lost", lost + 1)
+            assert of(run, "client_lost", victim)[-1]["reason"] == "stopped by its operator"
             run.start(victim)
             run.wait_for_client(victim, "client_returned", returned + 1)
             back = of(run, "client_returned", victim)[-1]
