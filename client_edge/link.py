@@ -18,6 +18,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from client_edge.setbacks import Setbacks
 from splitfl import __version__
 from splitfl.config import ClientSection, LinkSection, RunConfig
 from splitfl.errors import ConfigError, LocalProtocolError, PeerGone, Refused, RemoteProtocolError, SplitflError
@@ -35,6 +36,7 @@ from splitfl.protocol.messages import (
     Fetch,
     ForwardDone,
     Hello,
+    Kept,
     Leave,
     Merged,
     Message,
@@ -49,6 +51,7 @@ from splitfl.protocol.messages import (
     StepRefused,
     TensorFrames,
     Welcome,
+    WentBack,
     Why,
 )
 from splitfl.protocol.tensors import describe, realise
@@ -69,7 +72,6 @@ _POLL_S = 0.2
 _JOIN_AGAIN_S = 10.0
 _RETRY_LEAST_S = 0.1
 _MAX_HANDSHAKES = 3
-_RETRY_MOST_S = 2.0
 _WORTH_ANOTHER_TRY = (Why.NO_SESSION, Why.SHUTDOWN, Why.FULL)
 # A wait is worth a line when it has lasted a while, and again from time to time.
 _WAITING_AFTER_S = 2.0
@@ -180,6 +182,7 @@ class Link:
         self._session: ClientSession | None = None
         self._terms: Terms | None = None
         self._earlier = Traffic()
+        self._setbacks = Setbacks()
         self.is_closed = False
         self.leaving = ""
         """Why we go before the end, to be told to the server; "" when we do not."""
@@ -257,6 +260,7 @@ class Link:
     def agree_again(self) -> None:
         """Begin the session's state anew on the same connection, after going back."""
         self._session = self._new_session(self.session.terms)
+        self._setbacks.goes_back()
 
     def resume(self, *, held_round: int, step: int, commit_number: int, pending_step: int) -> Resumed:
         """Say where this client is, and hear where it goes on; needed first on every connection."""
@@ -270,12 +274,20 @@ class Link:
         return resumed
 
     def reconnect(self, why: PeerGone, resume_at: int) -> None:
-        """Make new connections and join again, as often as it takes within `client.reconnect_timeout`."""
-        deadline_s = time.monotonic() + self._client.reconnect_timeout
-        reason, attempt = str(why), 0
+        """Make new connections and join again, as often as it takes.
+
+        Raises `PeerGone` when there was no progress for `client.reconnect_timeout`, however often it has joined.
+        """
+        reason = str(why)
         while True:
-            attempt += 1
-            self.on_lost(f"server lost ({reason}), retry {attempt}, resuming at step {resume_at}")
+            self._setbacks.lost(now_s=time.monotonic())
+            if self._setbacks.failing_s(now_s=time.monotonic()) >= self._client.reconnect_timeout:
+                raise PeerGone(
+                    f"gave up on {self.address} after {self._client.reconnect_timeout:g} s (client.reconnect_timeout):"
+                    f" {reason}; what was learned is kept: start the same command again to resume at step {resume_at}"
+                )
+            self.on_lost(f"server lost ({reason}), retry {self._setbacks.count}, resuming at step {resume_at}")
+            self.stop.sleep(self._setbacks.pause_s)
             try:
                 self._start_over()
             except PeerGone as gone:
@@ -286,12 +298,6 @@ class Link:
                 reason = str(refused)
             else:
                 return
-            if time.monotonic() >= deadline_s:
-                raise PeerGone(
-                    f"gave up on {self.address} after {self._client.reconnect_timeout:g} s (client.reconnect_timeout):"
-                    f" {reason}; what was learned is kept: start the same command again to resume at step {resume_at}"
-                )
-            self.stop.sleep(min(_RETRY_MOST_S, _RETRY_LEAST_S * 2 ** min(attempt, 6)))
 
     def _start_over(self) -> None:
         self._end_connections()
@@ -358,6 +364,8 @@ class Link:
                         file.write(self._chunk(name, file.tell()))
                     except PeerGone as gone:
                         self.reconnect(gone, resume_at=1)
+                    else:
+                        self._setbacks.reached(name, file.tell())
             if _hash_of(half_done) != digest:
                 raise RemoteProtocolError(f"{name} arrived with another hash than announced: start the client again")
             half_done.replace(path)
@@ -544,6 +552,7 @@ class Link:
                     checked = self.session.receive(message)
                     if checked is None:
                         continue
+            self._note_progress(message)
             if isinstance(message, Merged):
                 self.is_parting = message.is_last
             elif isinstance(message, RoundsEnded):
@@ -558,10 +567,22 @@ class Link:
                 raise RemoteProtocolError(f"{type(message).__name__} while waiting for {what}")
             return message
 
+    def _note_progress(self, message: Message) -> None:
+        match message:
+            case ForwardDone() | BackwardDone() | Kept() | WentBack() | Declined():
+                self._setbacks.answered()
+            case Committed(step=step):
+                self._setbacks.reached("step", step)
+            case RoundOpened(round_number=number):
+                self._setbacks.reached("round", number)
+            case Merged(round_number=number):
+                self._setbacks.reached("merge", number)
+
     def _next(self, what: str) -> Message:
         say_at_s = time.monotonic() + _WAITING_AFTER_S
         while True:
             self.stop.check()
+            asked_s = time.monotonic()
             frames = self._endpoint.recv(_POLL_S)
             if frames is not None:
                 self._data_received += _payload(frames)
@@ -572,13 +593,14 @@ class Link:
                 raise PeerGone(
                     f"{self.address} has been silent for {self._heartbeat.silent_s:.0f} s while waiting for {what}"
                 )
-            self._check_progress(self._heartbeat.pong, what)
+            if not self._check_progress(self._heartbeat.pong, what):
+                self._setbacks.waited(time.monotonic() - asked_s)
             if self._heartbeat.pong.waiting_for and time.monotonic() >= say_at_s:
                 self.on_waiting(self._heartbeat.pong.waiting_for)
                 say_at_s = time.monotonic() + _WAITING_EVERY_S
 
-    def _check_progress(self, pong: Pong, what: str) -> None:
-        """Notice a data connection that is dead while the control connection lives.
+    def _check_progress(self, pong: Pong, what: str) -> int:
+        """Return the bytes on their way, and notice a data connection that is dead while the control connection lives.
 
         What one side has sent and the other not received is on its way; it may take as long as the slowest link needs.
         """
@@ -586,10 +608,11 @@ class Link:
         progress = (pong.bytes_received, self._data_received)
         if not on_its_way or progress != self._progress:
             self._progress, self._progress_s = progress, time.monotonic()
-            return
+            return on_its_way
         patience_s = self._bounds.heartbeat_timeout + on_its_way / self._bounds.slowest_link_bytes_per_second
         if time.monotonic() - self._progress_s > patience_s:
             raise PeerGone(f"{on_its_way} bytes were on their way for {patience_s:.0f} s while waiting for {what}")
+        return on_its_way
 
 
 def _payload(frames: Sequence[Buffer]) -> int:

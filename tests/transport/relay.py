@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 _SOON_S = 10.0
@@ -41,4 +42,47 @@ class Relay:
     def close(self) -> None:
         """Wait until both sides have hung up."""
         self._thread.join(_SOON_S)
+        self._server.close()
+
+
+class Cutter:
+    """Stands before a port of loopback, forwards every connection, and cuts it once so many bytes went one way."""
+
+    def __init__(self, port: int, *, up_bytes: int = 1 << 60, down_bytes: int = 1 << 60) -> None:
+        self._target = port
+        self._left = {"up": up_bytes, "down": down_bytes}
+        self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = int(self._server.getsockname()[1])
+        self.cut_at_s: list[float] = []
+        """When connections were cut."""
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._server.accept()
+                threading.Thread(target=self._forward, args=(client,), daemon=True).start()
+
+    def _forward(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._target)) as server:
+            back = threading.Thread(target=self._pump, args=(server, client, self._left["down"]), daemon=True)
+            back.start()
+            self._pump(client, server, self._left["up"])
+            back.join(_SOON_S)
+
+    def _pump(self, source: socket.socket, target: socket.socket, left: int) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(1 << 14):
+                left -= len(chunk)
+                if left < 0:
+                    self.cut_at_s.append(time.monotonic())
+                    break
+                target.sendall(chunk)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Take no further connection."""
+        self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
