@@ -10,6 +10,11 @@ from splitfl.session.limits import Limits
 from splitfl.telemetry.units import counted
 from splitfl.transport.keys import AllowList
 
+# A client whose connections were cut off this often within this time waits this long.
+_CUTS_BEFORE_WAIT = 3
+_CUTS_WITHIN_S = 600.0
+_WAIT_S = 60.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
@@ -38,6 +43,7 @@ class Admission:
         self._allow_list = allow_list
         self._limits = limits
         self._strikes: dict[str, int] = {}
+        self._cuts: dict[str, list[float]] = {}
 
     def is_let_in(self, user_id: str) -> bool:
         """Tell whether a key is among those that the server lets in."""
@@ -102,9 +108,22 @@ class Admission:
             return Strike(code=Why.VIOLATION, reason=text, count=count)
         return Strike(code=Why.QUARANTINED, reason=f"{text}. {self._quarantine_text(client_id)}", count=count)
 
-    def quarantine(self, client_id: str) -> None:
-        """Keep a client out from now on."""
-        self._strikes[client_id] = self._limits.strikes
+    def cut_off(self, client_id: str, now_s: float) -> None:
+        """Take note that a connection of a client had to be cut off; repeated, it has to wait a while."""
+        recent = [at_s for at_s in self._cuts.get(client_id, ()) if now_s - at_s < _CUTS_WITHIN_S]
+        self._cuts[client_id] = [*recent, now_s][-_CUTS_BEFORE_WAIT:]
+
+    def too_soon(self, user_id: str, now_s: float) -> Refused | None:
+        """Return why a client has to wait whose connections were cut off again and again, None if it has not."""
+        name = self.name_of(user_id)
+        cuts = self._cuts.get(name or "", [])
+        if len(cuts) < _CUTS_BEFORE_WAIT or now_s >= (until_s := cuts[-1] + _WAIT_S):
+            return None
+        return Refused(
+            code=Why.FULL,
+            reason=f"{len(cuts)} connections of {name} were cut off for a message without end: it may come back in"
+            f" {until_s - now_s:.0f} s",
+        )
 
     def refresh(self) -> bool:
         """Read the keys again if they have changed, and tell whether they have; who was taken out begins anew."""

@@ -82,6 +82,10 @@ log = logging.getLogger(__name__)
 
 # How long the loop sleeps at most before it looks at its deadlines.
 _TICK_S = 0.25
+# How often the folder of keys is looked at.
+_KEYS_EVERY_S = 0.25
+# What the loop took longer than this for is no silence of the clients.
+_STALL_S = 1.0
 # A wait is worth a line when it has lasted a while, and again from time to time.
 _WAITING_AFTER_S = 1.0
 _WAITING_EVERY_S = 10.0
@@ -124,6 +128,7 @@ class Server:
         self._unsaid: set[tuple[str, int]] = set()
         self._is_over = False
         self._waiting_said = ("", 0.0)
+        self._keys_due_s = 0.0
 
     def serve(self) -> None:
         """Run until the last client has said goodbye, or the run is given up (see `reason`).
@@ -131,9 +136,12 @@ class Server:
         Raises `Stopped` when that was asked for, behind the job that the compute thread was at.
         """
         try:
+            before_s = time.monotonic()
             while not self._is_over and not self.stop.is_asked:
                 arrived = self.listener.recv(_TICK_S)
                 now_s = time.monotonic()
+                self._forgive(now_s - before_s)
+                before_s = now_s
                 if arrived is not None:
                     self._receive(arrived, now_s)
                 self._jobs.finish()
@@ -144,6 +152,12 @@ class Server:
             self._jobs.finish()  # whoever waits for what is decided hears of it
         if not self._is_over:
             self.stop.check()
+
+    def _forgive(self, stalled_s: float) -> None:
+        """After a stall of this loop nobody has been silent: what they have said waits to be read."""
+        if stalled_s > _STALL_S:
+            for connection in self._members.connections():
+                connection.last_heard_s += stalled_s
 
     def dismiss(self, reason: str) -> None:
         """Tell every client that the run is over."""
@@ -420,7 +434,7 @@ class Server:
 
     def _admit(self, arrived: Arrived, hello: Hello, now_s: float) -> None:
         finished = f"run {self.run_id} has finished: it has no further round"
-        refused = self.admission.objection(
+        refused = self.admission.too_soon(arrived.user_id, now_s) or self.admission.objection(
             hello,
             arrived.user_id,
             self._members,
@@ -573,17 +587,18 @@ class Server:
         for connection in revoked:
             self._lock_out(connection.peer, connection)
 
-    def _check_endless(self) -> None:
+    def _check_endless(self, now_s: float) -> None:
+        """Take a connection that was cut off for lost; a client that this happens to again and again has to wait."""
         for cut in self.listener.sweep():
             name = self.admission.name_of(cut.user_id)
             reason = f"a message without end: {cut.num_bytes} bytes, more than message_bytes"
             log.warning("cut off %s at %s: %s", name or "a stranger", cut.address, reason)
             self.metrics.emit("cut_off", address=cut.address, client_id=name or "", num_bytes=cut.num_bytes)
             if name is not None:
-                self.admission.quarantine(name)
+                self.admission.cut_off(name, now_s)
                 member = self._members.get(name)
                 if member is not None and member.connection is not None:
-                    self._lose(member.connection, reason, waits=False)
+                    self._lose(member.connection, reason)
 
     # what the gate and the rounds decide
 
@@ -934,8 +949,10 @@ class Server:
     # who is there
 
     def _tick(self, now_s: float) -> None:
-        self._check_keys()
-        self._check_endless()
+        if now_s >= self._keys_due_s:
+            self._keys_due_s = now_s + _KEYS_EVERY_S
+            self._check_keys()
+        self._check_endless(now_s)
         for connection in self._members.connections():
             silent_s = now_s - connection.last_heard_s
             if silent_s > self.run.link.heartbeat_timeout:

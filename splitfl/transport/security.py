@@ -5,7 +5,6 @@ Three options must be set together or libzmq lets anybody in who knows the serve
 """
 
 import logging
-import threading
 from dataclasses import dataclass
 
 import zmq
@@ -40,8 +39,6 @@ class Doorkeeper:
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", security: ServerSecurity) -> None:
         self._allow_list = security.allow_list
-        self._lock = threading.Lock()
-        self._seen: set[str] = set()
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback(domain=_DOMAIN, credentials_provider=self)
@@ -49,16 +46,7 @@ class Doorkeeper:
     def callback(self, domain: str, key: bytes) -> bool:
         """Tell whether a key is let in; called in the authenticator's thread."""
         name = key.decode("ascii", "replace")
-        is_let_in = domain == _DOMAIN and self._allow_list.client_of(name) is not None
-        if is_let_in:
-            with self._lock:
-                self._seen.add(name)
-        return is_let_in
-
-    def seen(self) -> set[str]:
-        """Return the keys that were let in so far."""
-        with self._lock:
-            return set(self._seen)
+        return domain == _DOMAIN and self._allow_list.client_of(name) is not None
 
     def stop(self) -> None:
         """End the thread; from then on nobody is let in."""

@@ -1,9 +1,14 @@
 """Cuts off connections that send a message without end, before it fills the memory.
 
 libzmq keeps the frames of a multipart message until the last has come, and counts none of them against any limit; the
-application sees nothing of it. So the accepted TCP connections are watched from beside: a connection that has
-received more bytes since its last whole message than a message may have is shut down. Linux only: elsewhere the
+application sees nothing of it. So the accepted TCP connections are watched from beside. Linux only: elsewhere the
 system does not tell (`TCP_INFO.tcpi_bytes_received`, RFC 4898's tcpEStatsAppHCThruOctetsReceived).
+
+What counts are the bytes that libzmq has read from a connection (received, less what waits in the kernel) since its
+last whole message was taken from the socket. Honest peers exceed a message too: whole messages wait while the socket's
+thread is at something else. So a connection is cut off when it holds more than a message although the socket was found
+empty since; or more than all messages that may wait (ZMQ_RCVHWM), the one that is arriving, and one in libzmq's hand. A
+cut is a lost connection and nothing else.
 """
 
 import ipaddress
@@ -12,19 +17,29 @@ import struct
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 _INTERVAL_S = 0.03
+# How long after the bytes were read their message is in the queue at the latest, if it is a whole one.
+_SETTLE_S = 0.3
 # include/uapi/linux/tcp.h: struct tcp_info, tcpi_bytes_received (Linux 4.1)
 _BYTES_RECEIVED = struct.Struct("<Q")
 _BYTES_RECEIVED_AT = 128
+_UNREAD = struct.Struct("i")
+# ZMTP's heartbeats are no messages: a PING and a PONG of at most this for each heartbeat, and a handshake.
+_HEARTBEAT_BYTES = 128
+_HANDSHAKE_BYTES = 2048
 _CUTS_BEFORE_BAN = 3
-_BAN_S = 600.0
+_CUTS_WITHIN_S = 600.0
+_BAN_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,15 +48,18 @@ class Cut:
 
     address: str
     user_id: str
-    """The key it authenticated with, "" where that is not known."""
+    """The key of its earlier messages, "" where there were none."""
     num_bytes: int
 
 
 @dataclass(slots=True, kw_only=True)
 class _Connection:
-    address: str
-    baseline: int = 0
+    peer: tuple[str, int]
+    baseline: int
+    """Bytes that libzmq had read when its last whole message was taken."""
+    heard_s: float
     user_id: str = ""
+    too_much_since_s: float | None = None
     is_cut: bool = False
 
 
@@ -53,23 +71,21 @@ class Watch:
         monitored: "zmq.Socket[bytes]",
         *,
         max_message_bytes: Callable[[], int],
-        may_be_behind: Callable[[], bool],
-        seen_keys: Callable[[], set[str]],
+        max_queued: int,
+        heartbeat_s: float,
     ) -> None:
-        """`max_message_bytes` are those on the wire, framing included.
-
-        `may_be_behind` tells whether whole messages wait to be taken; then more bytes are no wonder.
-        """
+        """`max_message_bytes` are those on the wire, framing included; `max_queued` is the socket's ZMQ_RCVHWM."""
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
         self._socket = monitored
         self._monitor = monitored.get_monitor_socket(events)
         self._max_message_bytes = max_message_bytes
-        self._may_be_behind = may_be_behind
-        self._seen_keys = seen_keys
+        self._max_queued = max_queued
+        self._heartbeat_s = heartbeat_s
         self._lock = threading.Lock()
         self._connections: dict[int, _Connection] = {}
+        self._emptied_s = 0.0
         self._cuts: list[Cut] = []
-        self._cuts_of: Counter[str] = Counter()
+        self._cuts_of: dict[str, list[float]] = {}
         self._banned: dict[str, float] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -80,8 +96,14 @@ class Watch:
         with self._lock:
             connection = self._connections.get(descriptor)
             if connection is not None:
-                connection.baseline = _received(descriptor) or connection.baseline
+                connection.baseline = _read_by_zeromq(descriptor) or connection.baseline
+                connection.heard_s = time.monotonic()
+                connection.too_much_since_s = None
                 connection.user_id = user_id
+
+    def emptied(self) -> None:
+        """Take note that no whole message waits in the socket."""
+        self._emptied_s = time.monotonic()
 
     def take_cuts(self) -> list[Cut]:
         """Return what was cut off since the last call."""
@@ -107,42 +129,53 @@ class Watch:
 
     def _follow(self) -> None:
         event = parse_monitor_message(self._monitor.recv_multipart())
-        descriptor = int(event["value"])
+        descriptor, now_s = int(event["value"]), time.monotonic()
         with self._lock:
             if event["event"] != zmq.EVENT_ACCEPTED:
                 self._connections.pop(descriptor, None)
                 return
-            address = _address_of(descriptor)
-            self._connections[descriptor] = _Connection(address=address)
-            if self._banned.get(address, 0.0) > time.monotonic():
-                _shut_down(descriptor)
+            peer = _peer_of(descriptor)
+            # what came before this thread was told has been taken already, or it counts as if it had
+            self._connections[descriptor] = _Connection(
+                peer=peer, baseline=_read_by_zeromq(descriptor) or 0, heard_s=now_s
+            )
+            if self._banned.get(peer[0], 0.0) > now_s:
+                _shut_down(descriptor, peer)
 
     def _look(self) -> None:
-        limit = self._max_message_bytes()
+        message_bytes, now_s = self._max_message_bytes(), time.monotonic()
         with self._lock:
             for descriptor, connection in self._connections.items():
-                num_bytes = (_received(descriptor) or 0) - connection.baseline
-                # what whole messages wait to be taken is bounded by the queue's length, which the caller knows
-                if connection.is_cut or num_bytes <= limit or (self._may_be_behind() and num_bytes <= 8 * limit):
-                    continue
-                connection.is_cut = True
-                _shut_down(descriptor)
-                self._note(connection, num_bytes)
+                if not connection.is_cut:
+                    self._judge(descriptor, connection, message_bytes, now_s)
 
-    def _note(self, connection: _Connection, num_bytes: int) -> None:
-        user_id = connection.user_id or self._only_candidate()
-        self._cuts.append(Cut(address=connection.address, user_id=user_id, num_bytes=num_bytes))
-        if user_id or _is_loopback(connection.address):
+    def _judge(self, descriptor: int, connection: _Connection, message_bytes: int, now_s: float) -> None:
+        num_bytes = (_read_by_zeromq(descriptor) or 0) - connection.baseline
+        beside = _HANDSHAKE_BYTES + _HEARTBEAT_BYTES * (now_s - connection.heard_s) / self._heartbeat_s
+        if num_bytes <= message_bytes + beside:
+            connection.too_much_since_s = None
             return
-        self._cuts_of[connection.address] += 1
-        if self._cuts_of[connection.address] >= _CUTS_BEFORE_BAN:
-            self._banned[connection.address] = time.monotonic() + _BAN_S
+        if connection.too_much_since_s is None:
+            connection.too_much_since_s = now_s
+        is_of_one_message = self._emptied_s - connection.too_much_since_s > _SETTLE_S
+        if is_of_one_message or num_bytes > (self._max_queued + 2) * message_bytes + beside:
+            connection.is_cut = True
+            _shut_down(descriptor, connection.peer)
+            self._note(connection, num_bytes, now_s)
 
-    def _only_candidate(self) -> str:
-        """Return the one key that was let in and has sent no whole message, if there is just one."""
-        known = {connection.user_id for connection in self._connections.values()}
-        candidates = self._seen_keys() - known
-        return candidates.pop() if len(candidates) == 1 else ""
+    def _note(self, connection: _Connection, num_bytes: int, now_s: float) -> None:
+        address = connection.peer[0]
+        self._cuts.append(Cut(address=address, user_id=connection.user_id, num_bytes=num_bytes))
+        if connection.user_id or _is_loopback(address):
+            return
+        recent = {
+            other: [at_s for at_s in times if now_s - at_s < _CUTS_WITHIN_S] for other, times in self._cuts_of.items()
+        }
+        self._cuts_of = {other: times for other, times in recent.items() if times}
+        self._banned = {other: until_s for other, until_s in self._banned.items() if until_s > now_s}
+        self._cuts_of.setdefault(address, []).append(now_s)
+        if len(self._cuts_of[address]) >= _CUTS_BEFORE_BAN:
+            self._banned[address] = now_s + _BAN_S
 
 
 def is_supported() -> bool:
@@ -150,31 +183,36 @@ def is_supported() -> bool:
     return sys.platform == "linux"
 
 
-def _received(descriptor: int) -> int | None:
+def _read_by_zeromq(descriptor: int) -> int | None:
+    """Return the bytes of a connection that libzmq has, None when it is closed; never too many."""
     try:
         with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED_AT + 8)
+            (unread,) = _UNREAD.unpack(fcntl.ioctl(connection, termios.FIONREAD, bytes(_UNREAD.size)))
     except OSError:
         return None  # closed meanwhile
     if len(info) < _BYTES_RECEIVED_AT + 8:
         return None
-    return int(_BYTES_RECEIVED.unpack_from(info, _BYTES_RECEIVED_AT)[0])
+    return int(_BYTES_RECEIVED.unpack_from(info, _BYTES_RECEIVED_AT)[0]) - int(unread)
 
 
-def _shut_down(descriptor: int) -> None:
+def _shut_down(descriptor: int, peer: tuple[str, int]) -> None:
+    """End a connection, unless its descriptor is another's by now."""
     try:
         with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
+            if connection.getpeername()[:2] == peer:
+                connection.shutdown(socket.SHUT_RDWR)
     except OSError:
         return  # closed meanwhile
 
 
-def _address_of(descriptor: int) -> str:
+def _peer_of(descriptor: int) -> tuple[str, int]:
     try:
         with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
-            return str(connection.getpeername()[0])
+            host, port = connection.getpeername()[:2]
+            return str(host), int(port)
     except OSError:
-        return ""
+        return "", 0
 
 
 def _is_loopback(address: str) -> bool:

@@ -214,13 +214,12 @@ class Listener(_Socket):
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
         self._poller.register(self._wake_in, zmq.POLLIN)
-        self._is_behind = False
         if address.startswith("tcp") and is_supported():
             self._watch = Watch(
                 self._socket,
                 max_message_bytes=lambda: self._max_message_bytes,
-                may_be_behind=lambda: self._is_behind,
-                seen_keys=self._doorkeeper.seen if self._doorkeeper else set,
+                max_queued=max_queued,
+                heartbeat_s=heartbeat_timeout,
             )
 
     def bound_messages(self, *, num_bytes: int, num_frames: int) -> None:
@@ -278,8 +277,9 @@ class Listener(_Socket):
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
         if self._wake_in.fileno() in ready:
             self._wake_in.recv(4096)
-        self._is_behind = self._socket in ready
-        if not self._is_behind:
+        if self._socket not in ready:
+            if self._watch is not None:
+                self._watch.emptied()
             return None
         peer, *received = self._receive()
         user_id = _property(received[-1], "User-Id") if self._security and received else ""
