@@ -12,7 +12,8 @@ from client_edge.link import Link
 from client_edge.received import fetch_description
 from client_edge.run import Text, check_files, describe, read_text
 from splitfl.config import ClientConfig, RunConfig
-from splitfl.models.source import WEIGHTS_FILE, empty_cut
+from splitfl.models.foreign import foreign_cut
+from splitfl.models.source import WEIGHTS_FILE
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.units import counted, format_bytes, format_share
 from splitfl.training.device import open_device
@@ -36,7 +37,7 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
             text = read_text(config, link.run, directory)
             yield _data(text, link.run, config.client.client_id)
             yield evaluations_of(link.run, _evaluation_work(text))
-            cut, _ = empty_cut(directory, link.run)
+            cut = foreign_cut(directory, link.run)
     finally:
         link.close()
     yield steps_of(link.run)

@@ -7,7 +7,6 @@ finds out where to go on.
 """
 
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -18,9 +17,11 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from client_edge.heard import heard
 from client_edge.setbacks import Setbacks
+from client_edge.welcome import check_welcome, settings_of
 from splitfl import __version__
-from splitfl.config import ClientSection, LinkSection, RunConfig
+from splitfl.config import ClientSection, LinkSection
 from splitfl.errors import ConfigError, LocalProtocolError, PeerGone, Refused, RemoteProtocolError, SplitflError
 from splitfl.models.layout import Layout
 from splitfl.protocol import codec
@@ -156,7 +157,7 @@ class Heartbeat:
             frames = endpoint.recv(min(left_s, 0.2))
             if frames is None:
                 continue
-            match codec.decode(frames, max_frame_bytes=self._link.frame_bytes):
+            match heard(frames, max_frame_bytes=self._link.frame_bytes):
                 case Pong() as pong:
                     self.pong = pong
                     self.last_heard_s = time.monotonic()
@@ -199,7 +200,7 @@ class Link:
         self.on_lost: Callable[[str], None] = lambda _: None
         """Told of every connection that is lost, and of every attempt at a new one."""
         self._endpoint, self.welcome = self._first_join()
-        self.run = _settings_of(self.welcome)
+        self.run = settings_of(self.welcome)
         self._begin()
 
     def _first_join(self) -> tuple[Endpoint, Welcome]:
@@ -361,7 +362,7 @@ class Link:
             with half_done.open("wb") as file:
                 while file.tell() < size:
                     try:
-                        file.write(self._chunk(name, file.tell()))
+                        file.write(self._chunk(name, file.tell(), size))
                     except PeerGone as gone:
                         self.reconnect(gone, resume_at=1)
                     else:
@@ -382,12 +383,16 @@ class Link:
         at = self.welcome.file_names.index(name)
         return self.welcome.file_sizes[at], self.welcome.file_hashes[at]
 
-    def _chunk(self, name: str, offset: int) -> bytes:
+    def _chunk(self, name: str, offset: int, size: int) -> bytes:
         self._send(Fetch(name=name, offset=offset))
         chunk = self._answer(Chunk, f"{name} from byte {offset}")
         content = b"".join(chunk.content.buffers)
         if chunk.name != name or chunk.offset != offset or not content:
-            raise RemoteProtocolError(f"a piece of {chunk.name:.64} at {chunk.offset} in answer to {name} at {offset}")
+            raise RemoteProtocolError(
+                f"a piece of {chunk.name!r:.64} at {chunk.offset} in answer to {name} at {offset}"
+            )
+        if len(content) > size - offset:
+            raise RemoteProtocolError(f"{name} is longer than the {size} bytes that were announced")
         return content
 
     # micro-batches and steps
@@ -437,10 +442,11 @@ class Link:
         match self._one_of((ForwardDone, BackwardDone), "the backbone"):
             case ForwardDone(request_id=number, hidden_BSD=frames):
                 return number, self._real(frames), False
-            case BackwardDone(request_id=number, gradient_BSD=None):
-                return number, None, True
-            case BackwardDone(request_id=number, gradient_BSD=frames) if frames is not None:
-                return number, self._real(frames), True
+            case BackwardDone(request_id=number, gradient_BSD=frames):
+                if (frames is not None) != self.run.bottom_trains:
+                    rule = "needs its gradient" if self.run.bottom_trains else "has no use for a gradient"
+                    raise RemoteProtocolError(f"an answer of the wrong kind: what is below the first cut {rule}")
+                return number, None if frames is None else self._real(frames), True
         raise RemoteProtocolError("an answer that is neither activations nor a gradient")
 
     def commit(self, *, num_label_tokens: int, loss: float, norms_P: Tensor) -> Committed:
@@ -503,8 +509,9 @@ class Link:
             if frames is None:
                 raise _NoAnswer(f"no answer from {self.address} for {timeout_s:.3g} s ({self._endpoint.finding()})")
             self._data_received = _payload(frames)
-            match codec.decode(frames, max_frame_bytes=self._bounds.frame_bytes):
+            match heard(frames, max_frame_bytes=self._bounds.frame_bytes):
                 case Welcome() as welcome:
+                    check_welcome(welcome)
                     return welcome
                 case Refusal(code=code, reason=reason):
                     raise Refused(f"{self.address} refused {name}: {reason} ({code})", code=code)
@@ -586,7 +593,7 @@ class Link:
             frames = self._endpoint.recv(_POLL_S)
             if frames is not None:
                 self._data_received += _payload(frames)
-                return codec.decode(frames, max_frame_bytes=self._bounds.frame_bytes)
+                return heard(frames, max_frame_bytes=self._bounds.frame_bytes)
             if self._heartbeat is None:
                 continue
             if self._heartbeat.silent_s > self._bounds.heartbeat_timeout:
@@ -640,21 +647,6 @@ def _security_of(client: ClientSection) -> ClientSecurity | None:
             " this folder's public.key, and use the enrolment file that comes back"
         )
     return ClientSecurity(key_pair=pair, server_public_key=enrolment.server_public_key)
-
-
-def _settings_of(welcome: Welcome) -> RunConfig:
-    """Read the run's settings; a fingerprint that differs means that the two sides read them differently."""
-    try:
-        tree = json.loads(welcome.settings)
-    except ValueError:
-        raise RemoteProtocolError("settings that are no JSON") from None
-    run = RunConfig.from_tree(tree, source="the server's settings")
-    if run.fingerprint() != welcome.fingerprint:
-        raise RemoteProtocolError(
-            f"the run's settings have fingerprint {run.fingerprint():.12} here and {welcome.fingerprint:.12} on the"
-            " server: install the same splitfl on both"
-        )
-    return run
 
 
 def _hash_of(path: Path) -> str:

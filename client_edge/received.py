@@ -1,7 +1,7 @@
 """What a client gets when it joins: the model's description and this side's weights, brought into its folders."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from client_edge.local_copy import take_from_local_copy
 from splitfl.config import ClientSection, default_cache_dir
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
+from splitfl.models.foreign import check_description, check_finite, check_fits, foreign_cut
 from splitfl.models.origin import DESCRIPTION_FILES
-from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, Weights, empty_cut, weights_of
+from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, Weights, weights_of
 
 
 def fetch_description(link: Link, client: ClientSection, folder: Path) -> Path:
@@ -23,6 +24,9 @@ def fetch_description(link: Link, client: ClientSection, folder: Path) -> Path:
     for name in DESCRIPTION_FILES:  # our names, whatever else the server may offer
         if name in link.welcome.file_names:
             shutil.copyfile(link.fetch(name, _cache_dir(client)), directory / name)
+        else:
+            (directory / name).unlink(missing_ok=True)  # of an earlier start
+    check_description(directory)
     return directory
 
 
@@ -39,11 +43,17 @@ def fetch_layers(
     `tell` gets a sentence on what became of the copy.
     """
     run = link.run
-    cut, _ = empty_cut(directory, run)
+    cut = foreign_cut(directory, run)
     if client.model_name_or_path:
         path, own = link.place_of(WEIGHTS_FILE, _cache_dir(client)), client.cache_dir or default_cache_dir()
         tell(take_from_local_copy(client.model_name_or_path, cut, path, cache_dir=own))
-    cut.fill("client", _weights(link, client, cut).read, device)
+    weights = _weights(link, client, cut)
+
+    def read(names: Sequence[str], values: Tensor) -> None:
+        weights.read(names, values)
+        check_finite(names[0], values)
+
+    cut.fill("client", read, device)
     return cut
 
 
@@ -60,10 +70,12 @@ def first_layers(link: Link, client: ClientSection, cut: Cut) -> dict[str, Tenso
 def _weights(link: Link, client: ClientSection, cut: Cut) -> Weights:
     """Open the files of the welcome, which are had from the server where they are not here."""
     weights_file = link.fetch(WEIGHTS_FILE, _cache_dir(client))
-    later: Mapping[str, Tensor] = {}
+    later: TensorFile | None = None
     if ADAPTERS_FILE in link.welcome.file_names:
         later = TensorFile(link.fetch(ADAPTERS_FILE, _cache_dir(client)))
-    return weights_of([weights_file], cut, seed=link.run.seed, later=later)
+    weights = weights_of([weights_file], cut, seed=link.run.seed, later=later)
+    check_fits(cut, weights, later.entries if later is not None else {})
+    return weights
 
 
 def _cache_dir(client: ClientSection) -> Path:

@@ -25,8 +25,9 @@ from client_edge.received import fetch_description, fetch_layers, first_layers
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
-from splitfl.errors import ConfigError, DataError, ModelError, PeerGone, RemoteProtocolError, SplitflError
+from splitfl.errors import ConfigError, DataError, PeerGone, RemoteProtocolError, SplitflError
 from splitfl.federation.records import read_file
+from splitfl.models.foreign import foreign_tokenizer
 from splitfl.models.source import read_config
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded
 from splitfl.stopping import Stopped, StopRequest
@@ -338,13 +339,7 @@ class Participation:
 
 def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
     """Read this client's examples with the tokenizer that came with the welcome."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"the server's model has no usable tokenizer: {reason}") from None
+    tokenizer = foreign_tokenizer(directory)
     section = config.data
     vocab_size = read_config(directory).get_text_config().vocab_size
 

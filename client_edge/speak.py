@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from client_edge.generation import FarGenerator
@@ -17,6 +17,7 @@ from splitfl.config import ClientSection
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import DataError, ModelError
 from splitfl.models.cut import Cut
+from splitfl.models.foreign import foreign_tokenizer
 from splitfl.training.device import open_device
 from splitfl.training.terms import merged_layers, terms_of
 
@@ -122,11 +123,7 @@ def speaker(client: ClientSection) -> Iterator[Speaker]:
         cut = fetch_layers(link, client, directory, device)
         link.agree(terms_of(link.run, cut))
         _take_merged_layers(link, cut)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"the server's model has no usable tokenizer: {reason}") from None
+        tokenizer = foreign_tokenizer(directory)
         yield Speaker(model=cut.client_model(FarGenerator(link)).eval(), tokenizer=tokenizer, link=link)
     finally:
         link.close()

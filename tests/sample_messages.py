@@ -42,6 +42,8 @@ def terms(**changed: Any) -> Terms:
         "layer_shapes": LAYER_SHAPES,
         "layer_dtypes": ("f32", "f32"),
         "has_controls": False,
+        "num_rounds": 9,
+        "local_steps": 2,
     }
     return Terms(**{**usual, **changed})
 

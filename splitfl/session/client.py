@@ -44,6 +44,7 @@ class ClientSession:
         self._awaiting: dict[int, type[ForwardDone | BackwardDone]] = {}
         self._abandoned: set[int] = set()
         self._waits_for: type[Message] | None = None
+        self._claimed_step = 0
         self._last_request = 0
         self._decoding: tuple[int, tuple[int, ...]] | None = None
         """Number and shape of the `Decode` whose answer is waited for."""
@@ -67,6 +68,7 @@ class ClientSession:
         if self._last_request or self.open_round is not None:
             raise LocalProtocolError("resuming in the middle of a session")
         self._wait_for(Resumed)
+        self._claimed_step = step
         return Resume(held_round=held_round, step=step, commit_number=commit_number, pending_step=pending_step)
 
     def forward(
@@ -211,6 +213,7 @@ class ClientSession:
                     return None  # answered once more, because the question was repeated on its way
                 if message.step != self._committing:
                     raise RemoteProtocolError(f"step {message.step} committed where {self._committing} was asked for")
+                check_scaling(message.clip_coefficient)
                 self._committing = None
                 self.next_step = message.step + 1
                 return message
@@ -222,6 +225,7 @@ class ClientSession:
                 return message
             case RoundOpened():
                 self._require_asked(message)
+                self._check_round(message.round_number, message.first_step, message.num_steps)
                 if message.layers:
                     self.terms.check_merged(message.layers)
                 self._waits_for = None
@@ -231,6 +235,7 @@ class ClientSession:
             case RoundsEnded():
                 if self._waits_for is not RoundOpened:
                     raise RemoteProtocolError("RoundsEnded was not asked for")
+                self.terms.check_held(message.round_number, held=self.round_number)
                 if message.layers:
                     self.terms.check_merged(message.layers)
                 self._waits_for = None
@@ -239,6 +244,7 @@ class ClientSession:
             case Merged():
                 if self.open_round is None or not self._ends(message, self.open_round):
                     raise RemoteProtocolError(f"layers of round {message.round_number}, which is not open here")
+                self.terms.check_held(message.round_number, held=self.round_number)
                 self.terms.check_merged(message.layers)
                 self.abandon_step(self.next_step)
                 self._waits_for = None
@@ -260,8 +266,14 @@ class ClientSession:
     def _go_on(self, message: Resumed) -> None:
         if message.verdict not in ("go", "rewind", "anew"):
             raise RemoteProtocolError(f"resumed with verdict {message.verdict!r:.20}")
+        if message.verdict == "rewind" and message.step > self._claimed_step:
+            raise RemoteProtocolError(f"going back to step {message.step} from step {self._claimed_step}")
+        check_scaling(message.clip_coefficient)
+        self.terms.check_held(message.held_round, held=0)
         if message.layers:
             self.terms.check_merged(message.layers)
+        if message.round_number:
+            self._check_open(message)
         self._waits_for = None
         if message.verdict == "rewind":
             return
@@ -276,6 +288,18 @@ class ClientSession:
             self.next_step = message.next_step
         if message.awaits_merge:
             self._waits_for = Merged
+
+    def _check_open(self, message: Resumed) -> None:
+        """Raise unless the round that we are to go on with may be, and the step is one of it."""
+        first, count = message.first_step, message.num_steps
+        self._check_round(message.round_number, first, count)
+        if not first <= message.next_step <= first + count:
+            raise RemoteProtocolError(
+                f"going on at step {message.next_step} of a round of {count} steps from step {first} on"
+            )
+
+    def _check_round(self, number: int, first_step: int, num_steps: int) -> None:
+        self.terms.check_round(number, held=self.round_number, first_step=first_step, num_steps=num_steps)
 
     def _is_decoding(self, number: int) -> bool:
         return self._decoding is not None and self._decoding[0] == number
@@ -311,7 +335,8 @@ class ClientSession:
             raise RemoteProtocolError(f"step {message.step} refused while none is open")
         if message.step < self.next_step:
             return None
-        if message.step > self.next_step or message.next_step <= message.step:
+        end = self.open_round.first_step + self.open_round.num_steps
+        if message.step > self.next_step or not message.step < message.next_step <= end:
             raise RemoteProtocolError(
                 f"step {message.step} refused in favour of {message.next_step} where step {self.next_step} is open"
             )
@@ -326,3 +351,9 @@ class ClientSession:
     def _require_asked(self, message: Message) -> None:
         if self._waits_for is not type(message):
             raise RemoteProtocolError(f"{type(message).__name__} was not asked for")
+
+
+def check_scaling(clip_coefficient: float) -> None:
+    """Raise for a factor that would do anything to our gradients but shrink them."""
+    if not 0 <= clip_coefficient <= 1:  # NaN is in no range
+        raise RemoteProtocolError(f"a clip coefficient of {clip_coefficient:g}, which is not from 0 to 1")

@@ -35,6 +35,10 @@ class Terms:
     layer_dtypes: tuple[str, ...]
     has_controls: bool
     """Whether a control variate (f32) for each of them comes behind them when the server sends them."""
+    num_rounds: int
+    """Merges of the run; 0 where clients train in loops of their own."""
+    local_steps: int
+    """Steps of a client in a round."""
     is_buffered: bool = False
     """Whether each client has rounds of its own, and merges are made as uploads come in."""
 
@@ -142,6 +146,25 @@ class Terms:
             )
         if tuple(layer.dtype for layer in layers) != self.layer_dtypes:
             raise RemoteProtocolError("layers whose types are not those of this run's merged layers")
+
+    def check_round(self, number: int, *, held: int, first_step: int, num_steps: int) -> None:
+        """Raise unless a round may come behind the merge that a client holds, and has the steps that a round has."""
+        if not held < number <= self.num_rounds:
+            raise RemoteProtocolError(
+                f"round {number} behind the merge of round {held}, in a run of {self.num_rounds} rounds"
+            )
+        if num_steps > self.local_steps:
+            raise RemoteProtocolError(f"a round of {num_steps} steps, where local_steps = {self.local_steps}")
+        usual = (number - 1) * self.local_steps + 1
+        if first_step < 1 or (first_step != usual and not self.is_buffered):
+            raise RemoteProtocolError(f"round {number} begins with step {first_step}, and not with {usual}")
+
+    def check_held(self, number: int, *, held: int) -> None:
+        """Raise unless a merge may be what a client holds from now on; that of an earlier round has a number behind."""
+        if not held <= number <= self.num_rounds + 1:
+            raise RemoteProtocolError(
+                f"the layers of round {number} behind those of round {held}, in a run of {self.num_rounds} rounds"
+            )
 
     def check_norms(self, norms: TensorFrames) -> None:
         """Raise unless there is one float32 norm for each client-side tensor that trains."""

@@ -26,6 +26,8 @@ def terms_of(run: RunConfig, cut: Cut) -> Terms:
         layer_dtypes=tuple(wire_dtype(layer.dtype) for layer in layers),
         has_controls=run.has_controls,
         is_buffered=run.is_buffered,
+        num_rounds=federation.num_rounds,
+        local_steps=federation.local_steps,
     )
 
 

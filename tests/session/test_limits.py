@@ -30,6 +30,8 @@ def terms(*, has_controls: bool) -> Terms:
         layer_shapes=SHAPES,
         layer_dtypes=("f32",) * len(SHAPES),
         has_controls=has_controls,
+        num_rounds=3,
+        local_steps=2,
     )
 
 

@@ -111,7 +111,7 @@ def test_a_commit_that_is_repeated_on_its_way_changes_nothing() -> None:
 
 
 def test_a_client_goes_on_where_it_is_told() -> None:
-    server, client = session_after(2), ClientSession(terms(micro_batches=1))
+    server, client = session_after(2), ClientSession(terms(micro_batches=1, local_steps=4))
     told = client.resume(held_round=0, step=2, commit_number=12, pending_step=0)
     client.receive(resume(server, told))
     assert (client.next_step, client.open_round is not None) == (3, True)
