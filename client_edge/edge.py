@@ -71,8 +71,8 @@ class Edge:
             _give_sparse_gradients(self._bottom, self._tied)
         in_bottom = set(self._bottom.parameters())
         self._only_top = [p for p in self._trainable.values() if p not in in_bottom]
-        self._half_done: tuple[int, float, list[Tensor | None]] | None = None
-        self.optimizer = PartOptimizer(self._trainable, run.optimizer, run.total_steps)
+        self._half_done: tuple[int, float, float, list[Tensor | None]] | None = None
+        self.optimizer = PartOptimizer(self._trainable, run.optimizer, run.num_training_steps)
         self.compute = Stopwatch()
         self._controls = Controls(self._merged if run.has_controls else {})
         self._round_start: dict[str, Tensor] = {}
@@ -161,27 +161,30 @@ class Edge:
         self.finish_step()
         self._controls.correct()
 
-    def step(self, step: int, clip_coefficient: float) -> None:
+    def step(self, step: int, clip_coefficient: float, learning_rate: float | None = None) -> None:
         """Apply the gradients of a step that the server has acknowledged to the bottom, and keep the top's for later.
+
+        With this learning rate, or else the schedule's.
 
         The server waits for the next activations, which only the bottom makes; `finish_step` must follow.
         """
         self.finish_step()
-        self._controls.stepped(self.optimizer.learning_rate(step) * clip_coefficient)
+        rate = self.optimizer.learning_rate(step) if learning_rate is None else learning_rate
+        self._controls.stepped(rate * clip_coefficient)
         with self.compute.running():
             later = _take(self._only_top)
-            self.optimizer.step(step, clip_coefficient)  # what has no gradient is left as it is
-        self._half_done = (step, clip_coefficient, later)
+            self.optimizer.step(step, clip_coefficient, rate)  # what has no gradient is left as it is
+        self._half_done = (step, clip_coefficient, rate, later)
 
     def finish_step(self) -> None:
         """Apply to the top what `step` has kept, if it has; whatever uses the top's weights calls this first."""
         if self._half_done is None:
             return
-        step, clip_coefficient, later = self._half_done
+        step, clip_coefficient, rate, later = self._half_done
         self._half_done = None
         with self.compute.running():
             _put(self._only_top, later)  # the bottom has no gradient yet: its backward comes after the top's
-            self.optimizer.step(step, clip_coefficient)
+            self.optimizer.step(step, clip_coefficient, rate)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients of the step that is done, by their tensors' names; they are the live ones."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from client_edge.edge import Edge
+from splitfl.config import StorageSection
 from splitfl.durability.crash import crash_point
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
@@ -56,6 +57,11 @@ class Journal:
         self.place = Place()
         self.pending: Pending | None = None
         self.is_new = True
+
+    def adopt(self, storage: StorageSection) -> None:
+        """Go on with settings of which some have changed."""
+        self._snapshot_steps = storage.snapshot_steps
+        self._store.adopt(fsync=storage.fsync, fsync_interval=storage.fsync_interval, keep=storage.keep_snapshots)
 
     def recover(self) -> list[str]:
         """Bring the edge to where the records end; return notes for the user."""
@@ -108,10 +114,12 @@ class Journal:
         pending = self._settled(commit_number)
         fields = {"commit_number": commit_number, "clip_coefficient": clip_coefficient}
         self._history.note("acknowledged", step=pending.step, **fields)
+        # the schedule's horizon may be set anew, and what is done again must be what was done
+        fields["learning_rate"] = learning_rate = self._edge.optimizer.learning_rate(pending.step)
         # need not be on disk at once: the server keeps its last acknowledgement for a client that has lost it
         self._append(Record(kind="acknowledged", fields=fields))
         crash_point("step-acknowledged")
-        self._edge.step(pending.step, clip_coefficient)
+        self._edge.step(pending.step, clip_coefficient, learning_rate)
         crash_point("step-applied")
         self._note("applied", pending.step)
         self._steps_since_snapshot += 1
@@ -211,7 +219,7 @@ class Journal:
                 self._edge.set_gradients(entry.tensors)
             case "acknowledged":
                 pending = self._settled(fields["commit_number"])
-                self._edge.step(pending.step, fields["clip_coefficient"])
+                self._edge.step(pending.step, fields["clip_coefficient"], fields["learning_rate"])
                 self._edge.finish_step()
                 self._steps_since_snapshot += 1
                 self._note("redone", pending.step)

@@ -142,7 +142,7 @@ class Copies:
         return Copy(parameters=parameters, optimizer=optimizer, version=self.common.version)
 
     def _optimizer_of(self, parameters: Mapping[str, nn.Parameter]) -> PartOptimizer:
-        return PartOptimizer(parameters, self._run.optimizer, self._run.total_steps)
+        return PartOptimizer(parameters, self._run.optimizer, self._run.num_training_steps)
 
 
 def _places_of(

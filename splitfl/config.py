@@ -86,6 +86,8 @@ OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if valu
 # A name that is a safe file name on every system, in a log line and in a header.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+
 
 class Section(BaseModel):
     """A frozen group of settings; the sentence under each field is its documentation (docs/configuration.md)."""
@@ -109,9 +111,13 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model is trained and where it is cut."""
 
-    model_name_or_path: Identity[str] = ""
+    model_name_or_path: Operation[str] = ""
     """A directory with `config.json`, tokenizer and safetensors, a .gguf file (converted once), or a Hugging Face hub
-    id. Only the server reads it."""
+    id. Only the server reads it; where it lies and what it is called may change, what it holds may not."""
+
+    checkpoint_sha256: Identity[str] = Field("", pattern=r"^$|" + SHA256_PATTERN)
+    """SHA-256 of what the model holds (weights, config, tokenizer; docs/loading.md), which the server finds out when it
+    starts and writes into the run's settings; set it, and another model is refused."""
 
     bottom_layers: Identity[Exposure[int]] = Field(1, ge=0)
     """Blocks below the first cut, on the client, after the embedding."""
@@ -193,7 +199,11 @@ class OptimizerSection(Section):
     """Gradients are clipped to this global norm over both sides; 0 means no clipping."""
 
     lr_scheduler_type: Identity[Literal["constant", "constant_with_warmup", "linear", "cosine"]] = "linear"
-    """Schedule over the run's `num_rounds * local_steps` steps, as in transformers."""
+    """Schedule over `num_training_steps`, as in transformers."""
+
+    num_training_steps: Identity[int] = Field(0, ge=0)
+    """Steps of each client over which the schedule runs; behind them a linear or cosine one stays at 0. 0 means the
+    `num_rounds * local_steps` that the run has when it begins: a run that is prolonged keeps what it began with."""
 
     warmup_steps: Identity[int] = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
@@ -201,6 +211,11 @@ class OptimizerSection(Section):
     backbone_lr: Identity[float] = Field(0.0, ge=0)
     """Learning rate of the server's blocks where clients train in loops of their own (`federation.num_rounds = 0`); 0
     follows the client's."""
+
+    @property
+    def ends_at_zero(self) -> bool:
+        """Whether the learning rate is 0 from the schedule's last step on."""
+        return self.lr_scheduler_type in ("linear", "cosine")
 
 
 class FederationSection(Section):
@@ -699,8 +714,13 @@ class RunConfig(Config):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of one client that takes part in every round: what the schedule runs over."""
+        """Optimizer steps of one client that takes part in every round."""
         return self.federation.num_rounds * self.federation.local_steps
+
+    @property
+    def num_training_steps(self) -> int:
+        """Steps that the schedule runs over."""
+        return self.optimizer.num_training_steps or self.total_steps
 
     @property
     def has_own_loops(self) -> bool:
@@ -1072,6 +1092,8 @@ def _explain_one(tree: type[Config], finding: Any) -> str:
             return f"{name} = {_as_toml(finding['input'])}: {_WANTED[kind]}"
         case "string_pattern_mismatch" if NAME_PATTERN in finding["ctx"]["pattern"]:
             return f"{name} = {finding['input']!r}: {_NAME_RULE}"
+        case "string_pattern_mismatch" if SHA256_PATTERN in finding["ctx"]["pattern"]:
+            return f"{name} = {finding['input']!r}: must be 64 hexadecimal digits, or empty"
     message = finding["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if finding["type"] == "value_error":

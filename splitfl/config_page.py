@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from splitfl.config import NAME_PATTERN, ClientConfig, Config, Section, ServerConfig, classes_of
+from splitfl.config import NAME_PATTERN, SHA256_PATTERN, ClientConfig, Config, Section, ServerConfig, classes_of
 
 _INTRODUCTION = """\
 # Configuration
@@ -51,6 +51,7 @@ _PLACES: Mapping[type[Config], str] = {ServerConfig: "The server's file", Client
 # How pydantic's constraints read; the attribute of the constraint -> the sign before its value.
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 _KNOWN_PATTERNS = {
+    r"^$|" + SHA256_PATTERN: "empty, or 64 hexadecimal digits",
     r"^$|" + NAME_PATTERN: "empty, or 1 to 64 letters, digits, `.`, `_`, `-`, the first a letter or digit",
 }
 

@@ -429,7 +429,7 @@ def another(annotation: Any, value: Any) -> Any:
         case float():
             return value / 2 or 0.25
         case str() | Path() | None:
-            return "other"
+            return "a1" * 32  # which is a hash as well
         case tuple():
             return typing.get_args(typing.get_args(annotation)[0])[:1] or ("other", "another")
     raise AssertionError(f"no other value of {annotation}")
@@ -562,13 +562,17 @@ class TestFingerprint:
         names = [name for name, _, _ in differences(before.identity(), now.identity())]
         assert names == ["evaluation.num_examples", "federation.per_device_eval_batch_size"]
 
-    def test_where_the_model_lies_is_nobodys_affair(self) -> None:
-        here, there = (
-            ServerConfig.from_tree({"model": {"model_name_or_path": path}}, source="test").run_config()
-            for path in ("/srv/models/llama", "elsewhere/llama/")
+    def test_where_the_model_lies_is_nobodys_affair_and_what_it_holds_is(self) -> None:
+        here, there, other = (
+            ServerConfig.from_tree({"model": model}, source="test").run_config()
+            for model in (
+                {"model_name_or_path": "/srv/models/llama", "checkpoint_sha256": "a1" * 32},
+                {"model_name_or_path": "elsewhere/copy/", "checkpoint_sha256": "a1" * 32},
+                {"model_name_or_path": "/srv/models/llama", "checkpoint_sha256": "b2" * 32},
+            )
         )
-        assert here.fingerprint() == there.fingerprint()
-        assert here.model.model_name_or_path == "llama"
+        assert here.fingerprint() == there.fingerprint() != other.fingerprint()
+        assert (here.model.model_name_or_path, there.model.model_name_or_path) == ("llama", "copy")
 
     def test_clients_get_no_path_of_the_server(self) -> None:
         paths = {"runs_dir": "/srv/runs", "cache_dir": "/srv/cache", "address": "ipc:///srv/socket"}

@@ -19,8 +19,9 @@ from splitfl.models import checkpoint
 from splitfl.models.adapter import write_adapter
 from splitfl.models.card import CARD_FILE, Format, card_of
 from splitfl.models.checkpoint import Piece, TensorFile
+from splitfl.models.content import locate_same
 from splitfl.models.cut import Cut
-from splitfl.models.origin import DESCRIPTION_FILES, locate
+from splitfl.models.origin import DESCRIPTION_FILES
 from splitfl.models.source import Weights, empty_cut, server_weights
 from splitfl.models.trainable import checkpoint_name, is_adapter
 from splitfl.telemetry.metrics import read_events
@@ -53,7 +54,7 @@ def export_run(run_dir: Path, output_dir: Path, format_: Format = "merged", clie
         raise ConfigError(f"{output_dir} exists and is not empty: name another folder, or remove it first")
     config = ServerConfig.load(run_dir / CONFIG_FILE)
     cache_dir = config.server.cache_dir or default_cache_dir()
-    origin = locate(config.model.model_name_or_path, cache_dir)
+    origin = locate_same(config.model, cache_dir)
     cut, _ = empty_cut(origin.directory, config)
     trained = TensorFile(trained_path)
     if format_ == "adapter":
@@ -84,9 +85,15 @@ def export_model(
     run_dir: Path,
     output_dir: Path,
     client_id: str = "",
+    *,
+    replaces: bool = False,
 ) -> Path:
-    """Write config, tokenizer, model card and weights: what `AutoModelForCausalLM.from_pretrained` loads."""
-    with _appearing(output_dir, directory, DESCRIPTION_FILES, _card(run_dir, config, "merged")) as folder:
+    """Write config, tokenizer, model card and weights: what `AutoModelForCausalLM.from_pretrained` loads.
+
+    `replaces` what was exported there before, as when a run has gone on behind its end.
+    """
+    card = _card(run_dir, config, "merged")
+    with _appearing(output_dir, directory, DESCRIPTION_FILES, card, replaces=replaces) as folder:
         _name_dtype(folder / "config.json", cut.whole.dtype)
         _write_weights(_pieces(cut, weights, TensorFile(run_dir / trained_file(client_id))), folder)
     return output_dir
@@ -97,10 +104,13 @@ def _card(run_dir: Path, config: ServerConfig, format_: Format) -> str:
 
 
 @contextmanager
-def _appearing(output_dir: Path, directory: Path, described: Iterable[str], card: str) -> Iterator[Path]:
+def _appearing(
+    output_dir: Path, directory: Path, described: Iterable[str], card: str, *, replaces: bool = False
+) -> Iterator[Path]:
     """Give a folder with these of the model's files and a card; it becomes `output_dir` if nothing goes wrong."""
-    half_done = output_dir.with_name(f".{output_dir.name}.partial")
-    shutil.rmtree(half_done, ignore_errors=True)
+    half_done, replaced = (output_dir.with_name(f".{output_dir.name}.{what}") for what in ("partial", "replaced"))
+    for left_over in (half_done, replaced):
+        shutil.rmtree(left_over, ignore_errors=True)
     half_done.mkdir(parents=True)
     try:
         for name in described:
@@ -108,11 +118,14 @@ def _appearing(output_dir: Path, directory: Path, described: Iterable[str], card
                 shutil.copyfile(directory / name, half_done / name)
         (half_done / CARD_FILE).write_text(card, encoding="utf-8")
         yield half_done
-        if output_dir.exists():
+        if output_dir.exists() and replaces:
+            output_dir.replace(replaced)
+        elif output_dir.exists():
             output_dir.rmdir()
         half_done.replace(output_dir)
     finally:
-        shutil.rmtree(half_done, ignore_errors=True)
+        for left_over in (half_done, replaced):
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
 def _pieces(cut: Cut, weights: Weights, trained: Mapping[str, Tensor]) -> dict[str, Piece]:

@@ -65,8 +65,10 @@ class SlicedAdamW(torch.optim.AdamW):
 class PartOptimizer:
     """The optimizer of the parameters that train on one side."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimizerSection, total_steps: int) -> None:
-        """Take parameters by their names in the whole model, in its order; the schedule runs over `total_steps`."""
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], section: OptimizerSection, num_training_steps: int
+    ) -> None:
+        """Take parameters by their names in the whole model, in its order, and the steps the schedule runs over."""
         self._named = dict(parameters)
         self._parameters = list(parameters.values())
         self._section = section
@@ -74,13 +76,19 @@ class PartOptimizer:
         # get_scheduler is used for its curve alone: which step it is comes with each commit
         reference = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
         schedule = get_scheduler(
-            section.lr_scheduler_type, reference, num_warmup_steps=section.warmup_steps, num_training_steps=total_steps
+            section.lr_scheduler_type,
+            reference,
+            num_warmup_steps=section.warmup_steps,
+            num_training_steps=num_training_steps,
         )
         self._curve = schedule.lr_lambdas[0] if hasattr(schedule, "lr_lambdas") else lambda _: 1.0
+        # behind its last step a cosine would rise again
+        self._last = num_training_steps if section.ends_at_zero and num_training_steps else None
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1, as transformers' Trainer would use it."""
-        return self._section.learning_rate * float(self._curve(step - 1))
+        at = step - 1 if self._last is None else min(step - 1, self._last)
+        return self._section.learning_rate * float(self._curve(at))
 
     def norms(self) -> Tensor:
         """Return the norm of each gradient (float32, P), -1 where a parameter has none."""
