@@ -20,7 +20,8 @@ from client_edge.data import TrainBatches
 from client_edge.edge import Edge
 from client_edge.run import read_text
 from server_backbone.provisions import prepare
-from server_backbone.serve import STATE_DIR, load
+from server_backbone.run_folder import STATE_DIR
+from server_backbone.serve import load
 from server_backbone.worker import Contribution, Worker
 from splitfl.config import ClientConfig, RunConfig, ServerConfig
 from splitfl.durability.record import Record

@@ -63,9 +63,8 @@ def connect(address: str = "", *, config: Path | str | None = None, **settings: 
         make_private_dir(folder)
         directory = thread.call(lambda: fetch_description(link, client, folder))
         cut = thread.call(lambda: fetch_layers(link, client, directory, device))
-        terms = terms_of(link.run, cut)
-        thread.call(lambda: link.agree(terms))
-        model = _model_around(cut, link, thread, terms.dtype)
+        thread.call(lambda: link.agree(lambda run: terms_of(run, cut)))
+        model = _model_around(cut, link, thread, link.session.terms.dtype)
         undo.pop_all()
     model.config._name_or_path = model.name_or_path = str(directory)
     return model

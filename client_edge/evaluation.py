@@ -151,6 +151,12 @@ class Evaluator:
         self._exam = exam
         self._answerer = answerer
 
+    def adopt(self, run: RunConfig) -> None:
+        """Go on with settings of which some have changed."""
+        self._run = run
+        if self._answerer is not None:
+            self._answerer.adopt(run)
+
     def measure(self, held_out: Dataset) -> dict[str, float]:
         """Return all measures that are finite, and what they count over, by the names of `telemetry.measures`."""
         found = {"num_eval_examples": float(len(held_out)), **self._of_tokens(held_out)}
@@ -249,6 +255,10 @@ class Answerer:
         self._stops = _stops(model, tokenizer)
         # sampling and penalties that a checkpoint asks for are not what is measured
         model.generation_config = GenerationConfig(eos_token_id=self._stops, pad_token_id=(self._stops or [0])[0])
+
+    def adopt(self, run: RunConfig) -> None:
+        """Go on with settings of which some have changed."""
+        self._run = run
 
     def measures(self, exam: Exam) -> dict[str, float]:
         """Return exact match and ROUGE-L over the questions that are to be answered."""

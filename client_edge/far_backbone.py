@@ -16,6 +16,7 @@ from client_edge.generation import FarGenerator
 from client_edge.link import StepClosed
 from client_edge.own_link import OwnLoopLink, Rows
 from client_edge.owner_thread import OwnerThread
+from splitfl.config import RunConfig
 from splitfl.errors import ConfigError, ModelError, PeerGone, Refused
 from splitfl.protocol.messages import Resumed
 from splitfl.telemetry.units import counted
@@ -64,7 +65,6 @@ class FarBackbone:
 
     def __init__(self, link: OwnLoopLink, thread: OwnerThread) -> None:
         """Take a link that was made in `thread`."""
-        self.run = link.run
         self._link = link
         self._thread = thread
         self.generator = FarGenerator(link, self._do)
@@ -81,6 +81,11 @@ class FarBackbone:
         self.norms_Q: Tensor | None = None
         """Norms of the far gradients of the open step; None before the first."""
         thread.call(self._begin)
+
+    @property
+    def run(self) -> RunConfig:
+        """The run's settings, as the server has them now."""
+        return self._link.run
 
     @property
     def has_gradients(self) -> bool:

@@ -21,7 +21,7 @@ from client_edge.heard import heard
 from client_edge.setbacks import Setbacks
 from client_edge.welcome import check_welcome, settings_of
 from splitfl import __version__
-from splitfl.config import ClientSection, LinkSection
+from splitfl.config import ClientSection, LinkSection, RunConfig, differences
 from splitfl.errors import ConfigError, LocalProtocolError, PeerGone, Refused, RemoteProtocolError, SplitflError
 from splitfl.models.layout import Layout
 from splitfl.protocol import codec
@@ -181,7 +181,7 @@ class Link:
         self._bounds = LinkSection()
         self._heartbeat: Heartbeat | None = None
         self._session: ClientSession | None = None
-        self._terms: Terms | None = None
+        self._terms_of: Callable[[RunConfig], Terms] | None = None
         self._earlier = Traffic()
         self._setbacks = Setbacks()
         self.is_closed = False
@@ -199,19 +199,20 @@ class Link:
         """Told from time to time what the run waits for, while we wait with it."""
         self.on_lost: Callable[[str], None] = lambda _: None
         """Told of every connection that is lost, and of every attempt at a new one."""
-        self._endpoint, self.welcome = self._first_join()
-        self.run = settings_of(self.welcome)
+        self.on_settings: Callable[[RunConfig, RunConfig], None] = lambda _before, _now: None
+        """Told of the run's settings, before and now, where a server that came back has others."""
+        self._endpoint, self.welcome, self.run = self._first_join()
         self._begin()
 
-    def _first_join(self) -> tuple[Endpoint, Welcome]:
+    def _first_join(self) -> tuple[Endpoint, Welcome, RunConfig]:
         """Join for the first time; a connection that breaks while it is made, or is silent, is made again."""
         timeout_s = self._client.connect_timeout
         deadline_s = time.monotonic() + timeout_s
         failed_handshakes = 0
         while (left_s := deadline_s - time.monotonic()) > 0:
-            self._endpoint = self._connect(self._bounds)
             try:
-                return self._endpoint, self._join(min(left_s, _JOIN_AGAIN_S))
+                welcome, run = self._join_as_wanted(min(left_s, _JOIN_AGAIN_S))
+                return self._endpoint, welcome, run
             except HandshakeFailed:
                 failed_handshakes += 1
                 if failed_handshakes >= _MAX_HANDSHAKES:
@@ -250,10 +251,10 @@ class Link:
             + (self._heartbeat.received if self._heartbeat else 0)
         )
 
-    def agree(self, terms: Terms) -> None:
-        """Set the session's terms, known once the model's config has arrived."""
-        self._terms = terms
-        self._session = self._new_session(terms)
+    def agree(self, terms_of: Callable[[RunConfig], Terms]) -> None:
+        """Set how the session's terms follow from the run's settings, known once the model's config has arrived."""
+        self._terms_of = terms_of
+        self._session = self._new_session(terms_of(self.run))
 
     def _new_session(self, terms: Terms) -> ClientSession:
         return ClientSession(terms)
@@ -302,22 +303,58 @@ class Link:
 
     def _start_over(self) -> None:
         self._end_connections()
-        self._endpoint = self._connect(self._bounds)
-        before, self.welcome = self.welcome, self._join(_JOIN_AGAIN_S)
-        if (self.welcome.run_id, self.welcome.fingerprint) != (before.run_id, before.fingerprint):
-            raise Refused(
-                f"{self.address} now serves run {self.welcome.run_id} and no longer {before.run_id}, or with other"
-                " settings: start the client again to take part in that"
-            )
+        welcome, run = self._join_as_wanted(_JOIN_AGAIN_S)
+        try:
+            self._check_same(welcome, run)
+        except Refused:
+            self._endpoint.close()
+            raise
+        before, self.welcome, self.run = self.run, welcome, run
         self._begin()
+        if run != before:
+            self.on_settings(before, run)
+
+    def _check_same(self, welcome: Welcome, run: RunConfig) -> None:
+        """Raise `Refused` unless it is the same run, to which this client has agreed; how it is operated may change."""
+        if welcome.run_id != self.welcome.run_id:
+            raise Refused(
+                f"{self.address} now serves run {welcome.run_id} and no longer {self.welcome.run_id}: start the client"
+                " again to take part in that"
+            )
+        other = [
+            f"{name} (was {then!r}, is {now!r})"
+            for before, after in ((self.run.identity(), run.identity()), (self.run.exposure(), run.exposure()))
+            for name, then, now in differences(before, after)
+        ]
+        if other:
+            raise Refused(
+                f"{self.address} now serves run {welcome.run_id} with other settings than this client has agreed to:"
+                f" {'; '.join(dict.fromkeys(other))}. Start the client again to take part in that"
+            )
+
+    def _join_as_wanted(self, timeout_s: float) -> tuple[Welcome, RunConfig]:
+        """Connect and join, and once more where the run wants connections of another kind."""
+        for _ in range(2):
+            self._endpoint = self._connect(self._bounds)
+            welcome = self._join(timeout_s)
+            try:
+                run = settings_of(welcome)
+            except SplitflError:
+                self._endpoint.close()
+                raise
+            if _fits(self._bounds, run.link):
+                return welcome, run
+            self._bounds = run.link
+            self._end_endpoint()
+        raise _NoAnswer(f"{self.address} says something else of its link with every answer")
 
     def _begin(self) -> None:
         self._bounds = self.run.link
         self._data_sent = 0
         self._progress, self._progress_s = (0, 0), time.monotonic()
         self._heartbeat = Heartbeat(self._connect, self.welcome.session, self._bounds)
-        if self._terms is not None:
-            self._session = self._new_session(self._terms)
+        if self._terms_of is not None:
+            self._session = self._new_session(self._terms_of(self.run))
 
     def _connect(self, bounds: LinkSection) -> Endpoint:
         return Endpoint(
@@ -335,6 +372,9 @@ class Link:
             self._earlier.sent += self._heartbeat.sent
             self._earlier.received += self._heartbeat.received
             self._heartbeat = None
+        self._end_endpoint()
+
+    def _end_endpoint(self) -> None:
         self._endpoint.close()
         self._earlier.sent += self._endpoint.traffic.sent
         self._earlier.received += self._endpoint.traffic.received
@@ -620,6 +660,13 @@ class Link:
         if time.monotonic() - self._progress_s > patience_s:
             raise PeerGone(f"{on_its_way} bytes were on their way for {patience_s:.0f} s while waiting for {what}")
         return on_its_way
+
+
+def _fits(bounds: LinkSection, wanted: LinkSection) -> bool:
+    """Tell whether connections that were made with some bounds are as a run wants them."""
+    same_heart = ("heartbeat_interval", "heartbeat_timeout")
+    has_same_heart = all(getattr(bounds, name) == getattr(wanted, name) for name in same_heart)
+    return has_same_heart and wanted.frame_bytes <= bounds.frame_bytes
 
 
 def _payload(frames: Sequence[Buffer]) -> int:

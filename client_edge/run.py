@@ -22,7 +22,8 @@ from client_edge.journal import Journal
 from client_edge.link import Link
 from client_edge.loop import Step, report_layers, train
 from client_edge.received import fetch_description, fetch_layers, first_layers
-from splitfl.config import ClientConfig, RunConfig
+from client_edge.run_folder import RUN_FILE, STATE_DIR, check_run, write_run
+from splitfl.config import ClientConfig, RunConfig, differences
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, DataError, PeerGone, RemoteProtocolError, SplitflError
@@ -39,9 +40,6 @@ from splitfl.telemetry.metrics import MetricsLog
 from splitfl.telemetry.units import counted
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
-
-# Within a client's folder: what it needs to go on.
-STATE_DIR = "state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +79,9 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
         make_private_dir(folder)
         storage = run.storage
         if not resumes:
-            _forget(folder / STATE_DIR)
+            _forget(folder)
+        check_run(folder, run)
+        write_run(folder, run)
         store = stack.enter_context(
             Store(
                 folder / STATE_DIR,
@@ -92,7 +92,7 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
         )
         directory = fetch_description(link, config.client, folder)
         cut = fetch_layers(link, config.client, directory, device, tell=lambda text: _say(console, config, text))
-        link.agree(terms_of(run, cut))
+        link.agree(lambda settings: terms_of(settings, cut))
         text = read_text(config, run, directory)
         _say(console, config, describe(text, run))
         edge = Edge(cut, run, config.client.client_id, device)
@@ -138,6 +138,10 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
             raise
     _say(console, config, f"done; this client's own metrics are in {folder}")
     return folder
+
+
+class _GoesOn(Exception):  # noqa: N818  # no error: the run was prolonged while its end was under way
+    """There are further rounds."""
 
 
 class Participation:
@@ -189,23 +193,45 @@ class Participation:
             resumed=not self._journal.is_new,
         )
         self._link.on_waiting = lambda text: self._emit("waiting", text=text)
-        batches = self._batches
-        num_examples = len(self._text.train)
+        self._link.on_settings = self._adopt
         self._persist(self._resume, settles=False)
-        self._persist(
-            lambda: train(self._edge, self._link, self._journal, batches, num_examples=num_examples, observer=self)
-        )
-        self._persist(lambda: self._evaluate("after"))
-        self._persist(self._say_goodbye)
+        while True:
+            self._persist(self._train)
+            try:
+                self._persist(lambda: self._evaluate("after"), is_last=True)
+                self._persist(self._say_goodbye, is_last=True)
+                break
+            except _GoesOn:
+                self._emit("note", text="the run has more rounds than it had: training goes on")
         self._journal.finished()
 
-    def _persist(self, part: Callable[[], None], *, settles: bool = True) -> None:
-        """Do a part of the run, over as many connections as it takes."""
+    def _train(self) -> None:
+        num_examples = len(self._text.train)
+        train(self._edge, self._link, self._journal, self._batches, num_examples=num_examples, observer=self)
+
+    def _adopt(self, before: RunConfig, run: RunConfig) -> None:
+        """Go on with the settings of a server that has come back with others."""
+        self._federation = run.federation
+        self._journal.adopt(run.storage)
+        self._evaluator.adopt(run)
+        changes = [
+            {"name": name, "before": then, "now": now}
+            for name, then, now in differences(before.operation(), run.operation())
+        ]
+        self._emit("settings_changed", changes=changes)
+
+    def _persist(self, part: Callable[[], None], *, settles: bool = True, is_last: bool = False) -> None:
+        """Do a part of the run, over as many connections as it takes.
+
+        Raises `_GoesOn` in front of a part that is the run's last, if a server that has come back has more rounds.
+        """
         is_lost = False
         while True:
             try:
                 if is_lost and settles:
                     self._resume()
+                    if is_last and not self._link.is_parting:
+                        raise _GoesOn
                 part()
                 return
             except PeerGone as gone:
@@ -402,7 +428,8 @@ def _joined(config: ClientConfig, stop: StopRequest) -> Iterator[Link]:
 
 def _forget(folder: Path) -> None:
     """Begin anew: remove what an earlier start of this client has left."""
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder / STATE_DIR, ignore_errors=True)
+    (folder / RUN_FILE).unlink(missing_ok=True)
 
 
 def check_files(config: ClientConfig) -> None:

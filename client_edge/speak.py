@@ -121,7 +121,7 @@ def speaker(client: ClientSection) -> Iterator[Speaker]:
         make_private_dir(folder)
         directory = fetch_description(link, client, folder)
         cut = fetch_layers(link, client, directory, device)
-        link.agree(terms_of(link.run, cut))
+        link.agree(lambda run: terms_of(run, cut))
         _take_merged_layers(link, cut)
         tokenizer = foreign_tokenizer(directory)
         yield Speaker(model=cut.client_model(FarGenerator(link)).eval(), tokenizer=tokenizer, link=link)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from server_backbone.standing import Standing
 from server_backbone.worker import Contribution, Worker
+from splitfl.config import FederationSection
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
 from splitfl.session.server import Applied
@@ -23,7 +24,7 @@ _STRATEGY = "strategy/"
 _WORKER = "worker/"
 _BACKBONE = "backbone/"
 # What is not done again from the log of a run whose records are not kept, but for these: they move no weights, or all.
-_ALWAYS_REDONE = ("joined", "finished", "evaluated", "judged", "ended")
+_ALWAYS_REDONE = ("joined", "finished", "evaluated", "judged", "ended", "prolonged")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,6 +129,38 @@ class RunState:
         turn, member = self.turns.get(client_id), self.members[client_id]
         return turn.first_step + turn.num_steps if turn is not None else member.next_step
 
+    def objection_to(self, federation: FederationSection, *, is_raised: bool) -> str:
+        """Say why a run that stands here cannot have as many rounds as these settings say, "" when it can.
+
+        `is_raised` says that they are more than it had.
+        """
+        if not federation.num_rounds:
+            return ""
+        is_open = self.round is not None or bool(self.turns)
+        fewest = self.num_merged + is_open
+        if federation.num_rounds < fewest:
+            opened = f" and round {fewest} is open" if is_open else ""
+            return (
+                f"federation.num_rounds = {federation.num_rounds}, but {self.num_merged} rounds are merged{opened}: set"
+                f" it to {fewest} or more"
+            )
+        if not is_raised or not self.has_ended:
+            return ""
+        if self.end_reason:
+            return f"the run was stopped early, and more rounds would change nothing: {self.end_reason}"
+        if federation.load_best_model_at_end:
+            return (
+                "the run has ended with the layers of its best round (federation.load_best_model_at_end), so there is"
+                " no last round to go on from: begin another run, with the exported model if you like"
+            )
+        return ""
+
+    def has_more_to_do(self, num_rounds: int, *, is_raised: bool) -> bool:
+        """Tell whether clients that had done their part, or rounds that had ended, go on."""
+        if self.has_ended:
+            return is_raised
+        return self.num_merged < num_rounds and any(member.has_finished for member in self.members.values())
+
     def fold(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Take in one entry."""
         match kind:
@@ -182,6 +215,10 @@ class RunState:
                 self.held_round, self.ends_with = entry["held_round"], entry["best_round"]
             case "finished":
                 self.members[entry["client_id"]].has_finished = True
+            case "prolonged":
+                self.has_ended, self.end_reason, self.ends_with = False, "", 0
+                for member in self.members.values():
+                    member.has_finished = False
             case "went_back":
                 self.members[entry["client_id"]] = MemberState(**entry["member"])
                 self.weights_of = entry["commit_number"]
@@ -378,6 +415,10 @@ class Ledger:
             self.merged_layers = best[0]
             tensors = _with(_LAYERS, best[0]) | _with(_BACKBONE, best[1])
         self._write(Record(kind="ended", fields=fields, tensors=tensors), durable=True)
+
+    def prolong(self, num_rounds: int) -> None:
+        """Write that there are further rounds after those that were done: clients that had finished are expected."""
+        self._write(Record(kind="prolonged", fields={"num_rounds": num_rounds}), durable=True)
 
     def snapshot(self, worker: Worker) -> None:
         """Write state and tensors of this moment; raise `StorageError` and keep what there was if that fails."""

@@ -6,8 +6,7 @@ import platform
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,19 @@ from server_backbone.merger import FirstLayers, Merger
 from server_backbone.placement import DeviceMap, device_map_of, devices_of
 from server_backbone.provisions import prepare
 from server_backbone.room import room_for
+from server_backbone.run_folder import STATE_DIR, RunFolder, search
 from server_backbone.server import Server
 from server_backbone.worker import Worker
-from splitfl.config import RunConfig, ServerConfig, default_cache_dir, differences, to_toml
+from splitfl.config import RunConfig, ServerConfig, default_cache_dir
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, Incomplete, ModelError, StorageError
 from splitfl.federation.strategies import strategy_for
+from splitfl.models.content import content_sha256, locate_same
 from splitfl.models.cut import Cut
-from splitfl.models.export import CONFIG_FILE, export_model
-from splitfl.models.origin import locate
-from splitfl.models.source import Weights, empty_cut, server_weights
+from splitfl.models.export import export_model
+from splitfl.models.origin import Origin, locate
+from splitfl.models.source import Weights, empty_cut, read_config, server_weights
 from splitfl.session.limits import limits_of, messages_queued
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
@@ -52,9 +53,6 @@ from splitfl.transport.zeromq import Listener
 
 # Columns of the table when the output is no terminal, which would otherwise count as 80 wide.
 _PLAIN_WIDTH = 120
-# Within a run's folder: what the server needs to go on, and the mark that there is nothing to go on with.
-STATE_DIR = "state"
-FINISHED_FILE = "finished"
 _VERSIONED = ("splitfl", "torch", "transformers", "peft", "pyzmq", "msgpack")
 
 
@@ -83,13 +81,17 @@ def serve(
     if config.server.num_threads:
         torch.set_num_threads(config.server.num_threads)
     device = open_device(config.server.device, "server.device")
-    run_dir, is_resumed = _run_dir(config, resumes=resumes)
+    looked_for = search(config, resumes=resumes)
     with ExitStack() as stack:
         security = security_of(config)
         listener = stack.enter_context(listen(config, security))
         listener.self_test()
-        model = load(config, device)
-        room_for(config, model.cut, run_dir=run_dir if is_resumed else None)
+        origin = locate(config.model.model_name_or_path, _cache_dir(config))
+        read_config(origin.directory)  # what is no model at all is said before it is read
+        folder = looked_for.settle(content_sha256(origin, _cache_dir(config)))
+        config, run_dir = folder.config, folder.path
+        model = load(config, device, origin)
+        room_for(config, model.cut, run_dir=run_dir if folder.is_resumed else None)
         make_private_dir(run_dir)
         storage = config.storage
         store = stack.enter_context(
@@ -101,24 +103,27 @@ def serve(
             )
         )
         console = Console(stderr=as_json, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-        for note in model.notes:
+        for note in (*folder.notes, *model.notes):
             console.print(f"note: {note}", markup=False)
         metrics = stack.enter_context(MetricsLog(run_dir / "metrics.jsonl"))
         history = stack.enter_context(History(run_dir, is_on=config.server.history, role="server"))
         display = stack.enter_context(Display(console))
         metrics.listen(display)
         server = build_server(config, model, listener, security, store, metrics, history, run_dir, device, stop)
-        if not is_resumed:
-            _write_config(config, run_dir)  # not earlier: settings that the model refuses are no run's
-        about_model = {"bytes_per_copy": model.copy_bytes}
-        metrics.emit("run_started", **_description(config, run_dir), **about_model, resumed=is_resumed)
         stop.raises = False  # from here on much can be half done
-        _recover(server, config, metrics, history, is_resumed=is_resumed)
+        notes = _recover(server, folder, history)
+        folder.begin()  # not earlier: settings that the model or the run's state refuses are no run's
+        about_model = {"bytes_per_copy": model.copy_bytes}
+        metrics.emit("run_started", **_description(config, run_dir), **about_model, resumed=folder.is_resumed)
+        if folder.changes:
+            metrics.emit("settings_changed", changes=[asdict(change) for change in folder.changes])
+        if folder.is_resumed:
+            _go_on(server, metrics, notes, begun_s)
         metrics.emit("waiting", text=f"clients at {listener.address}")
         try:
             server.serve()
             server.dismiss(server.reason or "the run is over")
-            _finish(server, config, model, listener, history, run_dir, begun_s)
+            _finish(server, folder, model, listener, history, begun_s)
         except KeyboardInterrupt:
             _suspend(server, listener, run_dir, console, begun_s)
             _report(run_dir, console, as_json=as_json)
@@ -134,9 +139,12 @@ def serve(
     return run_dir
 
 
-def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history: History, *, is_resumed: bool) -> None:
-    """Begin the ledger of a new run, or bring everything to where that of an interrupted one ends."""
-    engine, begun_s = server.engine, time.monotonic()
+def _recover(server: Server, folder: RunFolder, history: History) -> list[str]:
+    """Begin the ledger of a new run, or bring it to where that of an interrupted one ends; return notes.
+
+    Raises `ConfigError` where that is not where these settings could go on from.
+    """
+    engine = server.engine
     ledger = engine.ledger
 
     def redone(commit_number: int, client_id: str) -> None:
@@ -144,17 +152,25 @@ def _recover(server: Server, config: ServerConfig, metrics: MetricsLog, history:
             history.note("redone", commit_number=commit_number, digest=engine.worker.digest(client_id))
         server.stop.check()  # nothing has been written yet
 
-    notes = ledger.recover(engine.worker, redone) if is_resumed else []
+    notes = ledger.recover(engine.worker, redone) if folder.is_resumed else []
     if not ledger.state.fingerprint:  # new, or ended before its first snapshot
-        ledger.begin(config.run_config().fingerprint(), engine.worker)
-    history.note("started", resumed=is_resumed, commit_number=ledger.state.commit_number)
-    if not is_resumed:
-        return
+        ledger.begin(folder.config.run_config().fingerprint(), engine.worker)
+    federation, is_raised = folder.config.federation, folder.raises_num_rounds
+    if objection := ledger.state.objection_to(federation, is_raised=is_raised):
+        raise ConfigError(f"{folder.path}: {objection}")
+    if ledger.state.has_more_to_do(federation.num_rounds, is_raised=is_raised):
+        ledger.prolong(federation.num_rounds)
+    history.note("started", resumed=folder.is_resumed, commit_number=ledger.state.commit_number)
+    return notes
+
+
+def _go_on(server: Server, metrics: MetricsLog, notes: list[str], begun_s: float) -> None:
+    """Bring everything to where the ledger of an interrupted run ends."""
     for note in notes:
         metrics.emit("note", text=note)
-    state = ledger.state
+    engine, state = server.engine, server.engine.ledger.state
     for name in engine.restore():
-        then = "they are in no merge" if config.run_config().is_buffered else "it is asked for them again"
+        then = "they are in no merge" if server.run.is_buffered else "it is asked for them again"
         metrics.emit("note", text=f"the layers that {name.partition('@')[0]} had uploaded cannot be read: {then}")
     if state.has_ended:
         engine.merger.forget_other_bests(0)  # it may have ended before that
@@ -184,25 +200,19 @@ def _suspend(server: Server, listener: Listener, run_dir: Path, console: Console
 
 
 def _finish(
-    server: Server,
-    config: ServerConfig,
-    model: _Model,
-    listener: Listener,
-    history: History,
-    run_dir: Path,
-    begun_s: float,
+    server: Server, folder: RunFolder, model: _Model, listener: Listener, history: History, begun_s: float
 ) -> None:
     """Export the model of a run that went through, and write the last event."""
     server.stop.raises = True  # all is saved; what is half exported is exported again
     server.stop.check()
-    model_dir = _export(config, model, run_dir) if not server.reason else None
+    model_dir = _export(folder.config, model, folder.path) if not server.reason else None
     server.stop.raises = False
     if history.is_on:
         history.note("finished", digest=server.engine.worker.digest())
     totals = _totals(server, listener, begun_s)
     server.metrics.emit("run_finished", **totals, reason=server.reason, model_dir=model_dir)
     if not server.reason:
-        (run_dir / FINISHED_FILE).touch(mode=0o600)
+        folder.finish()
 
 
 def security_of(config: ServerConfig) -> ServerSecurity | None:
@@ -226,9 +236,12 @@ def listen(config: ServerConfig, security: ServerSecurity | None = None) -> List
     )
 
 
-def load(config: ServerConfig, device: torch.device) -> _Model:
-    """Build the model empty, cut it, and read the backbone's tensors; embedding and head never take memory."""
-    origin = locate(config.model.model_name_or_path, _cache_dir(config))
+def load(config: ServerConfig, device: torch.device, origin: Origin | None = None) -> _Model:
+    """Build the model empty, cut it, and read the backbone's tensors; embedding and head never take memory.
+
+    `origin` is where the model lies, if that is known and it is known to be the run's; else it is looked for.
+    """
+    origin = origin or locate_same(config.model, _cache_dir(config))
     cut, notes = empty_cut(origin.directory, config)
     weights = server_weights(origin, cut, seed=config.seed, cache_dir=_cache_dir(config))
     strategy = config.server.device_map
@@ -312,63 +325,8 @@ def _terms(run: RunConfig, cut: Cut, worker: Worker) -> Terms:
     return terms
 
 
-def _run_dir(config: ServerConfig, *, resumes: bool) -> tuple[Path, bool]:
-    """Return the run's folder, and whether a run in it is gone on with."""
-    runs_dir, run_id = config.server.runs_dir, config.server.run_id
-    if not run_id:
-        interrupted = _interrupted(config) if resumes else None
-        return interrupted or runs_dir / datetime.now().strftime("%Y%m%d-%H%M%S"), interrupted is not None
-    run_dir = runs_dir / run_id
-    if not (run_dir / CONFIG_FILE).exists():
-        return run_dir, False
-    if not resumes or (run_dir / FINISHED_FILE).exists():
-        what = "a finished run" if resumes else "a run"
-        raise ConfigError(
-            f"{run_dir} holds {what}: set server.run_id to another name, or leave it empty for date and time"
-        )
-    _check_same(config, run_dir)
-    return run_dir, True
-
-
-def _interrupted(config: ServerConfig) -> Path | None:
-    """Return the latest run with these settings that has not gone through to its end."""
-    candidates = sorted(config.server.runs_dir.glob(f"*/{CONFIG_FILE}"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(candidates):
-        is_open = not (path.parent / FINISHED_FILE).exists() and (path.parent / STATE_DIR).is_dir()
-        if is_open and _settings_in(path) == config.run_config().fingerprint():
-            return path.parent
-    return None
-
-
-def _settings_in(path: Path) -> str | None:
-    try:
-        return ServerConfig.load(path).run_config().fingerprint()
-    except ConfigError:
-        return None  # another version's
-
-
-def _check_same(config: ServerConfig, run_dir: Path) -> None:
-    before = ServerConfig.load(run_dir / CONFIG_FILE).run_config().identity()
-    now = config.run_config().identity()
-    other = [f"{name} (was {a!r}, is {b!r})" for name, a, b in differences(before, now)]
-    if other:
-        raise ConfigError(
-            f"{run_dir} holds an interrupted run with other settings: {'; '.join(other)}. Give it those again, or set"
-            " server.run_id to another name"
-        )
-
-
 def _cache_dir(config: ServerConfig) -> Path:
     return config.server.cache_dir or default_cache_dir()
-
-
-def _write_config(config: ServerConfig, run_dir: Path) -> None:
-    """Keep the settings as used; a model's relative path would mean nothing from elsewhere."""
-    path = Path(config.model.model_name_or_path).expanduser()
-    if path.exists():
-        model = config.model.model_copy(update={"model_name_or_path": str(path.resolve())})
-        config = config.model_copy(update={"model": model})
-    (run_dir / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
 
 
 def _description(config: ServerConfig, run_dir: Path) -> dict[str, Any]:
@@ -405,7 +363,7 @@ def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any
 def _export(config: ServerConfig, model: _Model, run_dir: Path) -> Path | None:
     if not config.server.export_model:
         return None
-    return export_model(model.cut, model.weights, model.directory, config, run_dir, run_dir / "model")
+    return export_model(model.cut, model.weights, model.directory, config, run_dir, run_dir / "model", replaces=True)
 
 
 def _report(run_dir: Path, console: Console, *, as_json: bool) -> None:

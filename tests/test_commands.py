@@ -130,7 +130,7 @@ class TestServer:
 
     def test_a_run_is_not_overwritten(self, serve: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
         (tmp_path / "runs" / "mine").mkdir(parents=True)
-        (tmp_path / "runs" / "mine" / "config.toml").write_text("")
+        (tmp_path / "runs" / "mine" / "config.toml").write_text('[model]\nmodel_name_or_path = "x"\n')
         (tmp_path / "runs" / "mine" / "finished").touch()
         code, said = serve("model.model_name_or_path=x", "server.run_id=mine")
         assert (code, "holds a finished run" in said) == (2, True)
@@ -141,7 +141,7 @@ class TestServer:
         (tmp_path / "runs" / "mine").mkdir(parents=True)
         (tmp_path / "runs" / "mine" / "config.toml").write_text('seed = 1\n[model]\nmodel_name_or_path = "x"\n')
         code, said = serve("model.model_name_or_path=x", "server.run_id=mine", "seed=2")
-        assert (code, "with other settings: seed (was 1, is 2)" in said) == (2, True)
+        assert (code, "other settings, which decide its weights: seed (was 1, is 2)" in said) == (2, True)
 
     def test_nobody_comes(
         self, serve: Callable[..., tuple[int, str]], make_model: Callable[..., Path], tmp_path: Path

@@ -74,6 +74,12 @@ class Store:
     ) -> None:
         self.close()
 
+    def adopt(self, *, fsync: Literal["always", "interval", "never"], fsync_interval: float, keep: int) -> None:
+        """Go on with settings of which some have changed."""
+        self._fsync = fsync
+        self._fsync_interval = fsync_interval
+        self._keep = keep
+
     @property
     def bytes_logged(self) -> int:
         """Bytes of the current log."""

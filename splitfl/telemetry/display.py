@@ -246,6 +246,8 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
             return "rewinds", f"{event['client_id']} goes back to step {event['step']} with this server"
         case "resumed":
             return "resumed", f"at commit {event['commit_number']} of round {event['round']}"
+        case "settings_changed":
+            return "settings", "; ".join(f"{c['name']}: {c['before']!r} -> {c['now']!r}" for c in event["changes"])
         case "violation":
             return "violation", f"{event['client_id']}, {event['strikes']}. time: {event['rule']}"
         case "cut_off":

@@ -31,7 +31,7 @@ def build_report(events: Sequence[Event]) -> Report:
     that were evaluated before while none was after.
     """
     started = _last(events, "run_started")
-    finished = _last(events, "run_finished")
+    finished = _end_of(events)
     clients = [_client(client_id, events) for client_id in _client_ids(events)]
     merges = [_merge(event, events) for event in _latest(events, "merged", "round")]
     before, after = _mean_losses(clients)
@@ -57,7 +57,20 @@ def build_report(events: Sequence[Event]) -> Report:
         "pids": {"server": finished.get("pid", started.get("pid"))},
         "versions": started.get("versions", {}),
         "settings": started.get("settings", {}),
+        "settings_changed": [
+            {"time": event.get("time"), **change}
+            for event in _named(events, "settings_changed")
+            for change in event["changes"]
+        ],
     }
+
+
+def _end_of(events: Sequence[Event]) -> Event:
+    """Return the end of the last start; a run may end, and be prolonged."""
+    for event in reversed(events):
+        if event["event"] in ("run_started", "run_finished"):
+            return event if event["event"] == "run_finished" else {}
+    return {}
 
 
 def write_report(run_dir: Path, report: Report) -> Path:

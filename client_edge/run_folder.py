@@ -1,0 +1,67 @@
+"""Which run a client's folder is of: the name alone does not tell, since an operator may give it to another run."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from splitfl.config import RunConfig, differences
+from splitfl.durability.disk import sync_dir
+from splitfl.errors import ConfigError, StorageError
+
+# What it needs to go on, and whose that is.
+STATE_DIR = "state"
+RUN_FILE = "run.json"
+# What an operator may set anew for a run that is under way.
+_MAY_CHANGE = ("optimizer.num_training_steps",)
+_MOST_NAMED = 8
+
+
+def check_run(folder: Path, run: RunConfig) -> None:
+    """Raise `ConfigError` when what is kept in a folder is of another run than the server's of that name."""
+    if not (folder / STATE_DIR).is_dir() or (before := _identity_in(folder)) is None:
+        return
+    other = [
+        f"{name} (was {then!r}, is {now!r})"
+        for name, then, now in differences(before, run.identity())
+        if name not in _MAY_CHANGE
+    ]
+    if other:
+        more = f"; and {len(other) - _MOST_NAMED} more" if len(other) > _MOST_NAMED else ""
+        raise ConfigError(
+            f"{folder} holds this client's part in another run of the same name, which had other settings:"
+            f" {'; '.join(other[:_MOST_NAMED])}{more}. Start with --resume never to forget that part and begin anew, or"
+            " set client.output_dir to another folder"
+        )
+
+
+def write_run(folder: Path, run: RunConfig) -> None:
+    """Write down which run a folder is of."""
+    path = folder / RUN_FILE
+    half_done = folder / f".{RUN_FILE}.{os.getpid()}.partial"
+    try:
+        with open(os.open(half_done, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:  # noqa: PTH123
+            json.dump({"identity": run.identity()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        half_done.replace(path)
+        sync_dir(folder)
+    except OSError as error:
+        raise StorageError.at(path, error) from None
+    finally:
+        half_done.unlink(missing_ok=True)
+
+
+def _identity_in(folder: Path) -> dict[str, Any] | None:
+    try:
+        match json.loads((folder / RUN_FILE).read_text(encoding="utf-8")):
+            case {"identity": dict(identity)}:
+                return identity
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        pass
+    raise ConfigError(
+        f"{folder / RUN_FILE} cannot be read, so it is not known which run the folder is of: start with --resume never"
+        " to begin anew"
+    )
