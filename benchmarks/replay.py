@@ -79,7 +79,7 @@ class _Quiet:
         return Edge(cut, self.run, config.client.client_id, _CPU)
 
     def _batches(self, config: ClientConfig, directory: Path) -> TrainBatches:
-        return TrainBatches.of(read_text(config, self.run, directory).train, self.run, config.client.client_id)
+        return TrainBatches.of(read_text(config, self.run, directory).train, self.run, config.client)
 
     def follow(self, entry: Record) -> None:
         """Do what an entry of the log says was done."""

@@ -11,7 +11,7 @@ from client_edge.data import TrainBatches, padding_share
 from client_edge.link import Link
 from client_edge.received import fetch_description
 from client_edge.run import Text, check_files, describe, read_text
-from splitfl.config import ClientConfig, RunConfig
+from splitfl.config import ClientConfig, ClientSection, RunConfig
 from splitfl.models.foreign import foreign_cut
 from splitfl.models.source import WEIGHTS_FILE
 from splitfl.telemetry.findings import Finding
@@ -35,7 +35,7 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
         with tempfile.TemporaryDirectory() as folder:
             directory = fetch_description(link, config.client, Path(folder))
             text = read_text(config, link.run, directory)
-            yield _data(text, link.run, config.client.client_id)
+            yield _data(text, link.run, config.client)
             yield evaluations_of(link.run, _evaluation_work(text))
             cut = foreign_cut(directory, link.run)
     finally:
@@ -72,11 +72,11 @@ def _evaluation_work(text: Text) -> EvaluationWork:
     )
 
 
-def _data(text: Text, run: RunConfig, client_id: str) -> Finding:
+def _data(text: Text, run: RunConfig, client: ClientSection) -> Finding:
     num_tokens = sum(len(example.input_ids) for example in text.train.examples)
     steps = run.total_steps
     batch = run.federation.per_device_train_batch_size * run.federation.gradient_accumulation_steps
-    batches = TrainBatches.of(text.train, run, client_id)
+    batches = TrainBatches.of(text.train, run, client)
     num_rows = len(batches.rows)
     measured = min(steps, -(-num_rows // batch))
     padding = padding_share(batches, measured)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from client_edge.chat import Conversation, messages_in, render
-from splitfl.config import DataSection, RunConfig
+from splitfl.config import ClientSection, DataSection, RunConfig
 from splitfl.errors import ConfigError, DataError, ModelError
 from splitfl.federation.records import PLAIN_TEXT_FIELD, Record, is_plain_text, name_fields, read_file
 from splitfl.models.layout import Layout
@@ -248,6 +248,8 @@ class TrainBatches:
     """Tokens up to which examples are packed into one row; 0 where each row is one example."""
     groups_by_length: bool = False
     """Whether rows of about the same length share a micro-batch."""
+    max_rows: int = 0
+    """Rows that a micro-batch is cut into pieces of, each a micro-batch of its own; 0 leaves them whole."""
     rows: tuple[tuple[Example, ...], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -256,12 +258,13 @@ class TrainBatches:
         object.__setattr__(self, "rows", tuple(self._pack() if self.packed_length else self._one_each()))
 
     @classmethod
-    def of(cls, dataset: Dataset, run: RunConfig, client_id: str) -> "TrainBatches":
-        """Deal one client's examples as a run's settings say."""
+    def of(cls, dataset: Dataset, run: RunConfig, client: ClientSection) -> "TrainBatches":
+        """Deal one client's examples as a run's settings say, in pieces where its own say so."""
         return cls(
             dataset,
             seed=run.seed,
-            client_id=client_id,
+            client_id=client.client_id,
+            max_rows=client.micro_batch_rows,
             per_device_train_batch_size=run.federation.per_device_train_batch_size,
             gradient_accumulation_steps=run.federation.gradient_accumulation_steps,
             packed_length=run.text.max_seq_length if run.text.packing else 0,
@@ -277,7 +280,8 @@ class TrainBatches:
         order = functools.cache(self._order)
         places = [divmod(at, len(self.rows)) for at in range(first, first + self.gradient_accumulation_steps * size)]
         rows = [self.rows[order(epoch)[place]] for epoch, place in places]
-        return tuple(self._collated(group) for group in _cut(rows, size))
+        pieces = (piece for group in _cut(rows, size) for piece in _cut(group, self.max_rows or size))
+        return tuple(self._collated(piece) for piece in pieces)
 
     def _collated(self, rows: Sequence[tuple[Example, ...]]) -> Batch:
         return collate_packed(rows) if self.packed_length else collate([example for (example,) in rows])

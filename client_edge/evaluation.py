@@ -144,8 +144,12 @@ def _check_labels(questions: Sequence[Question], labels: Sequence[tuple[int, ...
 class Evaluator:
     """Measures what one client's layers and the server's are worth together on the client's held-out text."""
 
-    def __init__(self, run: RunConfig, edge: Edge, link: Link, exam: Exam, answerer: "Answerer | None") -> None:
+    def __init__(
+        self, run: RunConfig, edge: Edge, link: Link, exam: Exam, answerer: "Answerer | None", *, max_rows: int = 0
+    ) -> None:
+        """`max_rows` are this client's own bound on a batch, 0 for none."""
         self._run = run
+        self._rows = rows_at_once(run, max_rows)
         self._edge = edge
         self._link = link
         self._exam = exam
@@ -161,7 +165,7 @@ class Evaluator:
         """Return all measures that are finite, and what they count over, by the names of `telemetry.measures`."""
         found = {"num_eval_examples": float(len(held_out)), **self._of_tokens(held_out)}
         if self._exam.to_classify:
-            found |= class_measures(self._edge, self._link, self._exam, self._run)
+            found |= class_measures(self._edge, self._link, self._exam, self._rows)
         if self._answerer is not None:
             self._edge.finish_step()  # the whole model is used, and half a step may be open
             found |= self._answerer.measures(self._exam)
@@ -173,8 +177,14 @@ class Evaluator:
         return self._of_tokens(text).get("eval_loss", math.nan)
 
     def _of_tokens(self, text: Dataset) -> dict[str, float]:
-        batches = eval_batches(text, self._run.federation.per_device_eval_batch_size)
+        batches = eval_batches(text, self._rows)
         return token_measures(self._edge, self._link, batches)
+
+
+def rows_at_once(run: RunConfig, max_rows: int) -> int:
+    """Return the rows of one batch of an evaluation: the run's, or fewer where the client sends no more at once."""
+    rows = run.federation.per_device_eval_batch_size
+    return min(rows, max_rows) if max_rows else rows
 
 
 def token_measures(edge: Edge, link: Link, batches: Iterable[Batch]) -> dict[str, float]:
@@ -211,14 +221,13 @@ def _scored(edge: Edge, link: Link, batches: Iterable[Batch]) -> Iterator[tuple[
         yield from take_one()
 
 
-def class_measures(edge: Edge, link: Link, exam: Exam, run: RunConfig) -> dict[str, float]:
+def class_measures(edge: Edge, link: Link, exam: Exam, rows: int) -> dict[str, float]:
     """Return accuracy and macro-F1 of choosing, for each prompt, the label word that is likeliest behind it.
 
     A word's log-likelihood is the sum over its tokens, the end-of-sequence token among them where examples have one.
     """
     candidates = [_with_label(question, label) for question in exam.to_classify for label in exam.labels]
     by_length = sorted(range(len(candidates)), key=lambda at: len(candidates[at].input_ids))
-    rows = run.federation.per_device_eval_batch_size
     places: dict[Batch, list[int]] = {}
     for start in range(0, len(by_length), rows):
         at = by_length[start : start + rows]
@@ -246,8 +255,9 @@ def _with_label(question: Question, label: tuple[int, ...]) -> Example:
 class Answerer:
     """Answers prompts greedily, with the backbone and its cache on the server."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, run: RunConfig) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, run: RunConfig, *, max_rows: int = 0) -> None:
         """Take the client's model, whose middle is the server's; its own generation settings are left aside."""
+        self._rows = rows_at_once(run, max_rows)
         self._model = model
         self._tokenizer = tokenizer
         self._run = run
@@ -282,7 +292,7 @@ class Answerer:
         """Yield batches of prompts that the server's cache has room for."""
         rest = list(by_length)
         while rest:
-            rows = self._run.federation.per_device_eval_batch_size
+            rows = self._rows
             longest = len(prompts[rest[:rows][-1]]) + self._run.evaluation.max_new_tokens
             rows = max(1, min(rows, self._run.link.max_cache_tokens // longest))
             group, rest = rest[:rows], rest[rows:]

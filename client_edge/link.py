@@ -8,6 +8,7 @@ finds out where to go on.
 
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
@@ -101,6 +102,10 @@ class ServerStops(PeerGone):
 
 class _NoAnswer(PeerGone):
     """Nobody answered a Hello in time."""
+
+
+class ComputeFailed(PeerGone):
+    """The server lives and could not do what was asked for; it may be able to the next time."""
 
 
 class SessionLost(PeerGone):
@@ -275,17 +280,19 @@ class Link:
         self.is_parting = resumed.is_parting
         return resumed
 
-    def reconnect(self, why: PeerGone, resume_at: int) -> None:
+    def reconnect(self, why: PeerGone, resume_at: int, *, within_s: float | None = None) -> None:
         """Make new connections and join again, as often as it takes.
 
-        Raises `PeerGone` when there was no progress for `client.reconnect_timeout`, however often it has joined.
+        Raises `PeerGone` when there was no progress for `client.reconnect_timeout`, or `within_s` if that is less,
+        however often it has joined.
         """
+        patience_s = min(within_s or math.inf, self._client.reconnect_timeout)
         reason = str(why)
         while True:
             self._setbacks.lost(now_s=time.monotonic())
-            if self._setbacks.failing_s(now_s=time.monotonic()) >= self._client.reconnect_timeout:
+            if self._setbacks.failing_s(now_s=time.monotonic()) >= patience_s:
                 raise PeerGone(
-                    f"gave up on {self.address} after {self._client.reconnect_timeout:g} s (client.reconnect_timeout):"
+                    f"gave up on {self.address} after {patience_s:g} s (client.reconnect_timeout):"
                     f" {reason}; what was learned is kept: start the same command again to resume at step {resume_at}"
                 )
             self.on_lost(f"server lost ({reason}), retry {self._setbacks.count}, resuming at step {resume_at}")
@@ -589,6 +596,8 @@ class Link:
             match message:
                 case Refusal(code=Why.NO_SESSION, reason=reason):
                     raise SessionLost(reason)
+                case Refusal(code=Why.FAILED, reason=reason):
+                    raise ComputeFailed(reason)
                 case Refusal(code=code, reason=reason):
                     raise Refused(f"{reason} ({code})", code=code)
                 case Shutdown(resume_at=step):

@@ -26,11 +26,11 @@ from client_edge.run_folder import RUN_FILE, STATE_DIR, check_run, write_run
 from splitfl.config import ClientConfig, RunConfig, differences
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
-from splitfl.errors import ConfigError, DataError, PeerGone, RemoteProtocolError, SplitflError
+from splitfl.errors import ConfigError, DataError, PeerGone, Refused, RemoteProtocolError, SplitflError
 from splitfl.federation.records import read_file
 from splitfl.models.foreign import foreign_tokenizer
 from splitfl.models.source import read_config
-from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded
+from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded, Why
 from splitfl.stopping import Stopped, StopRequest
 from splitfl.telemetry.display import Display
 from splitfl.telemetry.history import History
@@ -114,10 +114,10 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
         )
         for note in journal.recover():
             metrics.emit("note", text=note)
-        answerer = None
+        answerer, max_rows = None, config.client.micro_batch_rows
         if text.exam.to_answer:
-            answerer = Answerer(cut.client_model(FarGenerator(link)), text.tokenizer, run)
-        evaluator = Evaluator(run, edge, link, text.exam, answerer)
+            answerer = Answerer(cut.client_model(FarGenerator(link)), text.tokenizer, run, max_rows=max_rows)
+        evaluator = Evaluator(run, edge, link, text.exam, answerer, max_rows=max_rows)
         part = Participation(
             config,
             link,
@@ -177,7 +177,8 @@ class Participation:
         self._begun_s = begun_s
         self._federation = link.run.federation
         self._round_number = 0
-        self._batches = TrainBatches.of(text.train, link.run, config.client.client_id)
+        self._has_said_goodbye = False
+        self._batches = TrainBatches.of(text.train, link.run, config.client)
 
     def run(self) -> None:
         """Do it all."""
@@ -198,14 +199,29 @@ class Participation:
         while True:
             self._persist(self._train)
             try:
-                self._persist(lambda: self._evaluate("after"), is_last=True)
-                self._persist(self._say_goodbye, is_last=True)
+                self._part()
                 break
             except _GoesOn:
                 self._emit("note", text="the run has more rounds than it had: training goes on")
         self._journal.finished()
 
+    def _part(self) -> None:
+        """Evaluate once more and hand over the totals; all that counts is merged, so the server may have ended."""
+        try:
+            self._persist(lambda: self._evaluate("after"), is_last=True)
+            self._persist(self._say_goodbye, is_last=True)
+        except (PeerGone, Refused) as gone:
+            if not self._may_end_without(gone):
+                raise
+            self._emit("note", text=f"the run was over before the server took leave of this client: {gone}")
+
+    def _may_end_without(self, gone: PeerGone | Refused) -> bool:
+        """Tell whether nothing is lost with this answer: the run has gone through, or our goodbye went unanswered."""
+        code = gone.code if isinstance(gone, Refused) else ""  # none where nobody, or another run, answers there
+        return code == Why.FINISHED if code else self._has_said_goodbye
+
     def _train(self) -> None:
+        self._has_said_goodbye = False
         num_examples = len(self._text.train)
         train(self._edge, self._link, self._journal, self._batches, num_examples=num_examples, observer=self)
 
@@ -237,7 +253,8 @@ class Participation:
             except PeerGone as gone:
                 is_lost = True
                 self._edge.forget_step(keeps_gradients=self._journal.pending is not None)
-                self._link.reconnect(gone, resume_at=self._journal.place.step + 1)
+                patience_s = 2 * self._link.run.link.heartbeat_timeout if self._has_said_goodbye else None
+                self._link.reconnect(gone, resume_at=self._journal.place.step + 1, within_s=patience_s)
 
     def _resume(self) -> None:
         """Find out where this client and the server are, and bring this client there."""
@@ -356,6 +373,7 @@ class Participation:
             "wall_seconds": time.monotonic() - self._begun_s,
             "compute_seconds": self._edge.compute.seconds,
         }
+        self._has_said_goodbye = True
         self._link.goodbye({name: float(value) for name, value in totals.items()})
         self._emit("client_done", **totals)
 

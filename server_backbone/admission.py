@@ -7,7 +7,7 @@ from server_backbone.members import Members
 from splitfl.config import NAME_PATTERN
 from splitfl.protocol.messages import WIRE_VERSION, Hello, Why
 from splitfl.session.limits import Limits
-from splitfl.telemetry.units import counted
+from splitfl.telemetry.units import counted, printable
 from splitfl.transport.keys import AllowList
 
 # A client whose connections were cut off this often within this time waits this long.
@@ -36,6 +36,13 @@ class Strike(Refused):
         return self.code is Why.QUARANTINED
 
 
+# Sessions that a client may begin at once, and how many more a second: who begins more comes in vain for a while.
+_MAX_SESSIONS = 60.0
+_SESSIONS_PER_S = 1.0
+# Names that may ever join, as a multiple of the clients that may be connected at once: each costs memory for good.
+_NAMES_PER_CLIENT = 16
+
+
 class Admission:
     """The door of one run; without an allow-list every key and every name is taken."""
 
@@ -44,6 +51,8 @@ class Admission:
         self._limits = limits
         self._strikes: dict[str, int] = {}
         self._cuts: dict[str, list[float]] = {}
+        self._sessions: dict[str, tuple[float, float]] = {}
+        """Sessions that each client may still begin, and when that was so."""
 
     def is_let_in(self, user_id: str) -> bool:
         """Tell whether a key is among those that the server lets in."""
@@ -58,7 +67,14 @@ class Admission:
         return self._allow_list is None or self._allow_list.client_of(user_id) == client_id
 
     def objection(
-        self, hello: Hello, user_id: str, members: Members, *, finished: str = "", keeps_copies: bool = False
+        self,
+        hello: Hello,
+        user_id: str,
+        members: Members,
+        *,
+        finished: str = "",
+        keeps_copies: bool = False,
+        now_s: float = 0.0,
     ) -> Refused | None:
         """Return why a client that says hello is sent away, None if it is welcome.
 
@@ -70,7 +86,7 @@ class Admission:
             return Refused(
                 code=Why.VERSION_MISMATCH,
                 reason=f"this server speaks wire version {WIRE_VERSION} and this client {hello.wire_version}"
-                f" ({hello.software:.40}): install the same splitfl on both",
+                f" ({printable(hello.software, 40)}): install the same splitfl on both",
             )
         if not re.fullmatch(NAME_PATTERN, name):
             return Refused(code=Why.OVER, reason="client_id must be 1 to 64 letters, digits, '.', '_' or '-'")
@@ -98,11 +114,34 @@ class Admission:
                 reason=f"this server keeps a copy of the backbone for each of {counted(most, 'client')}, which is"
                 " server.max_clients, and theirs wait for them: ask its operator to raise that",
             )
+        if known is None and len(members) >= _NAMES_PER_CLIENT * most:
+            return Refused(
+                code=Why.FULL,
+                reason=f"{len(members)} clients have taken part, {_NAMES_PER_CLIENT} times server.max_clients = {most}:"
+                " ask its operator to raise that",
+            )
+        if not self._may_begin(name, now_s):
+            return Refused(
+                code=Why.FULL,
+                reason=f"{name} has begun {_MAX_SESSIONS:g} sessions in short order: one a second is taken, try again",
+            )
         return None
+
+    def _may_begin(self, client_id: str, now_s: float) -> bool:
+        """Count a session of a client, unless there were too many."""
+        left, then_s = self._sessions.get(client_id, (_MAX_SESSIONS, now_s))
+        left = min(_MAX_SESSIONS, left + (now_s - then_s) * _SESSIONS_PER_S)
+        if left < 1:
+            return False
+        self._sessions[client_id] = (left - 1, now_s)
+        if len(self._sessions) > _NAMES_PER_CLIENT * self._limits.clients:  # without keys anybody has any name
+            del self._sessions[next(iter(self._sessions))]
+        return True
 
     def strike(self, client_id: str, rule: str) -> Strike:
         """Count a violation of a rule."""
-        count = self._strikes[client_id] = self._strikes.get(client_id, 0) + 1
+        count = min(self._strikes.get(client_id, 0) + 1, self._limits.strikes + 1)
+        self._strikes[client_id] = count
         text = f"{client_id} sent {rule}; violation {count} of {self._limits.strikes}"
         if not self._is_quarantined(client_id):
             return Strike(code=Why.VIOLATION, reason=text, count=count)

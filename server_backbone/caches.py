@@ -69,6 +69,10 @@ class CacheBook:
             )
         return ""
 
+    def has(self, client_id: str, cache_id: int) -> bool:
+        """Tell whether a client generates with a cache."""
+        return client_id in self._clients and cache_id in self._clients[client_id].open
+
     def ended(self, client_id: str, cache_id: int) -> None:
         """Take note that a cache is free."""
         if client_id in self._clients:

@@ -70,6 +70,11 @@ class Copies:
         self._last_version += 1
         copy.version, copy.has_learned = self._last_version, True
 
+    def discard_gradients(self) -> None:
+        """Forget all gradients: they lie on the parameters only while a step is made."""
+        for copy in (self.common, *self._own.values()):
+            copy.optimizer.discard()
+
     def begin_round(self, clients: Iterable[str]) -> None:
         """Forget the copies and moments of all but these clients."""
         for owners in (self._own, self._moments):

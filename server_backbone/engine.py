@@ -3,16 +3,17 @@
 One thread calls everything here, in the order of its queue (`Jobs`); nothing here knows a socket.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from server_backbone.buffered_merger import BufferedMerger
 from server_backbone.ledger import Ledger
 from server_backbone.merger import Merger
+from server_backbone.mishaps import Mishap, done_for, done_for_all
 from server_backbone.rounds import Merge, Open
 from server_backbone.standing import Standing, value_of
 from server_backbone.worker import Contribution, Worker
@@ -36,6 +37,8 @@ from splitfl.protocol.messages import (
 from splitfl.protocol.tensors import describe, digest_of, realise
 from splitfl.telemetry.history import History
 from splitfl.telemetry.units import counted
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,31 @@ class Engine:
 
     def evaluate(self, client_id: str, message: Forward) -> ForwardDone:
         """Run a micro-batch of an evaluation."""
+        return self._for(client_id, message.hidden_BSD, partial(self._evaluate, client_id, message))
+
+    def decode(self, client_id: str, message: Decode) -> ForwardDone | Declined:
+        """Run new positions of a generation."""
+        return self._for(client_id, message.hidden_BSD, partial(self._decode, client_id, message))
+
+    def forward(self, client_id: str, message: Forward) -> ForwardDone:
+        """Run a micro-batch forward and keep its graph."""
+        return self._for(client_id, message.hidden_BSD, partial(self._forward, client_id, message))
+
+    def backward(self, client_id: str, message: Backward) -> BackwardDone:
+        """Run a micro-batch backward and free its graph."""
+        return self._for(client_id, message.gradient_BSD, partial(self._backward, client_id, message))
+
+    def _for(self, client_id: str, tensor: TensorFrames, work: Callable[[], T]) -> T:
+        """Compute for one client; raise `Mishap`, with all that it had under way freed, where torch could not."""
+        rows, length, _ = tensor.shape
+        try:
+            return done_for(work, f"the server could not compute {rows} x {length} tokens of {client_id}")
+        except Mishap:
+            self.worker.discard(client_id)
+            self.worker.end_caches(client_id)
+            raise
+
+    def _evaluate(self, client_id: str, message: Forward) -> ForwardDone:
         self._check_adapters(message)
         hidden_BSD = self.worker.evaluate(
             client_id,
@@ -106,8 +134,7 @@ class Engine:
         )
         return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
 
-    def decode(self, client_id: str, message: Decode) -> ForwardDone | Declined:
-        """Run new positions of a generation."""
+    def _decode(self, client_id: str, message: Decode) -> ForwardDone | Declined:
         self._check_adapters(message)
         try:
             got = self.worker.decode(
@@ -124,8 +151,7 @@ class Engine:
             return Declined(request_id=message.request_id, reason=got)
         return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(got))
 
-    def forward(self, client_id: str, message: Forward) -> ForwardDone:
-        """Run a micro-batch forward and keep its graph."""
+    def _forward(self, client_id: str, message: Forward) -> ForwardDone:
         crash_point("forward")
         self._check_adapters(message)
         hidden_BSD = self.worker.forward(
@@ -143,8 +169,7 @@ class Engine:
         if message.adapters_off and self._run.backbone_trains and self._run.train.backbone == "full":
             raise RemoteProtocolError("adapters_off where the backbone trains in full: it has no adapters to turn off")
 
-    def backward(self, client_id: str, message: Backward) -> BackwardDone:
-        """Run a micro-batch backward and free its graph."""
+    def _backward(self, client_id: str, message: Backward) -> BackwardDone:
         gradient_BSD = self.worker.backward(client_id, message.request_id, self._realise(message.gradient_BSD))
         return BackwardDone(
             request_id=message.request_id,
@@ -156,7 +181,7 @@ class Engine:
 
     def decide(self, contributions: Sequence[Contribution]) -> Decided:
         """Reduce a step's gradients and write its record: from here on the step counts, whatever dies."""
-        clip_coefficient, gradients = self.worker.reduce(contributions)
+        clip_coefficient, gradients = self._reduce(contributions)
         crash_point("commit-before-record")
         try:
             number = self.ledger.commit(
@@ -173,9 +198,22 @@ class Engine:
         durable_step = contributions[0].step if is_redo else self.ledger.state.durable_step
         return Decided(commit_number=number, clip_coefficient=clip_coefficient, durable_step=durable_step)
 
+    def _reduce(self, contributions: Sequence[Contribution]) -> tuple[float, dict[str, Tensor]]:
+        """Add up a step's gradients; raise `Mishap`, with none of them left, where torch could not."""
+        who = ", ".join(each.slot for each in contributions)
+        what = f"the server could not add up the gradients of step {contributions[0].step} of {who}"
+        try:
+            return done_for(partial(self.worker.reduce, contributions), what)
+        except Mishap:
+            for each in contributions:
+                self.worker.discard(each.slot)
+            self.worker.withdraw()
+            raise
+
     def apply(self, contributions: Sequence[Contribution]) -> str:
         """Apply what was decided; return why no snapshot could be taken if one was due, else ""."""
-        if not self.worker.apply():
+        number = self.ledger.state.commit_number
+        if not done_for_all(self.worker.apply, f"the optimizer's step of commit {number} could not be taken"):
             return ""
         crash_point("commit-after-apply")
         state = self.ledger.state
@@ -246,7 +284,10 @@ class Engine:
         """Keep a client's layers for the merge."""
         if self._buffer is not None:
             return self._spool_for(self._buffer, client_id, upload)
-        weight = self.merger.spool(client_id, upload, self._share_of_work(client_id))
+        share = self._share_of_work(client_id)
+        weight = done_for(
+            partial(self.merger.spool, client_id, upload, share), f"the server could not take the layers of {client_id}"
+        )
         self.ledger.uploaded(client_id, weight)
         crash_point("upload-after-record")
         return Spooled(name=client_id)
@@ -268,7 +309,8 @@ class Engine:
         if objection:
             self.ledger.note("turn_ended", client_id=client_id)
         else:
-            weight = buffer.spool(name, upload)
+            what = f"the server could not take the layers of {client_id}"
+            weight = done_for(partial(buffer.spool, name, upload), what)
             self.ledger.buffered(client_id=client_id, name=name, begun=begun, weight=weight)
             crash_point("upload-after-record")
         return Spooled(name=name, objection=objection)
@@ -292,7 +334,8 @@ class Engine:
         weights: dict[str, float] = {}
         if not reason:
             rates = state.round.rates if state.round else {}
-            weights = self.merger.merge(merge.uploaded, self.worker, rates=rates, num_clients=state.num_clients)
+            fold = partial(self.merger.merge, merge.uploaded, self.worker, rates=rates, num_clients=state.num_clients)
+            weights = done_for_all(fold, f"the merge of round {merge.round_number} could not be made")
         layers, backbone = self.merger.layers(), self.merger.backbone()
         crash_point("merge-before-record")
         self.ledger.merged(
@@ -422,6 +465,8 @@ class Engine:
                 return Declined(request_id=0, reason=reason)
             self.ledger.go_back(client_id, commit_number, self.worker)
             self._history.note("went_back", client_id=client_id, commit_number=commit_number)
+            if self.ledger.is_due:
+                self.snapshot()
         return WentBack(commit_number=commit_number, step=self.ledger.state.members[client_id].step)
 
     def save_trained(self) -> None:

@@ -1,6 +1,6 @@
 """Work on the compute thread, one job at a time in the order given, and what follows from it on the socket's thread."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -19,11 +19,12 @@ class Jobs:
         """`wake` is called from the compute thread when a job is done."""
         self._wake = wake
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="backbone")
-        self._waiting: deque[tuple[Future[Any], Callable[[Any], None], Callable[[Exception], bool]]] = deque()
+        self._waiting: deque[tuple[Future[Any], Callable[[Any], None], Callable[[Exception], bool], str]] = deque()
         self._is_closed = False
         self._drops = False
         self.is_quiet = False
         """Whether the compute thread has ended."""
+        self._num_asked_by: Counter[str] = Counter()
 
     def submit(
         self,
@@ -32,10 +33,12 @@ class Jobs:
         failed: Callable[[Exception], bool] = lambda _: False,
         *,
         always: bool = False,
+        asked_by: str = "",
     ) -> None:
         """Run `work` on the compute thread and `then(result)` here; `failed` says whether it dealt with an error.
 
-        What is to be done `always` is also done when everything behind the job at hand is dropped.
+        What is to be done `always` is also done when everything behind the job at hand is dropped;
+        `asked_by` is the client whose message asks for it.
         """
         if self._is_closed:
             return  # what follows from the last results follows when the run goes on
@@ -46,13 +49,19 @@ class Jobs:
             return work()
 
         future = self._executor.submit(undropped)
-        self._waiting.append((future, then, failed))
+        self._waiting.append((future, then, failed, asked_by))
+        self._num_asked_by[asked_by] += 1
         future.add_done_callback(lambda _: self._wake())
+
+    def num_asked_by(self, client_id: str) -> int:
+        """Return how many jobs of a client wait, or wait to be finished."""
+        return self._num_asked_by[client_id]
 
     def finish(self) -> None:
         """Hand over what is done; an error nobody deals with is raised here."""
         while self._waiting and self._waiting[0][0].done():
-            future, then, failed = self._waiting.popleft()
+            future, then, failed, client_id = self._waiting.popleft()
+            self._num_asked_by[client_id] -= 1
             error = future.exception()
             if error is None:
                 then(future.result())

@@ -170,6 +170,7 @@ class RunState:
                 self.round = RoundState(**entry, step=entry["first_step"])
                 for client_id in entry["clients"]:
                     self.members[client_id].next_step = entry["first_step"]
+                    self.members[client_id].has_finished = False
             case "commit":
                 self._committed(entry)
             case "closed":
@@ -182,6 +183,7 @@ class RunState:
                 client_id = entry["clients"][0]
                 self.turns[client_id] = RoundState(**entry, step=entry["first_step"])
                 self.members[client_id].next_step = entry["first_step"]
+                self.members[client_id].has_finished = False
             case "buffered":
                 self.turns.pop(entry["client_id"])
                 self.buffer[entry["name"]] = BufferedUpload(
@@ -484,6 +486,7 @@ class Ledger:
         place = asdict(member) | {"commit_number": commit_number}
         fields = {"client_id": client_id, "commit_number": commit_number, "member": place}
         self._write(Record(kind="went_back", fields=fields, tensors=kept.tensors), durable=True)
+        self._commits_since_snapshot += 1  # it is as large as one
         worker.go_back(client_id, kept.tensors)
         if not self._keeps_records:
             self.snapshot(worker)

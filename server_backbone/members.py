@@ -2,8 +2,9 @@
 
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from splitfl.protocol.messages import Message
 from splitfl.session.server import ServerSession
 
 
@@ -24,6 +25,14 @@ class Member:
     """When its connection was lost, while it is waited for."""
     is_out: bool = False
     """Whether the run goes on without it until it comes back."""
+    has_parted: bool = False
+    """Whether it has said goodbye, and nothing else since."""
+    num_rewinds: int = 0
+    """How often it was told to go back, which this process has had no reason for but once."""
+    num_ends_told: int = 0
+    """How often it was told that there is no further round."""
+    waiting: dict[int, Message] = field(default_factory=dict)
+    """Micro-batches on that queue, by request; what is no longer wanted is taken out, and its job finds nothing."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -43,6 +52,11 @@ class Connection:
     data_sent: int = 0
     data_received: int = 0
     """Payload bytes of whole messages on the data connection."""
+    is_resuming: bool = False
+    """Whether a `Resume` waits for its answer."""
+    num_pings: int = 0
+    num_fetches: int = 0
+    begun_s: float = 0.0
 
 
 class Members:
@@ -75,6 +89,11 @@ class Members:
         """Return every connection, also those that have not resumed."""
         return list(self._by_token.values())
 
+    def knocking(self, client_id: str) -> list[Connection]:
+        """Return a client's connections that have not resumed, the oldest first."""
+        mine = [each for each in self._by_token.values() if each.member.client_id == client_id and not each.is_resumed]
+        return sorted(mine, key=lambda connection: connection.number)
+
     @property
     def num_connected(self) -> int:
         """Clients that are connected."""
@@ -90,6 +109,7 @@ class Members:
             token=secrets.token_hex(16),
             number=self._last_number,
             last_heard_s=now_s,
+            begun_s=now_s,
         )
         self._by_peer[peer] = self._by_token[connection.token] = connection
         return connection

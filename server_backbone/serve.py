@@ -128,7 +128,7 @@ def serve(
             _suspend(server, listener, run_dir, console, begun_s)
             _report(run_dir, console, as_json=as_json)
             raise
-        except StorageError:
+        except (StorageError, Incomplete):
             server.say_shutdown()
             raise
         _report(run_dir, console, as_json=as_json)

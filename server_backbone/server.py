@@ -8,9 +8,11 @@ optimizer step while the members take theirs.
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 from server_backbone.admission import Admission
 from server_backbone.caches import CacheBook
@@ -19,6 +21,7 @@ from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
 from server_backbone.jobs import Jobs
 from server_backbone.ledger import RoundState
 from server_backbone.members import Connection, Member, Members
+from server_backbone.mishaps import Mishap, done_for
 from server_backbone.provisions import Provisions
 from server_backbone.rounds import Decision, End, Judge, LastCall, Merge, Open, Release, Rounds, Stop
 from server_backbone.turns import Turns
@@ -47,6 +50,7 @@ from splitfl.protocol.messages import (
     Goodbye,
     Hello,
     Keep,
+    Kept,
     Leave,
     Merged,
     Message,
@@ -73,12 +77,15 @@ from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
-from splitfl.telemetry.measures import ALSO, Measured, complete, event_of, federated
+from splitfl.telemetry.measures import ALSO, Measured, complete, event_of, federated, totals_of
 from splitfl.telemetry.metrics import MetricsLog
+from splitfl.telemetry.units import printable
 from splitfl.training.optimizer import NO_GRADIENT
 from splitfl.transport.zeromq import Arrived, Listener
 
 log = logging.getLogger(__name__)
+
+B = TypeVar("B", Forward, Backward)
 
 # How long the loop sleeps at most before it looks at its deadlines.
 _TICK_S = 0.25
@@ -89,6 +96,18 @@ _STALL_S = 1.0
 # A wait is worth a line when it has lasted a while, and again from time to time.
 _WAITING_AFTER_S = 1.0
 _WAITING_EVERY_S = 10.0
+# What a client says of itself in words is shown up to here, and a list of names in a Pong.
+_MAX_REASON = 200
+# What a client may ask for ahead of the answers, or beyond what it needs; more is a violation. docs/limits.md has them.
+_MAX_JOBS = 64
+_MAX_PINGS = 64
+_MAX_FETCHES = 64
+_MAX_KNOCKING = 4
+_MAX_REWINDS = 3
+_MAX_ENDS_TOLD = 8
+# The time that something cannot be done for a client at which it is told what to change.
+_LAST_MISHAP = 3
+_MAX_WAITING = 1000
 
 
 @dataclass(kw_only=True)
@@ -127,6 +146,11 @@ class Server:
         self._evaluated: dict[tuple[str, int], dict[str, Measured]] = {}
         self._unsaid: set[tuple[str, int]] = set()
         self._is_over = False
+        self._mishaps: Counter[str] = Counter()
+        """How often in a row something could not be done for a client."""
+        self._most_jobs = _MAX_JOBS + 8 * self.limits.micro_batches_in_flight
+        num_chunks = sum(file.num_bytes // self.run.link.frame_bytes + 1 for file in self.provisions.files.values())
+        self._most_fetches = 4 * num_chunks + _MAX_FETCHES
         self._waiting_said = ("", 0.0)
         self._keys_due_s = 0.0
 
@@ -197,9 +221,11 @@ class Server:
         if state.round is not None or state.turns:
             self._gate.round_opened((), state.round.step if state.round is not None else 1)
         for client_id, known in state.members.items():
-            if known.has_finished:
-                continue
             member = self._add(client_id)
+            if known.has_finished:  # nobody waits for it, but it may not have heard our farewell
+                member.is_out = member.has_parted = True
+                member.session.restore(applied=known.applied, round_=None, next_step=0, awaits_merge=False)
+                continue
             member.absent_since_s = now_s
             round_ = state.round_of(client_id)
             member.session.restore(
@@ -220,7 +246,9 @@ class Server:
             has_stopped=state.has_ended,
         )
         self._have_rounds_ended = self._rounds.is_parting
-        self._decide(self._rounds.resumed([member.client_id for member in self._members], now_s), now_s)
+        self._decide(
+            self._rounds.resumed([member.client_id for member in self._members if not member.is_out], now_s), now_s
+        )
 
     def _layers_of_all(self, num_merged: int) -> tuple[TensorFrames, ...]:
         """Describe everyone's layers; the first ones only where a client comes back to them, since all begin so."""
@@ -271,14 +299,18 @@ class Server:
             case Attach(session=token) if connection is None:
                 self._attach(arrived, token)
             case Ping() if connection is not None:
+                self._check_rate_of_pings(connection, now_s)
                 self._pong(peer, connection, message.number)
             case Leave() if connection is not None:
-                self._lose(connection, message.reason[:200], waits=message.comes_back)
+                self._lose(connection, printable(message.reason, _MAX_REASON), waits=message.comes_back)
             case _ if connection is None:
                 self._refuse(peer, Why.NO_SESSION, "no session here: say hello first (the server may be a new one)")
             case _ if peer != connection.peer:
                 raise RemoteProtocolError(f"{type(message).__name__} on the control connection")
             case Resume() if not connection.is_resumed:
+                if connection.is_resuming:
+                    raise RemoteProtocolError("Resume before the last one is answered")
+                connection.is_resuming = True
                 # behind whatever is being applied, so that what it is compared with is settled
                 self._jobs.submit(lambda: None, lambda _: self._resume(connection, message))
             case Fetch():
@@ -288,7 +320,19 @@ class Server:
             case _:
                 self._hear(connection.member, message, now_s)
 
+    def _check_rate_of_pings(self, connection: Connection, now_s: float) -> None:
+        """Raise for more pings than an honest client has had time for, however long they were on their way."""
+        connection.num_pings += 1
+        beats = (now_s - connection.begun_s) / self.run.link.heartbeat_interval
+        if connection.num_pings > _MAX_PINGS + 4 * beats:
+            raise RemoteProtocolError(
+                f"{connection.num_pings} pings in {now_s - connection.begun_s:.0f} s, where one every"
+                f" link.heartbeat_interval = {self.run.link.heartbeat_interval:g} s is asked for"
+            )
+
     def _hear(self, member: Member, message: Message, now_s: float) -> None:
+        if self._jobs.num_asked_by(member.client_id) >= self._most_jobs:
+            raise RemoteProtocolError(f"more than {self._most_jobs} messages that nothing was waited for after")
         accepted = member.session.receive(message)
         if isinstance(accepted, Reply):
             self._tell(member, accepted.message)
@@ -301,20 +345,22 @@ class Server:
         match message:
             case Ready():
                 member.held_round, member.num_examples = message.round_number, message.num_examples
+                member.has_parted = False
                 if self._have_rounds_ended:
-                    self._say_ended(member)  # it was evaluating still
+                    self._say_ended_again(member)  # it was evaluating still
                 else:
                     self._decide(self._rounds.ready(client_id), now_s)
             case Forward(step=0):
-                self._compute(member, partial(self.engine.evaluate, client_id, message))
+                self._compute(member, message, self.engine.evaluate)
             case Decode():
                 self._decode(member, message, now_s)
             case EndCache():
-                self._end_cache(client_id, message.cache_id)
+                if self._caches.has(client_id, message.cache_id):
+                    self._end_cache(client_id, message.cache_id)
             case Forward():
                 self._carry_out(self._gate.forward(client_id, message, now_s), now_s)
             case Backward():
-                self._compute(member, partial(self.engine.backward, client_id, message))
+                self._compute(member, message, self.engine.backward)
             case Commit():
                 _check_claims(message)
                 self._carry_out(self._gate.commit(client_id, message, now_s), now_s)
@@ -325,10 +371,13 @@ class Server:
             case Goodbye():
                 self._part(member, message)
             case Discard(step=step):
-                self._jobs.submit(partial(self.engine.discarded, client_id, step), _nothing)
+                self._drop_unwanted(member)
+                self._jobs.submit(partial(self.engine.discarded, client_id, step), _nothing, asked_by=client_id)
                 self._carry_out(self._gate.finished(client_id, now_s), now_s)
             case Keep():
-                self._jobs.submit(partial(self.engine.keep, client_id), partial(self._tell, member))
+                self._jobs.submit(
+                    partial(self.engine.keep, client_id), partial(self._tell_of_snapshot, member), asked_by=client_id
+                )
             case GoBack():
                 self._go_back(member, message)
 
@@ -337,7 +386,7 @@ class Server:
         at_work = [other.client_id for other in self._members if other is not member and other.session.is_in_step]
         if at_work and not self.engine.worker.has_copies:
             reason = f"{', '.join(at_work)} is in the middle of a step: try again when it has ended"
-            self._tell(member, Declined(request_id=0, reason=reason))
+            self._tell_of_snapshot(member, Declined(request_id=0, reason=reason))
             return
 
         def answer(reply: WentBack | Declined) -> None:
@@ -346,14 +395,26 @@ class Server:
                 member.session.restore(
                     applied=known.applied, round_=None, next_step=known.next_step, awaits_merge=False
                 )
+                member.num_rewinds = 0
                 self.metrics.emit("went_back", client_id=member.client_id, commit_number=reply.commit_number)
-            self._tell(member, reply)
+            self._tell_of_snapshot(member, reply)
 
-        self._jobs.submit(partial(self.engine.go_back, member.client_id, message.commit_number), answer)
+        self._jobs.submit(
+            partial(self.engine.go_back, member.client_id, message.commit_number), answer, asked_by=member.client_id
+        )
+
+    def _tell_of_snapshot(self, member: Member, reply: Kept | WentBack | Declined) -> None:
+        if isinstance(member.session, OwnLoopServerSession):
+            member.session.snapshot_answered()
+        self._tell(member, reply)
 
     def _part(self, member: Member, message: Goodbye) -> None:
-        self.metrics.emit("client_done", client_id=member.client_id, **_with_counts(message.metrics))
-        self._note("finished", member)
+        """Note that a client is done, as often as it says so: the answer may be lost, or the server have ended."""
+        if not member.has_parted:
+            member.has_parted = True
+            self.metrics.emit("client_done", client_id=member.client_id, **totals_of(message.metrics))
+            self._note("finished", member)
+        crash_point("goodbye-before-farewell")
         self._tell(member, Farewell())
         self._free_caches(member)
         if member.connection is not None:
@@ -361,30 +422,42 @@ class Server:
         self._leave(member, "done")
 
     def _provide(self, connection: Connection, message: Fetch) -> None:
-        content = self.provisions.read(message.name, message.offset, self.run.link.frame_bytes)
+        connection.num_fetches += 1
+        if connection.num_fetches > self._most_fetches:
+            raise RemoteProtocolError(f"{connection.num_fetches} pieces of files fetched, more than all files have")
+        try:
+            content = done_for(
+                partial(self.provisions.read, message.name, message.offset, self.run.link.frame_bytes),
+                f"the server cannot read {printable(message.name, 40)}, which it offers",
+            )
+        except Mishap as mishap:
+            self._could_not(connection, mishap)
+            return
         frames = TensorFrames(dtype="u8", shape=(len(content),), buffers=(content,))
         self._send(connection, Chunk(name=message.name, offset=message.offset, content=frames))
 
     def _pong(self, peer: bytes, connection: Connection, number: int) -> None:
         pong = Pong(
             number=number,
-            waiting_for=self._waiting_for(),
+            waiting_for=self._waiting_for()[:_MAX_WAITING],
             bytes_sent=connection.data_sent,
             bytes_received=connection.data_received,
         )
         self._send_to(peer, connection, pong)
 
     def _take_report(self, member: Member, report: Report) -> None:
-        if report.topic == "loaded":
-            self.metrics.emit(
-                "loaded", client_id=member.client_id, round=report.round_number, digest=report.digest[:64]
-            )
-            return
         if report.round_number > self._merge_number:
-            raise RemoteProtocolError(f"a measurement of round {report.round_number}, which is not merged")
+            raise RemoteProtocolError(f"a report of round {report.round_number}, which is not merged")
+        if report.topic == "loaded":
+            self.metrics.emit("loaded", client_id=member.client_id, round=report.round_number, digest=report.digest)
+            return
         if report.phase != "after":
             measured = {name: value for name, value in report.metrics.items() if not name.startswith(ALSO)}
-            self._jobs.submit(partial(self.engine.measured, member.client_id, report.round_number, measured), _nothing)
+            self._jobs.submit(
+                partial(self.engine.measured, member.client_id, report.round_number, measured),
+                _nothing,
+                asked_by=member.client_id,
+            )
         also = {name.removeprefix(ALSO): value for name, value in report.metrics.items() if name.startswith(ALSO)}
         round_number = self.engine.ledger.state.ends_with if self._is_of_the_best(report) else report.round_number
         self._evaluated.setdefault((report.phase, round_number), {})[member.client_id] = complete(report.metrics)
@@ -440,10 +513,14 @@ class Server:
             self._members,
             finished=finished if self._rounds.is_parting else "",
             keeps_copies=self.run.has_own_loops and self.engine.worker.has_copies,  # which no merge ever ends
+            now_s=now_s,
         )
         if refused is not None:
             self._refuse(arrived.peer, refused.code, refused.reason)
             return
+        for knocking in self._members.knocking(hello.client_id)[: 1 - _MAX_KNOCKING]:
+            self._refuse(knocking.peer, Why.NO_SESSION, "newer sessions of this client have begun: connect anew")
+            self._lose(knocking, "began sessions without resuming in them")
         member = self._members.get(hello.client_id) or self._new_member(hello.client_id)
         self._welcome(self._members.connect(member, arrived.peer, arrived.user_id, now_s))
 
@@ -479,6 +556,7 @@ class Server:
         """Let a client go on: it is this member from now on, and an older session of it is over."""
         if self._members.with_token(connection.token) is not connection:
             return  # lost while the queue came to it
+        connection.is_resuming = False
         member = connection.member = self._joined(connection.member)
         rival = member.connection
         if rival is not None and rival.number > connection.number:
@@ -518,6 +596,14 @@ class Server:
     def _let_go_on(self, connection: Connection, claim: Resume, resumed: Resumed, was_training: bool) -> None:
         member, now_s = connection.member, time.monotonic()
         if resumed.verdict == "rewind":
+            member.num_rewinds += 1
+            if member.num_rewinds > _MAX_REWINDS:
+                self._strike(
+                    connection,
+                    f"a Resume at step {claim.step}, commit {claim.commit_number}, merge {claim.held_round}, after it"
+                    f" was told {_MAX_REWINDS} times that this server is at step {resumed.step}",
+                )
+                return
             self.metrics.emit("client_rewinds", client_id=member.client_id, step=resumed.step)
         else:
             connection.is_resumed = True
@@ -562,12 +648,14 @@ class Server:
     def _punish(self, arrived: Arrived, connection: Connection | None, rule: str) -> None:
         """Tell a peer which rule it broke and end its session; the third time it is kept out."""
         name = connection.member.client_id if connection is not None else self.admission.name_of(arrived.user_id)
+        rule = printable(rule)
         log.warning("%s broke a rule: %s", name or "a stranger", rule)
         if name is None:
             self._refuse(arrived.peer, Why.VIOLATION, f"protocol error: {rule}")
             return
         strike = self.admission.strike(name, rule)
-        self.metrics.emit("violation", client_id=name, rule=rule[:200], strikes=strike.count)
+        if strike.count <= self.limits.strikes:  # whoever is kept out fills no disk
+            self.metrics.emit("violation", client_id=name, rule=rule[:200], strikes=strike.count)
         self._refuse(arrived.peer, strike.code, strike.reason)
         if connection is not None:
             self._lose(connection, f"broke a rule: {rule}", waits=not strike.is_last)
@@ -608,11 +696,13 @@ class Server:
                 case Compute(client_id=client_id, message=message):
                     member = self._members[client_id]
                     if member.connection is not None:
-                        self._compute(member, partial(self.engine.forward, client_id, message))
+                        self._compute(member, message, self.engine.forward)
                 case Apply(members=members):
                     contributions = [self._contribution(client_id, commit) for client_id, commit in members]
                     self._jobs.submit(
-                        partial(self.engine.decide, contributions), partial(self._acknowledge, members, contributions)
+                        partial(self.engine.decide, contributions),
+                        partial(self._acknowledge, members, contributions),
+                        partial(self._could_not_decide, members),
                     )
                     # next on the queue, so ahead of any work of a later step: both sides take their steps at once;
                     # whatever is stopped, since what is decided counts
@@ -632,6 +722,7 @@ class Server:
                 clip_coefficient=decided.clip_coefficient,
                 durable_step=decided.durable_step,
             )
+            del self._mishaps[client_id]
             if member.session.phase in (Phase.TRAINING, Phase.COMMITTING):
                 member.session.committed(reply)
             else:  # the round closed meanwhile; it counts all the same
@@ -646,6 +737,16 @@ class Server:
             self._log_step(member, commit, contributions[0], decided)
             if member.session.has_done_its_steps:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
+
+    def _could_not_decide(self, members: tuple[tuple[str, Commit], ...], error: Exception) -> bool:
+        """End the sessions of a step that could not be added up; tell whether that was it."""
+        if not isinstance(error, Mishap):
+            return False
+        for client_id, _ in members:
+            connection = self._members[client_id].connection
+            if connection is not None:
+                self._could_not(connection, error)
+        return True
 
     def _contribution(self, client_id: str, commit: Commit) -> Contribution:
         learning_rate = self.run.optimizer.backbone_lr or commit.learning_rate
@@ -683,6 +784,7 @@ class Server:
         if member.session.phase not in (Phase.TRAINING, Phase.COMMITTING):
             return
         refusal = member.session.step_closed(action.next_step, action.reason)
+        self._drop_unwanted(member)
         self._jobs.submit(partial(self.engine.closed, member.client_id, refusal.step, action.next_step), _nothing)
         self._tell(member, refusal)
         self.metrics.emit("step_refused", client_id=member.client_id, step=refusal.step, reason=action.reason)
@@ -771,6 +873,12 @@ class Server:
         state = self.engine.ledger.state
         self.metrics.emit("rounds_ended", reason=state.end_reason, round=state.num_merged, best_round=state.ends_with)
 
+    def _say_ended_again(self, member: Member) -> None:
+        member.num_ends_told += 1
+        if member.num_ends_told > _MAX_ENDS_TOLD:
+            raise RemoteProtocolError("Ready again and again, where no round is left")
+        self._say_ended(member)
+
     def _say_ended(self, member: Member) -> None:
         state = self.engine.ledger.state
         layers = () if member.held_round == self._merge_number else self._layers
@@ -847,6 +955,8 @@ class Server:
 
     def _end_round(self, member: Member, message: Merged) -> None:
         member.session.merged(message)
+        del self._mishaps[member.client_id]
+        self._drop_unwanted(member)
         self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
         self._tell(member, message)
 
@@ -867,9 +977,10 @@ class Server:
 
     # what the compute thread is asked for
 
-    def _compute(self, member: Member, work: Callable[[], ForwardDone | BackwardDone]) -> None:
+    def _compute(self, member: Member, message: B, work: Callable[[str, B], ForwardDone | BackwardDone]) -> None:
         """Have a micro-batch computed and answer with the result; a tensor that cannot be taken ends the session."""
-        connection = member.connection
+        connection, number = member.connection, message.request_id
+        member.waiting[number] = message
 
         def answer(reply: ForwardDone | BackwardDone | None) -> None:
             if reply is None or connection is None or member.connection is not connection:
@@ -878,9 +989,16 @@ class Server:
                 self._send(connection, reply)
 
         def guarded() -> ForwardDone | BackwardDone | None:
-            return work() if member.connection is connection else None  # nobody waits for it any more
+            if member.connection is not connection or member.waiting.pop(number, None) is not message:
+                return None  # nobody waits for it any more
+            return work(member.client_id, message)
 
-        self._jobs.submit(guarded, answer, partial(self._refuse_tensor, connection))
+        self._jobs.submit(guarded, answer, partial(self._refuse_tensor, connection), asked_by=member.client_id)
+
+    def _drop_unwanted(self, member: Member) -> None:
+        """Let go of micro-batches on the queue whose answer nobody waits for."""
+        for number in [number for number in member.waiting if not member.session.awaits(number)]:
+            member.waiting.pop(number, None)
 
     def _decode(self, member: Member, message: Decode, now_s: float) -> None:
         """Have new positions of a generation computed, or decline; either way it is no violation."""
@@ -902,7 +1020,7 @@ class Server:
             member.session.decoded()
             self._send(connection, reply)
 
-        self._jobs.submit(work, answer, partial(self._refuse_tensor, connection))
+        self._jobs.submit(work, answer, partial(self._refuse_tensor, connection), asked_by=member.client_id)
 
     def _end_cache(self, client_id: str, cache_id: int) -> None:
         self._caches.ended(client_id, cache_id)
@@ -928,18 +1046,40 @@ class Server:
 
     def _refuse_layers(self, member: Member, connection: Connection | None, error: Exception) -> bool:
         """Take an upload back that could not be taken: the client may send another."""
-        if isinstance(error, RemoteProtocolError) and member.session.phase is Phase.MERGING:
+        if isinstance(error, RemoteProtocolError | Mishap) and member.session.phase is Phase.MERGING:
             member.session.phase = Phase.TRAINING
         return self._refuse_tensor(connection, error)
 
     def _refuse_tensor(self, connection: Connection | None, error: Exception) -> bool:
         """End the session of a client whose tensors could not be taken; tell whether that was the error."""
+        if isinstance(error, Mishap):
+            if connection is not None and connection.member.connection is connection:
+                self._could_not(connection, error)
+            return True
         if not isinstance(error, RemoteProtocolError):
             return False
         if connection is not None and connection.member.connection is connection:
-            arrived = Arrived(peer=connection.peer, user_id=connection.user_id, frames=[])
-            self._punish(arrived, connection, str(error))
+            self._strike(connection, str(error))
         return True
+
+    def _strike(self, connection: Connection, rule: str) -> None:
+        self._punish(Arrived(peer=connection.peer, user_id=connection.user_id, frames=[]), connection, rule)
+
+    def _could_not(self, connection: Connection, mishap: Mishap) -> None:
+        """Tell a client that something could not be done for it; the third time, what to change."""
+        member = connection.member
+        self._mishaps[member.client_id] += 1
+        count = self._mishaps[member.client_id]
+        code, then = Why.FAILED, f"time {count}: it is tried again"
+        if count >= _LAST_MISHAP and mishap.is_memory:
+            code, then = Why.TOO_LARGE, "set client.micro_batch_rows so that a step goes in smaller pieces"
+        elif count >= _LAST_MISHAP:
+            code, then = Why.OVER, f"{count} times in a row: tell the server's operator"
+        log.error("%s: %s", member.client_id, mishap)
+        if count <= _LAST_MISHAP:
+            self.metrics.emit("failed", client_id=member.client_id, reason=str(mishap), count=count)
+        self._refuse(connection.peer, code, f"{mishap}; {then}")
+        self._lose(connection, f"had something that could not be done for it: {mishap}")
 
     def _said_of_snapshot(self, note: str) -> None:
         if note:
@@ -987,6 +1127,7 @@ class Server:
         if not self._members.disconnect(connection):
             return
         member.session.disconnected()
+        member.waiting.clear()
         self._free_caches(member)
         self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
         self._rounds.lost(member.client_id)
@@ -1039,7 +1180,7 @@ class Server:
             connection.data_sent += num_bytes
 
     def _refuse(self, peer: bytes, code: Why, reason: str) -> None:
-        log.info("refused a peer (%s): %s", code, reason)
+        log.info("refused a peer (%s): %s", code, printable(reason))
         self._say_last(peer, Refusal(code=code, reason=reason))
 
     def _say_last(self, peer: bytes, message: Message) -> None:
@@ -1074,11 +1215,3 @@ def _check_claims(commit: Commit) -> None:
         raise RemoteProtocolError("a loss that is not finite (NONFINITE_TENSOR)")
     if any(norm < 0 and norm != NO_GRADIENT for norm in realise(commit.norms_P).tolist()):
         raise RemoteProtocolError(f"a negative norm of a gradient (only {NO_GRADIENT:g} is one, for none)")
-
-
-def _with_counts(metrics: dict[str, float]) -> dict[str, float | int]:
-    """Make whole numbers of what the wire carries as floats, seconds apart."""
-    return {
-        name[:64]: int(value) if value.is_integer() and not name.endswith("seconds") else value
-        for name, value in metrics.items()
-    }

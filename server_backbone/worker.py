@@ -218,9 +218,8 @@ class Worker:
         return coefficient, {name: p.grad for name, p in copy.parameters.items() if p.grad is not None}
 
     def withdraw(self) -> None:
-        """Forget what `reduce` has left: it could not be written down, so it must not be applied."""
-        if self._reduced is not None:
-            self._reduced.copy.optimizer.discard()
+        """Forget what `reduce` has left of a step that could not be written down, or not even be added up."""
+        self._copies.discard_gradients()
         self._reduced = None
 
     def apply(self) -> bool:

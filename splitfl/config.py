@@ -8,6 +8,7 @@ what is its own: where the server is, who it is, and where its text lies.
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
@@ -87,6 +88,10 @@ OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: None if valu
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
+
+# What a further held-out text may be called: in a log, on a terminal, in a page and in a header; and how many.
+ALSO_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,57}$"
+MAX_ALSO = 16
 
 
 class Section(BaseModel):
@@ -614,6 +619,10 @@ class ClientSection(Section):
     socks_proxy: str = ""
     """SOCKS5 proxy to reach the server through, as HOST:PORT; empty means none."""
 
+    micro_batch_rows: int = Field(0, ge=0)
+    """Rows that this client sends at once at most: a micro-batch of the run goes in pieces where it has more, which is
+    the same step to rounding. For a client or a server with too little memory; 0 sends micro-batches whole."""
+
     output_dir: Path = Path("client-runs")
     """Folder for this client's own metrics; nothing in it is sent."""
 
@@ -665,6 +674,17 @@ class DataSection(Section):
 
     completion_field: str = "completion"
     """Field or column that holds what is to be learned."""
+
+    @model_validator(mode="after")
+    def _has_plain_names_for_what_it_evaluates_also(self) -> Self:
+        if wrong := [name for name in self.also_evaluate if not re.fullmatch(ALSO_NAME_PATTERN, name)]:
+            raise ValueError(
+                f"also_evaluate has the name {wrong[0]!r:.70}: names are 1 to 58 letters, digits, blanks,"
+                " '.', '_' and '-'"
+            )
+        if len(self.also_evaluate) > MAX_ALSO:
+            raise ValueError(f"also_evaluate names {len(self.also_evaluate)} files, and {MAX_ALSO} are the most")
+        return self
 
     @model_validator(mode="after")
     def _evaluates_if_it_evaluates_also(self) -> Self:

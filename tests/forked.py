@@ -69,6 +69,11 @@ class Forked:
         """Return what it has written to standard error so far."""
         return self._said.read_text(encoding="utf-8") if self._said.exists() else ""
 
+    def printed(self) -> str:
+        """Return what it has printed so far."""
+        printed = self._said.with_suffix(".out")
+        return printed.read_text(encoding="utf-8") if printed.exists() else ""
+
 
 def _run(module: str, arguments: tuple[str, ...], said: Path, env: Mapping[str, str]) -> None:
     os.environ.clear()

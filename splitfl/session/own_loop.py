@@ -38,22 +38,37 @@ class OwnLoopServerSession(ServerSession):
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
+        self._awaits_snapshot = False
+        """Whether a snapshot is asked for, to keep or to go back to."""
         self._begin_at(Applied())
 
-    def receive(self, message: Message) -> Accepted | Reply | None:
-        """Check a message and take it in; None means it came for a step that is closed and is to be ignored."""
+    def _take(self, message: Message) -> Accepted | Reply | None:
         match message:
             case Discard():
                 return self._admit_discard(message)
-            case Keep():
-                self._require(message, Phase.TRAINING)
-                return message
-            case GoBack():
-                self._require(message, Phase.TRAINING)
-                if self.is_in_step:
-                    raise RemoteProtocolError(f"GoBack in the middle of step {self.next_step}")
-                return message
-        return super().receive(message)
+            case Keep() | GoBack():
+                return self._admit_snapshot(message)
+        return super()._take(message)
+
+    def _admit_snapshot(self, message: Keep | GoBack) -> Keep | GoBack:
+        self._require(message, Phase.TRAINING)
+        if isinstance(message, GoBack) and self.is_in_step:
+            raise RemoteProtocolError(f"GoBack in the middle of step {self.next_step}")
+        if self._awaits_snapshot:
+            raise RemoteProtocolError(
+                f"{type(message).__name__} before the last snapshot that was asked for is answered"
+            )
+        self._awaits_snapshot = True
+        return message
+
+    def snapshot_answered(self) -> None:
+        """Take note that the answer to `Keep` or `GoBack` is on its way."""
+        self._awaits_snapshot = False
+
+    def disconnected(self) -> None:
+        """Take note that the connection is gone, and with it whoever waits for a snapshot."""
+        super().disconnected()
+        self._awaits_snapshot = False
 
     def restore(self, *, applied: Applied, round_: RoundOpened | None, next_step: int, awaits_merge: bool) -> None:
         """Set where this client is, by a log or because it has gone back: behind its last applied step."""

@@ -9,10 +9,12 @@ and `resume` finds out where the client goes on.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
 
+from splitfl.config import ALSO_NAME_PATTERN, MAX_ALSO
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
 from splitfl.protocol.messages import (
     Backward,
@@ -39,10 +41,15 @@ from splitfl.protocol.messages import (
     Upload,
 )
 from splitfl.session.terms import Terms
-from splitfl.telemetry.measures import objection
+from splitfl.telemetry.measures import ALSO, objection, objection_to_totals
 
 # An evaluation and the layers loaded, and the same again for every connection lost meanwhile.
 _MAX_REPORTS = 64
+# What is repeated on its way, or comes too late, is little; these cost nothing but somebody's time.
+_MAX_IDLE = 256
+# The ends of generations that were declined, or are over.
+_MAX_ENDS = 64
+_DIGEST = re.compile("[0-9a-f]{64}")  # SHA-256
 
 
 class Phase(Enum):
@@ -89,10 +96,13 @@ class Sent:
     """There cannot be more labels."""
     num_positions: int = 0
     """Tokens and padding."""
+    num_rows: int = 0
 
     def __add__(self, other: "Sent") -> "Sent":
         return Sent(
-            num_tokens=self.num_tokens + other.num_tokens, num_positions=self.num_positions + other.num_positions
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_positions=self.num_positions + other.num_positions,
+            num_rows=self.num_rows + other.num_rows,
         )
 
 
@@ -130,6 +140,10 @@ class ServerSession:
         self.asked = Sent()
         """What the last step was made of whose commit has been asked for."""
         self._num_reports = 0
+        self._num_idle = 0
+        """Messages in a row that changed nothing."""
+        self._ends_left = _MAX_ENDS
+        """Caches that may be ended before another is begun."""
         self._closed: set[int] = set()
         """Requests of steps that went on without this client; what still comes for them is ignored."""
 
@@ -150,7 +164,17 @@ class ServerSession:
 
     def receive(self, message: Message) -> Accepted | Reply | None:
         """Check a message and take it in; None means it came for a step that is closed and is to be ignored."""
-        if self.phase is Phase.GONE:
+        accepted = self._take(message)
+        if accepted is not None and not isinstance(accepted, Reply):
+            self._num_idle = 0
+        elif self._num_idle >= _MAX_IDLE:
+            raise RemoteProtocolError(f"more than {_MAX_IDLE} messages in a row that repeat what was said")
+        else:
+            self._num_idle += 1
+        return accepted
+
+    def _take(self, message: Message) -> Accepted | Reply | None:
+        if self.phase is Phase.GONE and not isinstance(message, Goodbye):
             raise RemoteProtocolError(f"{type(message).__name__} from a client that has gone")
         match message:
             case Ready():
@@ -171,14 +195,15 @@ class ServerSession:
             case Report():
                 return self._admit_report(message)
             case EndCache():
+                if not self._ends_left:
+                    raise RemoteProtocolError("EndCache more often than generations were begun")
+                self._ends_left -= 1
                 return message
             case Decode():
                 self._admit_decode(message)
                 return message
             case Goodbye():
-                self._require(message, Phase.IDLE)
-                self.phase = Phase.GONE
-                return message
+                return self._admit_goodbye(message)
         raise RemoteProtocolError(f"{type(message).__name__} is not a client's to send here")
 
     def opened(self, round_: RoundOpened) -> None:
@@ -235,6 +260,8 @@ class ServerSession:
         `held_round` is the last merge and `layers` are its; `counted_round` is the last that this client's layers are
         in. A client that is behind leaves its open round.
         """
+        if self.phase is Phase.GONE:
+            self.phase = Phase.IDLE  # it has not heard our farewell, or takes part once more
         begun_with = self._begun_with(claim, held_round)
         verdict, reason = self._compare(claim, begun_with)
         if verdict == "anew" and self.phase is Phase.TRAINING:  # layers that it uploaded stay in the round
@@ -295,6 +322,10 @@ class ServerSession:
         if graph.step:
             self._micro_batches_done += 1
         return True
+
+    def awaits(self, request_id: int) -> bool:
+        """Tell whether the answer to a micro-batch is still wanted."""
+        return request_id in self._graphs
 
     def decoded(self) -> None:
         """Take note that the answer to `Decode` is on its way."""
@@ -374,7 +405,11 @@ class ServerSession:
         self._last_request = message.request_id
         self._graphs[message.request_id] = _Graph(shape=message.hidden_BSD.shape, step=message.step)
         if message.step:
-            self._sent += Sent(num_tokens=sum(message.lengths_B), num_positions=math.prod(message.hidden_BSD.shape[:2]))
+            self._sent += Sent(
+                num_tokens=sum(message.lengths_B),
+                num_positions=math.prod(message.hidden_BSD.shape[:2]),
+                num_rows=len(message.lengths_B),
+            )
 
     def _admit_evaluation(self, message: Forward) -> None:
         self._require(message, Phase.IDLE)
@@ -389,6 +424,7 @@ class ServerSession:
             raise RemoteProtocolError(f"request {message.request_id} before {self._decoding} is answered")
         self.terms.check_new_positions(message.hidden_BSD, message.lengths_B)
         self._last_request = self._decoding = message.request_id
+        self._ends_left = min(self._ends_left + 1, _MAX_ENDS)
 
     def _admit_training(self, message: Forward) -> Forward | None:
         if self._was_closed(message.step):
@@ -396,15 +432,22 @@ class ServerSession:
         self._require(message, Phase.TRAINING)
         if message.step != self.next_step or message.step > self.last_step:
             raise RemoteProtocolError(f"Forward for step {message.step} where step {self.next_step} is next")
-        if message.micro_batch != self._micro_batches_begun or message.micro_batch >= self.terms.micro_batches:
-            raise RemoteProtocolError(
-                f"micro-batch {message.micro_batch} where {self._micro_batches_begun} of {self.terms.micro_batches} is"
-                " next"
-            )
+        most = max(self.terms.micro_batches, self.terms.rows_per_step)
+        if message.micro_batch != self._micro_batches_begun or message.micro_batch >= most:
+            usual = f"{self._micro_batches_begun} of {self.terms.micro_batches}"
+            smaller = f", or of up to {most} smaller ones," if most > self.terms.micro_batches else ""
+            raise RemoteProtocolError(f"micro-batch {message.micro_batch} where {usual}{smaller} is next")
         self._check_forward(message)
+        self._check_rows(len(message.lengths_B))
         self._admit(message)
         self._micro_batches_begun += 1
         return message
+
+    def _check_rows(self, num_rows: int) -> None:
+        """Raise for more rows than a step of this run has, however they are cut into micro-batches."""
+        total, most = self._sent.num_rows + num_rows, self.terms.rows_per_step
+        if most and total > most:
+            raise RemoteProtocolError(f"{total} rows in step {self.next_step}, where a step of this run has {most}")
 
     def _admit_backward(self, message: Backward) -> Backward | None:
         if message.request_id in self._closed:
@@ -441,7 +484,7 @@ class ServerSession:
         return message
 
     def _require_complete(self, message: Commit) -> None:
-        if any(graph.step for graph in self._graphs.values()) or self._micro_batches_done != self.terms.micro_batches:
+        if any(graph.step for graph in self._graphs.values()) or self._micro_batches_done < self.terms.micro_batches:
             raise RemoteProtocolError(
                 f"commit of step {message.step} after {self._micro_batches_done} of {self.terms.micro_batches}"
                 " micro-batches"
@@ -475,7 +518,25 @@ class ServerSession:
             raise RemoteProtocolError(f"a report of {message.topic!r:.40} in phase {message.phase!r:.40}")
         if wrong := objection(message.metrics):
             raise RemoteProtocolError(f"a report with {wrong}")
+        also = [name.removeprefix(ALSO) for name in message.metrics if name.startswith(ALSO)]
+        if len(also) > MAX_ALSO or not all(re.fullmatch(ALSO_NAME_PATTERN, name) for name in also):
+            raise RemoteProtocolError(
+                f"a report of {len(also)} further texts, which are more than {MAX_ALSO}, or have other names than"
+                " letters, digits, blanks, '.', '_' and '-'"
+            )
+        if message.topic == "loaded" and (message.metrics or not _DIGEST.fullmatch(message.digest)):
+            raise RemoteProtocolError("a report of loaded layers that is not their SHA-256 in hex, and nothing else")
+        if message.topic == "evaluated" and message.digest:
+            raise RemoteProtocolError("a report of an evaluation with a digest")
         self._num_reports += 1
+        return message
+
+    def _admit_goodbye(self, message: Goodbye) -> Goodbye:
+        """Take a goodbye, and take it again: whoever has not heard the answer says it once more."""
+        self._require(message, Phase.IDLE, Phase.GONE)
+        if wrong := objection_to_totals(message.metrics):
+            raise RemoteProtocolError(f"a goodbye with {wrong}")
+        self.phase = Phase.GONE
         return message
 
     def _was_closed(self, step: int) -> bool:

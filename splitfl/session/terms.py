@@ -39,6 +39,8 @@ class Terms:
     """Merges of the run; 0 where clients train in loops of their own."""
     local_steps: int
     """Steps of a client in a round."""
+    rows_per_step: int = 0
+    """Rows of one step, and so its micro-batches at most, of a row each; 0 where no number is agreed on."""
     is_buffered: bool = False
     """Whether each client has rounds of its own, and merges are made as uploads come in."""
 

@@ -141,8 +141,8 @@ class RunProgress:
     def _leave(self, event: Event, state: str) -> None:
         client = self.client(event["client_id"])
         client.state = state
-        client.bytes_sent = event.get("bytes_sent", client.bytes_sent)
-        client.bytes_received = event.get("bytes_received", client.bytes_received)
+        client.bytes_sent = event.get("bytes_sent") or client.bytes_sent
+        client.bytes_received = event.get("bytes_received") or client.bytes_received
 
 
 class Display:
@@ -360,7 +360,8 @@ def _say_done(event: Event, progress: RunProgress) -> str:
     client = progress.client(event["client_id"])
     share = 1 - client.num_tokens / client.num_positions if client.num_positions else None
     padding = "" if share is None else f"{format_share(share)} padding  "
-    return f"{_padded(event, progress)}  {counted(event['num_examples'], 'example')}  {padding}{_traffic(event)}"
+    said = counted(event["num_examples"], "example") if event["num_examples"] is not None else "- examples"
+    return f"{_padded(event, progress)}  {said}  {padding}{_traffic(event)}"
 
 
 def _say_end(event: Event) -> str:

@@ -44,8 +44,23 @@ COUNTS = ("num_eval_examples", "num_eval_tokens", "num_generated", "num_classifi
 ALSO = "also:"
 """What begins the name of the loss on a further held-out text (`data.also_evaluate`)."""
 
+TOTALS: Mapping[str, bool] = MappingProxyType(
+    {
+        "num_examples": True,
+        "num_truncated": True,
+        "bytes_sent": True,
+        "bytes_received": True,
+        "bytes_of_files": True,
+        "peak_rss_bytes": True,
+        "wall_seconds": False,
+        "compute_seconds": False,
+    }
+)
+"""What a client tells of itself when it says goodbye, and whether it is a count."""
+
 _MAX_NAME = 80
 _MAX_COUNT = 1 << 53
+_MAX_LOSS = 1e12
 
 
 def perplexity(loss: float) -> float:
@@ -61,15 +76,33 @@ def objection(measured: Measured) -> str:
             rule = "must be a count"
         elif name in MEASURES:
             highest = MEASURES[name].highest
-            is_fine = math.isfinite(value) and 0 <= value <= highest
+            is_fine = math.isfinite(value) and 0 <= value <= min(highest, _MAX_LOSS)
             rule = "must be a finite number from 0 on" if highest == math.inf else "must be from 0 to 1"
         elif name.startswith(ALSO) and len(name) <= _MAX_NAME:
-            is_fine, rule = math.isfinite(value) and value >= 0, "must be a finite loss"
+            is_fine, rule = 0 <= value <= _MAX_LOSS, "must be a finite loss"
         else:
             return f"a measure {name!r:.40}, which is none of {', '.join([*MEASURES, *COUNTS])}"
         if not is_fine:
             return f"{name:.40} = {value}, which {rule}"
     return ""
+
+
+def objection_to_totals(totals: Mapping[str, float]) -> str:
+    """Say which of a client's totals is none that it has at its end, "" if all are; any may be missing."""
+    for name, value in totals.items():
+        if name not in TOTALS:
+            return f"a total {name!r:.40}, which is none of {', '.join(TOTALS)}"
+        if not 0 <= value <= _MAX_COUNT or (TOTALS[name] and not value.is_integer()):
+            return f"{name} = {value}, which must be a {'count' if TOTALS[name] else 'finite number from 0 on'}"
+    return ""
+
+
+def totals_of(told: Mapping[str, float]) -> dict[str, float | int | None]:
+    """Return all totals by name, counts as whole numbers; None where the client has told none."""
+    return {
+        name: None if name not in told else int(told[name]) if is_count else told[name]
+        for name, is_count in TOTALS.items()
+    }
 
 
 def federated(by_client: Mapping[str, Measured]) -> dict[str, dict[str, float | str]]:

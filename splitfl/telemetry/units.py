@@ -64,6 +64,9 @@ def format_weight(weight: float) -> str:
     return f"{weight:,.0f}" if weight == int(weight) else f"{weight:,.3f}"
 
 
-def printable(text: object) -> str:
-    """Replace control characters, so that a name or a reason from a peer cannot steer the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))
+def printable(text: object, most: int | None = None) -> str:
+    """Replace control characters, so that a name or a reason from a peer cannot steer the terminal.
+
+    What is longer than `most` characters is cut off there.
+    """
+    return "".join(character if character.isprintable() else "?" for character in str(text)[:most])

@@ -20,6 +20,9 @@ def terms_of(run: RunConfig, cut: Cut) -> Terms:
         max_in_flight=run.link.max_in_flight,
         max_packed_examples=MAX_PACKED_EXAMPLES if run.text.packing or run.has_own_loops else 0,
         micro_batches=0 if run.has_own_loops else federation.gradient_accumulation_steps,
+        rows_per_step=0
+        if run.has_own_loops
+        else federation.gradient_accumulation_steps * federation.per_device_train_batch_size,
         needs_backward=run.has_own_loops or run.backbone_trains or run.bottom_trains,
         num_trainable=0 if run.has_own_loops else len(cut.trainable("client")),
         layer_shapes=tuple(tuple(layer.shape) for layer in layers),

@@ -41,6 +41,7 @@ class Town:
         `ports` are where a client finds the server if not at its own.
         """
         self.folder = folder
+        self.model = model
         self.run_dir = folder / "runs" / "run"
         self.port = free_port()
         self.processes: dict[str, Forked] = {}

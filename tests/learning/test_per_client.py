@@ -21,7 +21,7 @@ from unsplit import backward
 from benchmarks.replay import quiet_replay
 from client_edge.data import Batch, TrainBatches, read_examples
 from server_backbone.replay import replay
-from splitfl.config import ClientConfig, DataSection, RunConfig
+from splitfl.config import ClientConfig, ClientSection, DataSection, RunConfig
 from splitfl.models.trainable import first_adapter_values
 from splitfl.telemetry.metrics import read_events
 
@@ -141,7 +141,7 @@ def batches_of(directory: Path, data: Path, client_id: str, run: RunConfig) -> T
     dataset = read_examples(
         data, section=DataSection(), tokenizer=tokenizer, max_seq_length=run.text.max_seq_length, append_eos=True
     )
-    return TrainBatches.of(dataset, run, client_id)
+    return TrainBatches.of(dataset, run, ClientSection(client_id=client_id))
 
 
 def differing(first: Trained, second: Trained) -> list[str]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from unsplit import backward
 
 from client_edge.data import TrainBatches, read_examples
-from splitfl.config import DataSection, RunConfig
+from splitfl.config import ClientSection, DataSection, RunConfig
 from splitfl.models.trainable import first_adapter_values
 
 STEPS = 5
@@ -152,7 +152,7 @@ def batches_of(directory: Path, data: Path, run: RunConfig) -> TrainBatches:
         max_seq_length=run.text.max_seq_length,
         append_eos=run.text.append_eos,
     )
-    return TrainBatches.of(dataset, run, "clinic")
+    return TrainBatches.of(dataset, run, ClientSection(client_id="clinic"))
 
 
 def losses_of(folder: Path) -> list[float]:

@@ -14,6 +14,7 @@ from splitfl.protocol.messages import (
     BackwardDone,
     Committed,
     Decode,
+    EndCache,
     Farewell,
     Forward,
     ForwardDone,
@@ -34,8 +35,9 @@ ACTIVATIONS = frames_of(2, 3, WIDTH)
 
 
 def snapshot(session: ServerSession) -> dict[str, str]:
-    """Return all of the state in a form that compares by content."""
-    return {name: repr(sorted(v) if isinstance(v, set) else v) for name, v in vars(session).items()}
+    """Return all of the state in a form that compares by content, but for how often something was said for nothing."""
+    state = {name: value for name, value in vars(session).items() if name != "_num_idle"}
+    return {name: repr(sorted(v) if isinstance(v, set) else v) for name, v in state.items()}
 
 
 def backward(request_id: int, **changed: Any) -> Backward:
@@ -200,7 +202,7 @@ LEGAL: dict[str, set[str]] = {
     "all_steps_done": {"Decode", "Upload", "Commit"},  # a repeated commit gets the recorded answer
     "merging": {"Commit"},
     "sitting_out": set(),
-    "gone": set(),
+    "gone": {"Goodbye"},  # whoever has not heard the farewell says it again
 }
 
 
@@ -253,7 +255,7 @@ class TestPhases:
         session.merged(merged())
         assert (session.phase, session.round_number) == (Phase.IDLE, 1)
         through_evaluation(session, 6)
-        assert session.receive(Goodbye(metrics={"x": 1.0})) is not None
+        assert session.receive(Goodbye(metrics={"num_examples": 1.0})) is not None
         assert (session.phase, session.num_in_flight) == (Phase.GONE, 0)
 
     @pytest.mark.parametrize("state", STATES)
@@ -272,7 +274,7 @@ class TestPhases:
     def test_a_report_is_taken_whenever_the_client_is_here(self, state: str) -> None:
         session = STATES[state]()
         before = snapshot(session)
-        report = Report(topic="loaded", phase="round", round_number=1, metrics={}, digest="")
+        report = Report(topic="loaded", phase="round", round_number=1, metrics={}, digest="0" * 64)
         if state == "gone":
             with pytest.raises(RemoteProtocolError, match="gone"):
                 session.receive(report)
@@ -282,7 +284,7 @@ class TestPhases:
 
     def test_reports_without_end_are_refused(self) -> None:
         session = STATES["ready"]()
-        report = Report(topic="loaded", phase="round", round_number=1, metrics={}, digest="")
+        report = Report(topic="loaded", phase="round", round_number=1, metrics={}, digest="0" * 64)
         for _ in range(64):
             session.receive(report)
         with pytest.raises(RemoteProtocolError, match="more than 64 reports in one round"):
@@ -651,6 +653,41 @@ class TestStepClosed:
         assert isinstance(session.last_commit, StepRefused)
         with pytest.raises(RemoteProtocolError, match="0 of 2 micro-batches"):
             session.receive(commit(2))
+
+
+class TestBounds:
+    def test_what_is_repeated_for_ever_is_refused(self) -> None:
+        session = committing()
+        for _ in range(256):
+            assert session.receive(commit(1)) is None
+        with pytest.raises(RemoteProtocolError, match="more than 256 messages in a row that repeat"):
+            session.receive(commit(1))
+        session.committed(acknowledged(1))
+        session.receive(decode(9))
+        assert isinstance(session.receive(commit(1)), Reply)  # it has said something else meanwhile
+
+    def test_as_many_caches_end_as_are_begun(self) -> None:
+        session = idle()
+        for number in range(64):
+            session.receive(EndCache(cache_id=number))
+        with pytest.raises(RemoteProtocolError, match="EndCache more often"):
+            session.receive(EndCache(cache_id=1))
+        session.receive(decode(1))
+        session.receive(EndCache(cache_id=1))
+
+    def test_a_step_in_smaller_pieces(self) -> None:
+        """As many micro-batches as a step has rows, but not more rows."""
+        session = ServerSession(terms(rows_per_step=4, max_in_flight=4))
+        session.receive(Ready(round_number=0, num_examples=5))
+        session.opened(opened())
+        one = {"hidden_BSD": frames_of(1, 3, WIDTH), "lengths_B": (3,)}
+        for number in range(3):
+            session.receive(forward(number + 1, 1, number, **one))
+        with pytest.raises(RemoteProtocolError, match="5 rows in step 1, where a step of this run has 4"):
+            session.receive(forward(4, 1, 3))
+        session.receive(forward(4, 1, 3, **one))
+        with pytest.raises(RemoteProtocolError, match="micro-batch 4 where 4 of 2, or of up to 4 smaller ones"):
+            session.receive(forward(5, 1, 4, **one))
 
 
 def test_rounds_end_for_a_client_that_waits_for_the_next_and_for_no_other() -> None:
