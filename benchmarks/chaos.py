@@ -539,7 +539,7 @@ MATERIALS = {
         outage_s=30.0,
         settings={
             "train": {"backbone_layers": 4},
-            "federation": {"per_device_train_batch_size": 2},
+            "federation": {"per_device_train_batch_size": 1},
             "text": {"max_seq_length": 128},
         },
         write_model=_smollm2,

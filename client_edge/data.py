@@ -131,6 +131,15 @@ def read_examples(
     return Dataset(examples=tuple(kept), num_truncated=num_truncated, num_dropped=num_read - len(kept))
 
 
+def check_examples(path: Path, section: DataSection, *, held_out: float = 0.0) -> None:
+    """Find what `read_examples` and `hold_out` would refuse, as far as no tokenizer is needed for it."""
+    num_records = 0
+    for record in read_file(path):
+        _check_fields(record, section, is_text=is_plain_text(path))
+        num_records += 1
+    _num_held_out(num_records, held_out)
+
+
 def read_preferences(path: Path, section: DataSection) -> list[dict[str, Any]]:
     """Read pairs of answers for TRL's `DPOTrainer`: `datasets.Dataset.from_list` takes what this returns.
 
@@ -376,16 +385,39 @@ def _encoded(record: Record, encoder: _Encoder, section: DataSection, *, is_text
         return encoder.encode_conversation(render(encoder.tokenizer, messages, record.where))
     if section.prompt_field in fields and section.completion_field in fields:
         return _encoded_pair(record, encoder, section)
+    raise _nothing_to_learn(record, section)
+
+
+def _nothing_to_learn(record: Record, section: DataSection) -> DataError:
+    fields = record.fields
     if set(_PREFERENCE) <= set(fields):
-        raise DataError(
+        return DataError(
             f"{record.where}: pairs of chosen and rejected answers are for TRL's DPOTrainer on a model from"
             " client_edge.connect (docs/data.md); splitfl client learns from text, messages, or prompt and completion"
         )
-    raise DataError(
+    return DataError(
         f"{record.where}: no field {section.text_field!r} or {section.messages_field!r}, nor both"
         f" {section.prompt_field!r} and {section.completion_field!r}; the fields there are: {name_fields(fields)}; set"
         " data.text_field, data.messages_field, or data.prompt_field and data.completion_field"
     )
+
+
+def _check_fields(record: Record, section: DataSection, *, is_text: bool) -> None:
+    """Raise as `_encoded` does for a record that has not what is learned."""
+    fields = record.fields
+    if is_text or section.text_field in fields:
+        _string(record, PLAIN_TEXT_FIELD if is_text else section.text_field)
+    elif section.messages_field in fields:
+        messages_in(_parsed(fields[section.messages_field]), record.where)
+    elif section.prompt_field in fields and section.completion_field in fields:
+        prompt, completion = (fields[name] for name in (section.prompt_field, section.completion_field))
+        if isinstance(prompt, list) and isinstance(completion, list):
+            messages_in([*prompt, *completion], record.where)
+        else:
+            _string(record, section.prompt_field)
+            _string(record, section.completion_field)
+    else:
+        raise _nothing_to_learn(record, section)
 
 
 def _encoded_pair(record: Record, encoder: _Encoder, section: DataSection) -> tuple[Example, bool]:
@@ -429,8 +461,7 @@ def _num_held_out(num_examples: int, fraction: float) -> int:
     if num_held_out >= num_examples:
         raise DataError(
             f"holding out {fraction} of {counted(num_examples, 'example')} leaves nothing to train on; add examples,"
-            " name"
-            " data.eval_path, or set data.eval_fraction to 0"
+            " name data.eval_path, or set data.eval_fraction to 0"
         )
     return num_held_out
 

@@ -1,6 +1,5 @@
 """One client's whole part in a run: what `splitfl client` does."""
 
-import collections
 import math
 import shutil
 import time
@@ -14,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from client_edge.data import Dataset, TrainBatches, hold_out, read_examples
+from client_edge.data import Dataset, TrainBatches, check_examples, hold_out, read_examples
 from client_edge.edge import Edge
 from client_edge.evaluation import Answerer, Evaluator, Exam, Tokenizer
 from client_edge.generation import FarGenerator
@@ -27,7 +26,6 @@ from splitfl.config import ClientConfig, RunConfig, differences
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, DataError, PeerGone, Refused, RemoteProtocolError, SplitflError
-from splitfl.federation.records import read_file
 from splitfl.models.foreign import foreign_tokenizer
 from splitfl.models.source import read_config
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded, Why
@@ -451,10 +449,12 @@ def _forget(folder: Path) -> None:
 
 
 def check_files(config: ClientConfig) -> None:
-    """Find files that are missing or malformed before anybody waits for us."""
-    for path in (config.data.path, config.data.eval_path, *config.data.also_evaluate.values()):
+    """Find files that are missing, malformed or of another form before anybody waits for us."""
+    data = config.data
+    check_examples(data.path, data, held_out=0.0 if data.eval_path is not None else data.eval_fraction)
+    for path in (data.eval_path, *data.also_evaluate.values()):
         if path is not None:
-            collections.deque(read_file(path), maxlen=0)  # all of it, keeping nothing
+            check_examples(path, data)
 
 
 def describe(text: Text, run: RunConfig) -> str:

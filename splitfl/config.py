@@ -93,6 +93,9 @@ SHA256_PATTERN = r"^[0-9a-f]{64}$"
 ALSO_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,57}$"
 MAX_ALSO = 16
 
+# A machine and a port, an IPv6 address in brackets.
+PROXY_PATTERN = r"^(\[[0-9A-Fa-f:.]+\]|[^\s:/]+):[0-9]{1,5}$"
+
 
 class Section(BaseModel):
     """A frozen group of settings; the sentence under each field is its documentation (docs/configuration.md)."""
@@ -616,7 +619,7 @@ class ClientSection(Section):
     """The run's model, if this machine has it or may have it from the hub: a directory or a hub id. Layers that are bit
     for bit the server's are taken from there; empty means that the server sends them."""
 
-    socks_proxy: str = ""
+    socks_proxy: str = Field("", pattern=r"^$|" + PROXY_PATTERN)
     """SOCKS5 proxy to reach the server through, as HOST:PORT; empty means none."""
 
     micro_batch_rows: int = Field(0, ge=0)
@@ -701,7 +704,9 @@ class Config(Section):
     @classmethod
     def load(cls, path: Path | None, overrides: Iterable[str] = ()) -> Self:
         """Read TOML, lay `section.key=value` strings over it; raise `ConfigError` naming the setting and the rule."""
-        return cls.from_tree(_read_tree(path, overrides, cls), source="--set" if path is None else str(path))
+        laid_over = tuple(overrides)
+        source = "--set" if path is None else f"{path} with --set" if laid_over else str(path)
+        return cls.from_tree(_read_tree(path, laid_over, cls), source=source)
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any], *, source: str) -> Self:
@@ -1047,7 +1052,12 @@ _WANTED = {
     "tuple_type": 'must be a list of texts, as in ["a", "b"]',
     "dict_type": "must be names and values, as in { name = value }",
 }
-_NAME_RULE = "must be 1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or a digit"
+# What a text must look like, by its pattern.
+_RULES = {
+    NAME_PATTERN: "must be 1 to 64 letters, digits, `.`, `_` or `-`, the first a letter or a digit",
+    SHA256_PATTERN: "must be 64 hexadecimal digits, or empty",
+    PROXY_PATTERN: "must be HOST:PORT, such as localhost:1080",
+}
 
 # Names that other programs have for our settings; the first one is meant that the tree at hand has.
 _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -1110,15 +1120,23 @@ def _explain_one(tree: type[Config], finding: Any) -> str:
             return _no_section(tree, where, finding["input"])
         case kind if kind in _WANTED:
             return f"{name} = {_as_toml(finding['input'])}: {_WANTED[kind]}"
-        case "string_pattern_mismatch" if NAME_PATTERN in finding["ctx"]["pattern"]:
-            return f"{name} = {finding['input']!r}: {_NAME_RULE}"
-        case "string_pattern_mismatch" if SHA256_PATTERN in finding["ctx"]["pattern"]:
-            return f"{name} = {finding['input']!r}: must be 64 hexadecimal digits, or empty"
+        case "string_pattern_mismatch" if rule := _RULES.get(finding["ctx"]["pattern"].removeprefix("^$|")):
+            return f"{name} = {finding['input']!r}: {rule}"
+        case "literal_error":
+            return f"{name} = {_as_toml(finding['input'])}: {_one_of(finding)}"
     message = finding["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if finding["type"] == "value_error":
         return f"{name}: {message}" if name else message
     return f"{name} = {_as_toml(finding['input'])}: {message}"
+
+
+def _one_of(finding: Any) -> str:
+    """Say what is known, and what was meant if it was nearly that."""
+    known, given = finding["ctx"]["expected"], str(finding["input"]).lower()
+    names = {name.lower(): name for name in re.findall("'([^']*)'", known)}
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    return f"must be {known}" + (f"; did you mean {names[close[0]]!r}?" if close else "")
 
 
 def _no_section(tree: type[Config], where: Sequence[str], value: object) -> str:

@@ -21,7 +21,12 @@ import os
 from pathlib import Path
 from typing import ClassVar, Self
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = (
+    ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    ((errno.EACCES, errno.EPERM), "choose a folder that this user may write to"),
+    ((errno.ENOTDIR, errno.EEXIST), "choose another folder, since a file has that name"),
+)
+_SEE_TO_THE_DISK = "see that the disk is mounted, writable and sound"
 
 
 class SplitflError(Exception):
@@ -105,5 +110,5 @@ class StorageError(SplitflError):
             free = f"{os.statvfs(where).f_bavail * os.statvfs(where).f_frsize / 2**20:,.0f} MiB free"
         except OSError:
             free = "free space unknown"
-        remedy = "make room" if error.errno in _FULL else "see that the disk is mounted, writable and sound"
+        remedy = next((text for numbers, text in _REMEDIES if error.errno in numbers), _SEE_TO_THE_DISK)
         return cls(f"{path}: {error.strerror} ({free}): {remedy}, then start the same command again")

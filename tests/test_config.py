@@ -181,6 +181,7 @@ class TestKindsOfValues:
             ('train.embeddings = "yes"', "train.embeddings = 'yes': must be true or false"),
             ("server.device = 0", "server.device = 0: must be text"),
             ('lora.target_modules = "q_proj"', "lora.target_modules = 'q_proj': must be a list"),
+            ('federation.strategy = "fedavg"', "federation.strategy = 'fedavg': must be 'FedAvg', "),
             ('server.run_id = "a/b"', "server.run_id = 'a/b': must be 1 to 64 letters, digits"),
         ],
     )
@@ -188,6 +189,21 @@ class TestKindsOfValues:
         path = written(tmp_path / "run.toml", f'model.model_name_or_path = "llama"\n{line}\n')
         with pytest.raises(ConfigError, match=re.escape(f"run.toml: {rule}")):
             ServerConfig.load(path)
+
+    def test_what_was_nearly_written_is_named(self) -> None:
+        with pytest.raises(ConfigError, match=r"or 'NormClippedMean'; did you mean 'FedAvg'\?$"):
+            loaded("federation.strategy=fedavg")
+
+    def test_a_proxy_is_a_host_and_a_port(self) -> None:
+        with pytest.raises(ConfigError, match=r"client\.socks_proxy = 'foo': must be HOST:PORT"):
+            ClientConfig.load(None, ["client.client_id=a", "client.socks_proxy=foo"])
+        for proxy in ("localhost:1080", "10.0.0.1:9050", "[::1]:1080"):
+            assert ClientConfig.load(None, ["client.client_id=a", f"client.socks_proxy={proxy}"]).client.socks_proxy
+
+    def test_the_error_says_that_there_are_overrides(self, tmp_path: Path) -> None:
+        path = written(tmp_path / "run.toml", 'model.model_name_or_path = "x"\n')
+        with pytest.raises(ConfigError, match=r"run\.toml with --set: seed = -1"):
+            ServerConfig.load(path, ["seed=-1"])
 
     def test_a_whole_number_is_a_number(self) -> None:
         assert loaded("lora.alpha=4").lora.alpha == 4.0

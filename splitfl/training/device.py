@@ -12,5 +12,7 @@ def open_device(name: str, setting: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{setting} = {name!r} cannot be used here: {reason}") from None
+        raise ConfigError(
+            f"{setting} = {name!r} cannot be used here; write cpu, cuda, cuda:1 or mps: {reason[:120]}"
+        ) from None
     return device

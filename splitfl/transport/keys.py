@@ -254,7 +254,8 @@ def _check_private(path: Path, widest: int) -> None:
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; make a key pair with `splitfl keygen`") from None
+        folder = path if path.name != SECRET_FILE else path.parent
+        raise ConfigError(f"{path}: no such file; make a key pair with `splitfl keygen {folder}`") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if mode & ~widest:

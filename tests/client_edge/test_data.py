@@ -9,7 +9,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from client_edge.data import Batch, Dataset, Example, TrainBatches, collate, eval_batches, hold_out, read_examples
+from client_edge.data import (
+    Batch,
+    Dataset,
+    Example,
+    TrainBatches,
+    check_examples,
+    collate,
+    eval_batches,
+    hold_out,
+    read_examples,
+)
 from splitfl.config import DataSection
 from splitfl.errors import ConfigError, DataError
 
@@ -316,3 +326,35 @@ def test_evaluation_takes_each_example_once_short_ones_first() -> None:
     assert [numbers_in(batch) for batch in batches] == [[1, 3], [2, 4], [0]]
     assert [batch.lengths_B for batch in batches] == [(2, 2), (5, 7), (9,)]
     assert list(eval_batches(Dataset(examples=()), 2)) == []
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": 3},
+        {"body": SECRET},
+        {"prompt": SECRET},
+        {"prompt": SECRET, "completion": 1},
+        {"messages": SECRET},
+        {"messages": [{"role": "assistant"}]},
+        {"chosen": SECRET, "rejected": SECRET},
+    ],
+)
+def test_what_cannot_be_learned_is_found_without_a_tokenizer(
+    record: dict[str, object], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "fine"}, record)
+    with pytest.raises(DataError) as later:
+        read(path, tokenizer)
+    with pytest.raises(DataError) as at_once:
+        check_examples(path, DataSection(path=path))
+    assert str(at_once.value) == str(later.value)
+    assert "line 2" in str(at_once.value)
+    assert SECRET not in str(at_once.value)
+
+
+def test_text_of_which_nothing_would_be_left_is_found_without_a_tokenizer(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "all there is"})
+    with pytest.raises(DataError, match=r"holding out 0\.1 of 1 example leaves nothing to train on; add examples, "):
+        check_examples(path, DataSection(path=path), held_out=0.1)
+    check_examples(path, DataSection(path=path))
