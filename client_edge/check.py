@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from client_edge.data import TrainBatches, padding_share
 from client_edge.link import Link
 from client_edge.received import fetch_description
@@ -28,7 +30,7 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield Finding(topic="config", sentences=(f"{path} is a client's: {config.client.client_id}.",))
     check_files(config)
     yield Finding(topic="files", sentences=(f"{config.data.path} can be read, and so can the held-out files.",))
-    link = Link(config.client)
+    link = Link(config.client, tell=_tell, is_patient=False)
     link.leaving = "has only looked (splitfl check)"
     try:
         yield _server(link)
@@ -44,6 +46,10 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield wire_of(link.run, terms_of(link.run, cut))
     yield memory_of(Part.of(cut, "client", link.run.optimizer), "This client holds", topic="memory")
     yield sight_of(link.run)
+
+
+def _tell(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
 def _server(link: Link) -> Finding:

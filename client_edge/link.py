@@ -61,6 +61,7 @@ from splitfl.session.client import ClientSession
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.transport.keys import read_enrolment, read_key_pair
+from splitfl.transport.reach import NOBODY_THERE
 from splitfl.transport.security import ClientSecurity
 from splitfl.transport.zeromq import ConnectionLost, Endpoint, HandshakeFailed, Traffic
 
@@ -70,6 +71,9 @@ M = TypeVar("M", bound=Message)
 
 # How long a wait lasts at most before it looks whether a stop was asked for.
 _POLL_S = 0.2
+# When a client says for the first time what it is trying, and when a check takes silence for nobody.
+_TRYING_AFTER_S = 1.0
+_HOPELESS_AFTER_S = 3.0
 # A server that lives answers a Hello at once; a new connection is tried after this.
 _JOIN_AGAIN_S = 10.0
 _RETRY_LEAST_S = 0.1
@@ -172,10 +176,18 @@ class Heartbeat:
 class Link:
     """One client's session with its server, over one connection after another. Use from one thread."""
 
-    def __init__(self, client: ClientSection, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        client: ClientSection,
+        stop: StopRequest | None = None,
+        *,
+        tell: Callable[[str], None] = log.warning,
+        is_patient: bool = True,
+    ) -> None:
         """Connect and join; raise `Refused`, or `PeerGone` when nobody answers in time.
 
-        Every wait raises `Stopped` soon after a `stop` is asked for.
+        `tell` gets a sentence while nobody answers; without patience that nobody listens is the end of it. Every wait
+        raises `Stopped` soon after a `stop` is asked for.
         """
         self._client = client
         self.stop = stop or StopRequest()
@@ -189,6 +201,8 @@ class Link:
         self._terms_of: Callable[[RunConfig], Terms] | None = None
         self._earlier = Traffic()
         self._setbacks = Setbacks()
+        self._tell, self._is_patient = tell, is_patient
+        self._say_trying_s = time.monotonic() + _TRYING_AFTER_S
         self.is_closed = False
         self.leaving = ""
         """Why we go before the end, to be told to the server; "" when we do not."""
@@ -213,7 +227,7 @@ class Link:
         """Join for the first time; a connection that breaks while it is made, or is silent, is made again."""
         timeout_s = self._client.connect_timeout
         deadline_s = time.monotonic() + timeout_s
-        failed_handshakes = 0
+        failed_handshakes, reason = 0, ""
         while (left_s := deadline_s - time.monotonic()) > 0:
             try:
                 welcome, run = self._join_as_wanted(min(left_s, _JOIN_AGAIN_S))
@@ -224,11 +238,24 @@ class Link:
                     raise
             except (ConnectionLost, _NoAnswer) as gone:
                 log.info("joining again: %s", gone)
+                reason = str(gone)
+                self._say_trying(reason)
+                if not self._is_patient and isinstance(gone, ConnectionLost):
+                    break
             self.stop.sleep(_RETRY_LEAST_S)
+        tried = f" after {timeout_s:g} s of trying to connect" if self._is_patient else ""
         raise PeerGone(
-            f"no answer from {self.address} after {timeout_s:g} s of trying to connect ({self._endpoint.finding()}): is"
-            " the server running, and is this its address?"
+            f"no answer from {self.address}{tried} ({reason}): is the server running, and is this its address?"
         )
+
+    def _say_trying(self, found: str = "") -> None:
+        """Say what is tried when the first answer takes long, and what is known of it."""
+        if time.monotonic() < self._say_trying_s:
+            return
+        self._say_trying_s = time.monotonic() + _WAITING_EVERY_S
+        found = found or self._endpoint.finding()
+        what = f"nobody listens at {self.address} yet" if found == NOBODY_THERE else f"{self.address}: {found}"
+        self._tell(f"{what}; trying for up to {self._client.connect_timeout:g} s")
 
     @property
     def is_encrypted(self) -> bool:
@@ -554,7 +581,7 @@ class Link:
         try:
             frames = self._first_answer(timeout_s)
             if frames is None:
-                raise _NoAnswer(f"no answer from {self.address} for {timeout_s:.3g} s ({self._endpoint.finding()})")
+                raise _NoAnswer(f"{self._endpoint.finding()}, for {timeout_s:.3g} s")
             self._data_received = _payload(frames)
             match heard(frames, max_frame_bytes=self._bounds.frame_bytes):
                 case Welcome() as welcome:
@@ -569,13 +596,20 @@ class Link:
             raise
 
     def _first_answer(self, timeout_s: float) -> list[memoryview] | None:
-        deadline_s = time.monotonic() + timeout_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
+        begun_s = time.monotonic()
+        while (left_s := begun_s + timeout_s - time.monotonic()) > 0:
             self.stop.check()
-            frames = self._endpoint.recv(min(left_s, _POLL_S))
+            frames = self._endpoint.recv(min(left_s, _POLL_S if self._is_patient else _POLL_S / 4))
             if frames is not None:
+                self._say_trying_s = math.inf
                 return frames
+            self._say_trying()
+            if not self._is_patient and self._is_hopeless(time.monotonic() - begun_s):
+                raise ConnectionLost(self._endpoint.finding())
         return None
+
+    def _is_hopeless(self, waited_s: float) -> bool:
+        return self._endpoint.is_refused or (not self._endpoint.is_reached and waited_s > _HOPELESS_AFTER_S)
 
     def _send(self, message: Message) -> None:
         frames = codec.encode(message)

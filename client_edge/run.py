@@ -64,7 +64,7 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
     device = open_device(config.client.device, "client.device")
     console = Console(stderr=True, soft_wrap=True)
     with ExitStack() as stack:
-        link = stack.enter_context(_joined(config, stop))
+        link = stack.enter_context(_joined(config, stop, tell=lambda text: _say(console, config, text)))
         link.on_lost = lambda text: _say(console, config, text)
         run = link.run
         if run.has_own_loops:
@@ -422,9 +422,9 @@ def _where_it_goes_on(step: int, run: RunConfig, *, resumes: bool) -> str:
 
 
 @contextmanager
-def _joined(config: ClientConfig, stop: StopRequest) -> Iterator[Link]:
+def _joined(config: ClientConfig, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[Link]:
     """Join, and say why when we leave before the end."""
-    link = Link(config.client, stop)
+    link = Link(config.client, stop, tell=tell)
     link.leaving = "stopped without a reason"
     try:
         yield link

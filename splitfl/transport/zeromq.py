@@ -35,6 +35,7 @@ from splitfl.protocol.messages import Buffer, Why
 from splitfl.transport.address import check_address
 from splitfl.transport.framing import Framing
 from splitfl.transport.keys import KeyPair
+from splitfl.transport.reach import NOBODY_THERE, greets, why_unreachable
 from splitfl.transport.security import ClientSecurity, Doorkeeper, ServerSecurity, secure_client, secure_server
 from splitfl.transport.watch import Cut, Watch, is_supported
 
@@ -48,14 +49,20 @@ _BACKLOG = 1024
 # A server that does not complete this many handshakes in a row, for this long, will not.
 _MAX_HANDSHAKES = 3
 _HANDSHAKES_S = 4.0
-_GREETING_S = 1.0
 _EVENTS = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_DISCONNECTED
 )
+
+
+# Sockets that libzmq cannot close without ending the process; they try nothing any more.
+_left_open: list["zmq.Socket[bytes]"] = []
 
 
 class Traffic:
@@ -340,10 +347,15 @@ class Endpoint(_Socket):
         security: ClientSecurity | None = None,
         socks_proxy: str = "",
     ) -> None:
-        """Connect; this succeeds whether or not somebody listens there, so wait for an answer with a deadline."""
+        """Connect; this succeeds whether or not somebody listens there, so wait for an answer with a deadline.
+
+        Through a proxy it does not: `ConnectionLost` says what the proxy answers.
+        """
         check_address(address, has_keys=security is not None)
         if address.startswith("tcp") and address.endswith(":*"):
             raise TransportError(f"address {address!r}: a client needs the server's port")
+        if socks_proxy and (reason := why_unreachable(address, socks_proxy)):
+            raise ConnectionLost(f"{address}: {reason}")
         super().__init__(
             zmq.DEALER,
             context=zmq.Context.instance(),
@@ -353,18 +365,21 @@ class Endpoint(_Socket):
         )
         self.address = address
         self._has_keys = security is not None
+        self._is_behind_proxy = bool(socks_proxy)
         self._is_direct = address.startswith("tcp") and not socks_proxy
         self._thread = threading.get_ident()
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        # through a proxy one try: libzmq may not try again what it could not close (see `reach`)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1 if socks_proxy else 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         if security is not None and not address.startswith("inproc"):
             secure_client(self._socket, security)
         if socks_proxy:
             self._socket.setsockopt_string(zmq.SOCKS_PROXY, socks_proxy)
         self._is_connected = False
+        self._is_reached = self._is_refused = self._may_not_close = False
         self._failed_handshakes = 0
         self._first_failure_s = 0.0
-        self._finding = "nobody listens there"
+        self._finding = NOBODY_THERE
         self._monitor = self._socket.get_monitor_socket(_EVENTS) if not address.startswith("inproc") else None
         if self._monitor is not None:
             self._poller.register(self._monitor, zmq.POLLIN)
@@ -375,8 +390,22 @@ class Endpoint(_Socket):
             raise TransportError(f"address {address!r}: {error.strerror}") from None
 
     def finding(self) -> str:
-        """Say in words what is known of the connection."""
+        """Say in words what is known of the connection; may take two seconds to find out."""
+        if not self._is_reached and self._is_direct:
+            return why_unreachable(self.address) or self._finding
         return self._finding
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the last attempt at a connection has failed, so that trying again is all that is left."""
+        self._follow_monitor()
+        return self._is_refused
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether somebody has ever taken the connection."""
+        self._follow_monitor()
+        return self._is_reached
 
     def send(self, frames: Sequence[Buffer]) -> None:
         """Queue a message; raise `PeerGone` when the queue is full because nobody reads, or the connection broke."""
@@ -421,6 +450,14 @@ class Endpoint(_Socket):
 
     def _follow(self, event: int) -> None:
         match event:
+            case zmq.EVENT_CONNECTED:
+                self._is_reached, self._is_refused = True, False
+                self._finding = "something takes connections there and has not answered yet"
+            case zmq.EVENT_CONNECT_RETRIED if not self._is_reached:
+                self._is_refused = True
+            case zmq.EVENT_CLOSED if not self._is_reached and self._is_behind_proxy:
+                self._may_not_close = True
+                raise ConnectionLost(f"{self.address}: the connection through the SOCKS proxy could not be made")
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._is_connected, self._finding = True, "connected"
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -443,7 +480,7 @@ class Endpoint(_Socket):
         if not self._failed_handshakes:
             self._first_failure_s = now_s
         self._failed_handshakes += 1
-        if self._is_direct and self._failed_handshakes >= _MAX_HANDSHAKES and not _greets(self.address):
+        if self._is_direct and self._failed_handshakes >= _MAX_HANDSHAKES and not greets(self.address):
             self._failed_handshakes = 0
             self._finding = "something takes connections there, such as a proxy, but no server answers behind it"
             return
@@ -463,6 +500,9 @@ class Endpoint(_Socket):
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._monitor = None
+        if getattr(self, "_may_not_close", False):
+            _left_open.append(self._socket)
+            return
         super().close(linger_s=linger_s)
 
     def _check_thread(self) -> None:
@@ -516,16 +556,6 @@ def _for_ipv6(sock: "zmq.Socket[bytes]", address: str) -> str:
     if address.startswith("tcp://["):
         sock.setsockopt(zmq.IPV6, 1)
     return address.replace("tcp://localhost:", "tcp://127.0.0.1:")
-
-
-def _greets(address: str) -> bool:
-    """Tell whether ZeroMQ answers at an address: a ZMTP greeting begins with FF and 8 bytes more, then 7F (RFC 37)."""
-    host, _, port = address.removeprefix("tcp://").rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_GREETING_S) as probe:
-            return probe.recv(10, socket.MSG_WAITALL)[9:] == b"\x7f"
-    except OSError:
-        return False
 
 
 def _someone_listens(path: str) -> bool:

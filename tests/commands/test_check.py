@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from splitfl.durability.store import Store
 from splitfl.errors import DataError, ModelError, PeerGone, TransportError
 from splitfl.telemetry.metrics import read_events
 from splitfl.transport.keys import authorize, keygen
+from splitfl.transport.reach import why_unreachable
 
 
 @pytest.fixture
@@ -72,6 +74,14 @@ def client_file(folder: Path, address: str, data: Path, name: str = "looker") ->
         """
     )
     return path
+
+
+def until_it_listens(address: str) -> None:
+    """Wait for a server: a check does not."""
+    deadline = time.monotonic() + 30
+    while why_unreachable(address):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def is_in_middle(name: str) -> bool:
@@ -229,6 +239,7 @@ class TestClient:
         errors: list[Exception] = []
 
         def look() -> None:
+            until_it_listens(address)
             try:
                 for name in ("looker", "clinic"):  # a stranger, and one with the name of a client that trains
                     findings = check_client(client_file(tmp_path, address, data, name), ())
@@ -306,6 +317,7 @@ class TestClient:
         found: dict[str, Any] = {}
 
         def look() -> None:
+            until_it_listens(address)
             found.update(
                 {each.topic: each for each in check_client(client_file(tmp_path, address, data, "clinic"), ())}
             )

@@ -170,7 +170,7 @@ class TestSeveralClients:
 class TestRuns:
     def test_of_rounds_are_not_for_loops(self, host: Start) -> None:
         server = host(federation={"num_rounds": 1})
-        with pytest.raises(ConfigError, match="serves a run of 1 rounds: take part in it with `splitfl client`"):
+        with pytest.raises(ConfigError, match="serves a run of 1 round: take part in it with `splitfl client`"):
             server.connect()
 
     def test_without_rounds_are_not_for_the_command(self, host: Start, tmp_path: Path) -> None:

@@ -48,8 +48,17 @@ class Relay:
 class Cutter:
     """Stands before a port of loopback, forwards every connection, and cuts it once so many bytes went one way."""
 
-    def __init__(self, port: int, *, up_bytes: int = 1 << 60, down_bytes: int = 1 << 60) -> None:
+    def __init__(
+        self,
+        port: int,
+        *,
+        up_bytes: int = 1 << 60,
+        down_bytes: int = 1 << 60,
+        greet: Callable[[socket.socket], None] = lambda _: None,
+    ) -> None:
+        """`greet` talks to whoever connects before the rest is forwarded."""
         self._target = port
+        self._greet = greet
         self._left = {"up": up_bytes, "down": down_bytes}
         self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port = int(self._server.getsockname()[1])
@@ -65,6 +74,7 @@ class Cutter:
 
     def _forward(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._target)) as server:
+            self._greet(client)
             back = threading.Thread(target=self._pump, args=(server, client, self._left["down"]), daemon=True)
             back.start()
             self._pump(client, server, self._left["up"])

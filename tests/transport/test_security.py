@@ -14,7 +14,7 @@ import psutil
 import pytest
 import zmq
 from conftest import free_port
-from transport.relay import Relay
+from transport.relay import Cutter, Relay
 
 from benchmarks.proxy import ChaosProxy
 from splitfl.errors import PeerGone, Refused, TransportError
@@ -276,13 +276,36 @@ def test_a_client_behind_a_socks_proxy(office: Office) -> None:
         asked.append(client.recv(client.recv(1)[0] + 2))
         client.sendall(b"\x05\x00\x00\x01" + bytes(6))
 
-    proxy = Relay(int(office.listener.address.rsplit(":", 1)[1]), greet=greet)
+    proxy = Cutter(int(office.listener.address.rsplit(":", 1)[1]), greet=greet)
     far = {"address": "tcp://gpu-box.example:5555", "socks_proxy": f"127.0.0.1:{proxy.port}"}
     with office.endpoint(office.client("clinic-a"), **far) as endpoint:
         endpoint.send([b"x"])
         assert hears(office.listener) is not None
     proxy.close()
-    assert asked == [b"gpu-box.example" + struct.pack(">H", 5555)]
+    assert asked == [b"gpu-box.example" + struct.pack(">H", 5555)] * 2  # tried once before ZeroMQ may
+
+
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        (b"\x05\xff", "it is no SOCKS5 proxy, or wants a password"),
+        (b"\x05\x00\x05\x05\x00\x01" + bytes(6), "it does not reach the server: nobody listens there"),
+        (b"\x05\x00", "it has hung up"),
+    ],
+)
+def test_a_socks_proxy_that_does_not_help(office: Office, answers: bytes, says: str) -> None:
+    def greet(client: socket.socket) -> None:
+        client.recv(3)
+        client.sendall(answers[:2])
+        client.recv(64)
+        client.sendall(answers[2:])
+        raise ConnectionAbortedError
+
+    proxy = Cutter(int(office.listener.address.rsplit(":", 1)[1]), greet=greet)
+    far = {"address": "tcp://gpu-box.example:5555", "socks_proxy": f"127.0.0.1:{proxy.port}"}
+    with pytest.raises(PeerGone, match=says):
+        office.endpoint(office.client("clinic-a"), **far)
+    proxy.close()
 
 
 @pytest.mark.parametrize("has_keys", [True, False])
