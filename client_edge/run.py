@@ -22,6 +22,7 @@ from client_edge.link import Link
 from client_edge.loop import Step, report_layers, train
 from client_edge.received import fetch_description, fetch_layers, first_layers
 from client_edge.run_folder import RUN_FILE, STATE_DIR, check_run, write_run
+from client_edge.totals import Totals, totals_before
 from splitfl.config import ClientConfig, RunConfig, differences
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
@@ -104,6 +105,7 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
         history = stack.enter_context(
             History(folder, is_on=config.client.history, role="client", client_id=config.client.client_id)
         )
+        earlier = totals_before(folder / "metrics.jsonl")
         metrics = stack.enter_context(MetricsLog(folder / "metrics.jsonl"))
         display = stack.enter_context(Display(console))
         metrics.listen(display)
@@ -125,6 +127,7 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
             evaluator,
             metrics,
             begun_s,
+            earlier=earlier,
             first_layers=lambda: first_layers(link, config.client, cut),
         )
         stop.raises = False  # from here on much can be half done
@@ -132,7 +135,8 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
             part.run()
         except Stopped:
             journal.stopped()
-            _say(console, config, _where_it_goes_on(journal.place.step + 1, run, resumes=resumes))
+            part.stopped()
+            _say(console, config, _where_it_goes_on(journal.place.step + 1, link.run, resumes=resumes))
             raise
     _say(console, config, f"done; this client's own metrics are in {folder}")
     return folder
@@ -160,9 +164,11 @@ class Participation:
         metrics: MetricsLog,
         begun_s: float,
         *,
+        earlier: Totals,
         first_layers: Callable[[], Mapping[str, Tensor]],
     ) -> None:
-        """`first_layers` are what trains here, as it is before the first step."""
+        """`earlier` is what processes before this one have taken, `first_layers` what trains here before any step."""
+        self._earlier = earlier
         self._first_layers = first_layers
         self._client_id = config.client.client_id
         self._device = config.client.device
@@ -364,16 +370,25 @@ class Participation:
         totals = {
             "num_examples": len(self._text.train),
             "num_truncated": self._text.train.num_truncated,
-            "bytes_sent": self._link.bytes_sent,
-            "bytes_received": self._link.bytes_received,
-            "bytes_of_files": self._link.bytes_of_files,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "wall_seconds": time.monotonic() - self._begun_s,
-            "compute_seconds": self._edge.compute.seconds,
+            **self._earlier.and_then(self._totals()).as_fields(),
         }
         self._has_said_goodbye = True
         self._link.goodbye({name: float(value) for name, value in totals.items()})
         self._emit("client_done", **totals)
+
+    def stopped(self) -> None:
+        """Write what this process has taken, for the one that goes on."""
+        self._emit("client_stopped", step=self._journal.place.step, **self._totals().as_fields())
+
+    def _totals(self) -> Totals:
+        return Totals(
+            bytes_sent=self._link.bytes_sent,
+            bytes_received=self._link.bytes_received,
+            bytes_of_files=self._link.bytes_of_files,
+            peak_rss_bytes=peak_rss_bytes(),
+            wall_seconds=time.monotonic() - self._begun_s,
+            compute_seconds=self._edge.compute.seconds,
+        )
 
     def _emit(self, event: str, **fields: Any) -> None:
         self._metrics.emit(event, client_id=self._client_id, **fields)

@@ -189,7 +189,7 @@ def _train(
     address = f"tcp://127.0.0.1:{free_port()}"
     failed: dict[str, str] = {}
 
-    with Fleet(folder=run_dir / "processes", shows_server=shows_server) as fleet:
+    with Fleet(folder=run_dir / "processes", shows_server=shows_server, stop=plan.arguments.stop) as fleet:
 
         def note_exit(name: str, code: int) -> None:
             if code != 0:

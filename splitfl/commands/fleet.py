@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ from typing import IO, Any, Self
 import tomlkit
 
 from splitfl.errors import Incomplete
+from splitfl.stopping import StopRequest
 from splitfl.telemetry.memory import pss_bytes
 
 _POLL_S = 0.5
@@ -36,6 +39,8 @@ class Fleet:
     """Threads of the server, which does most of the work: all there are."""
     shows_server: bool = True
     """Whether the server's display is this command's; otherwise it goes to a log."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Whether the command is asked to stop: then the processes are, and end in order."""
     pids: dict[str, int] = field(default_factory=dict, init=False)
     peak_pss_bytes: int = field(default=0, init=False)
     """Most memory all processes held at once, shared pages counted once (PSS; RSS where there is none)."""
@@ -43,13 +48,20 @@ class Fleet:
     def __post_init__(self) -> None:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs: dict[str, IO[bytes]] = {}
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as undo:
+            undo.enter_context(_only_noted(self.stop))
+            undo.enter_context(_until_hangup(self.stop))
+            self.stop.at_once.append(self._kill)
+            undo.callback(self.stop.at_once.remove, self._kill)
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _t: TracebackType | None
+        self, kind: type[BaseException] | None, _error: BaseException | None, _t: TracebackType | None
     ) -> None:
         """End whatever still runs: first asked, then made to."""
         for ask in (signal.SIGTERM, signal.SIGKILL):
@@ -59,9 +71,22 @@ class Fleet:
             _wait_for(running, _PARTING_S)
         for log in self._logs.values():
             log.close()
+        self._undo.close()
+        if kind is None:
+            self.stop.check()
+
+    def _kill(self) -> None:
+        for process in list(self._processes.values()):
+            if process.returncode is None:
+                process.kill()
 
     def start(self, name: str, module: str, settings: Mapping[str, Any]) -> None:
-        """Start a role with these settings."""
+        """Start a role with these settings.
+
+        It is in a process group of its own: a terminal's Ctrl-C is for this command, which then asks its processes to
+        end, and would else be a second signal to them, which ends them at once.
+        """
+        self.stop.check()
         config = self.folder / f"{name}.toml"
         config.write_text(tomlkit.dumps(settings), encoding="utf-8")
         output: IO[bytes] | None = None
@@ -72,6 +97,7 @@ class Fleet:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
+            process_group=0,
             env={**os.environ, **_threads(self.server_threads if name == "server" else self.num_threads)},
         )
         self.pids[name] = self._processes[name].pid
@@ -87,7 +113,7 @@ class Fleet:
                     on_exit(name, code)
                     if name == "server" and code != 0:
                         raise Incomplete(f"the server ended with exit code {code}; {self.last_words('server')}")
-            time.sleep(_POLL_S)
+            self.stop.sleep(_POLL_S)
 
     def last_words(self, name: str) -> str:
         """Return the last line of a process's log."""
@@ -98,6 +124,30 @@ class Fleet:
     def _measure(self) -> None:
         total = pss_bytes(os.getpid()) + sum(map(pss_bytes, self.pids.values()))
         self.peak_pss_bytes = max(self.peak_pss_bytes, total)
+
+
+@contextmanager
+def _only_noted(stop: StopRequest) -> Iterator[None]:
+    """Have no exception come in the middle of a start, after which nobody would know the process."""
+    before, stop.raises = stop.raises, False
+    try:
+        yield
+    finally:
+        stop.raises = before
+
+
+@contextmanager
+def _until_hangup(stop: StopRequest) -> Iterator[None]:
+    """Take a closed terminal for a stop: it ends this command's process group alone."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield  # nohup, or somebody else's affair
+        return
+    signal.signal(signal.SIGHUP, lambda _number, _frame: stop.ask(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def free_port() -> int:

@@ -75,7 +75,10 @@ def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
     failed = []
     with Fleet(
-        folder=run_dir / "processes", num_threads=arguments.num_threads, shows_server=not arguments.json
+        folder=run_dir / "processes",
+        num_threads=arguments.num_threads,
+        shows_server=not arguments.json,
+        stop=arguments.stop,
     ) as fleet:
 
         def note_exit(name: str, code: int) -> None:

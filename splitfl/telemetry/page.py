@@ -65,7 +65,9 @@ def _date(report: Report) -> str | None:
 def _unfinished(report: Report) -> str:
     if report["complete"]:
         return ""
-    return '<p class="banner">This run did not finish. The numbers below are what was known when it stopped.</p>'
+    why = f" It was {_text(report['stopped'])}." if report.get("stopped") else ""
+    known = "The numbers below are what was known when it stopped."
+    return f'<p class="banner">This run did not finish.{why} {known}</p>'
 
 
 def _cards(report: Report) -> list[str]:

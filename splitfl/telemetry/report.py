@@ -31,14 +31,16 @@ def build_report(events: Sequence[Event]) -> Report:
     that were evaluated before while none was after.
     """
     started = _last(events, "run_started")
-    finished = _end_of(events)
+    lives = _lives(events)
+    finished = _last(lives[-1] if lives else (), "run_finished")  # a run may end, and be prolonged
     clients = [_client(client_id, events) for client_id in _client_ids(events)]
     merges = [_merge(event, events) for event in _latest(events, "merged", "round")]
     before, after = _mean_losses(clients)
     return {name: started.get(name) for name in _STARTED_FIELDS} | {
         "complete": bool(finished.get("complete", False)),
         "date": _date(events),
-        "wall_seconds": finished.get("wall_seconds", _seconds_seen(events)),
+        "stopped": None if finished else _last(lives[-1] if lives else (), "run_stopped").get("reason"),
+        "wall_seconds": _wall_seconds(lives),
         "num_rounds": sum(merge["accepted"] for merge in merges),
         "num_rounds_planned": started.get("num_rounds"),
         "steps": _num_commits(events, started.get("server_mode")),
@@ -48,8 +50,8 @@ def build_report(events: Sequence[Event]) -> Report:
         "eval_loss_after": after,
         "federated": _federated(events),
         "clients": clients,
-        "server": {name: finished.get(name) for name in _SERVER_FIELDS},
-        "copies": _copies(started, finished),
+        "server": _server(lives),
+        "copies": _copies(started, _end_of(lives[-1]) if lives else {}),
         "merges": merges,
         "curves": {client["client_id"]: _curve(client["client_id"], events) for client in clients},
         "evaluations": [_without_envelope(event) for event in _named(events, "evaluated")],
@@ -63,14 +65,6 @@ def build_report(events: Sequence[Event]) -> Report:
             for change in event["changes"]
         ],
     }
-
-
-def _end_of(events: Sequence[Event]) -> Event:
-    """Return the end of the last start; a run may end, and be prolonged."""
-    for event in reversed(events):
-        if event["event"] in ("run_started", "run_finished"):
-            return event if event["event"] == "run_finished" else {}
-    return {}
 
 
 def write_report(run_dir: Path, report: Report) -> Path:
@@ -141,7 +135,6 @@ def _cells(name: str, row: dict[str, Any], *, unknown: str = "-") -> list["Text"
 def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
     own = [event for event in events if event.get("client_id") == client_id]
     done, steps = _last(own, "client_done"), _latest(own, "step", "step")
-    last = done or (steps[-1] if steps else {})
     before, after = _evaluation(own, "before"), _evaluation(own, "after")
     return (
         {"client_id": client_id}
@@ -154,8 +147,8 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
             "measures_after": measured_in(after),
             "also": after.get("also") or {},
             "also_before": before.get("also") or {},
-            "bytes_sent": last.get("bytes_sent"),
-            "bytes_received": last.get("bytes_received"),
+            "bytes_sent": done.get("bytes_sent", _counted_in_steps(own, "bytes_sent")),
+            "bytes_received": done.get("bytes_received", _counted_in_steps(own, "bytes_received")),
             "steps": len(steps),
             "num_tokens": sum(step.get("num_tokens", 0) for step in steps),
             "num_label_tokens": sum(step["num_label_tokens"] for step in steps),
@@ -163,6 +156,70 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
             "left": None if done else _last(own, "client_left").get("reason"),
         }
     )
+
+
+def _lives(events: Sequence[Event]) -> list[list[Event]]:
+    """Return the events of each process that served the run: what they count begins anew with each."""
+    lives: list[list[Event]] = []
+    for event in events:
+        if event["event"] == "run_started" or not lives:
+            lives.append([])
+        lives[-1].append(event)
+    return lives
+
+
+def _end_of(life: Sequence[Event]) -> Event:
+    """Return what a process has said of itself at its end, nothing if it was killed."""
+    return _last(life, "run_finished") or _last(life, "run_stopped")
+
+
+def _wall_seconds(lives: Sequence[Sequence[Event]]) -> float | None:
+    """Return how long the run was served; of a process that was killed, the span of its events is all that is known."""
+    seconds = [_end_of(life).get("wall_seconds", _seconds_seen(life)) for life in lives]
+    return sum(each for each in seconds if each is not None) if seconds else None
+
+
+def _server(lives: Sequence[Sequence[Event]]) -> dict[str, Any]:
+    """Add up what the run has taken on the server; of a process that was killed, only its steps tell something."""
+    ends = [_end_of(life) for life in lives]
+    if not any(ends):
+        return dict.fromkeys(_SERVER_FIELDS)
+    peaks = [end["peak_rss_bytes"] for end in ends if end.get("peak_rss_bytes") is not None]
+    steps = [_named(life, "step") for life in lives]
+    computed = [
+        end.get("compute_seconds", each[-1].get("compute_seconds") if each else None)
+        for end, each in zip(ends, steps, strict=True)
+    ]
+    return {
+        "peak_rss_bytes": max(peaks, default=None),
+        # what the server has sent, its clients have received
+        "bytes_sent": _sum_of_known(_total(life, "bytes_sent", "bytes_received") for life in lives),
+        "bytes_received": _sum_of_known(_total(life, "bytes_received", "bytes_sent") for life in lives),
+        "compute_seconds": _sum_of_known(computed),
+    }
+
+
+def _total(life: Sequence[Event], name: str, of_clients: str) -> int | None:
+    known: int | None = _end_of(life).get(name)
+    if known is not None:
+        return known
+    clients = [[event for event in life if event.get("client_id") == each] for each in _client_ids(life)]
+    return _sum_of_known(_counted_in_steps(own, of_clients) for own in clients)
+
+
+def _counted_in_steps(own: Sequence[Event], name: str) -> int | None:
+    """Add up what a client's steps say it has sent or received, which counts anew with each process of the server."""
+    total, last = None, 0
+    for step in _named(own, "step"):
+        value = step.get(name) or 0
+        total = (total or 0) + (value - last if value >= last else value)
+        last = value
+    return total
+
+
+def _sum_of_known(values: Iterable[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _padding_share(steps: Sequence[Event]) -> float | None:

@@ -1,11 +1,15 @@
 """Ctrl-C and SIGTERM on each side in every phase, also inside an optimizer step, and twice: as good as a kill (R36)."""
 
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from faults.town import Town
+
+from splitfl.telemetry.history import HISTORY_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -13,6 +17,7 @@ SMALL = {"federation__num_rounds": 2, "federation__local_steps": 8, "storage__sn
 STOPS = [signal.SIGINT, signal.SIGTERM]
 EXIT = {signal.SIGINT: 130, signal.SIGTERM: 0}
 AT_ONCE = 137
+SOON_S = 5.0
 MODES = {
     "shared": {},
     "sequential": {"federation__server_mode": "sequential"},
@@ -69,3 +74,133 @@ def test_a_stopped_client_is_waited_for_and_so_is_a_stopped_server(
         else:
             run.start(victim)
     settle(run)
+
+
+CLIENT_POINTS = [
+    ("redo", "step-before-record:3"),
+    ("redo", "step-after-record:3"),
+    ("redo", "step-acknowledged:3"),
+    ("redo", "optimizer-tensor:21"),
+    ("redo", "merge-heard:1"),
+    ("redo", "snapshot-before-rename:2"),
+    ("snapshot", "optimizer-tensor:21"),
+    ("snapshot", "optimizer-tensor:30"),
+    ("snapshot", "step-acknowledged:3"),
+    ("snapshot", "snapshot-before-rename:2"),
+]
+
+
+@pytest.mark.parametrize(("durability", "point"), CLIENT_POINTS)
+def test_a_client_that_is_stopped_in_the_middle_of_something(
+    town: Callable[..., Town], durability: str, point: str
+) -> None:
+    """What it is at, such as an optimizer step of many tensors, is finished first, and nothing half done is kept."""
+    number = STOPS[len(point) % 2]
+    run = town(2, **SMALL, storage__durability=durability, pause={"clinic-1": f"{point}:1"})
+    run.wait_until_it_says("clinic-1", "paused at")
+    assert "to resume at step" in stop(run, "clinic-1", number)
+    run.start("clinic-1")
+    settle(run)
+
+
+def test_a_client_that_is_stopped_while_it_waits_for_a_step_of_others(town: Callable[..., Town]) -> None:
+    """With snapshots alone it keeps the step that it has asked for, which the server applies when the other asks."""
+    run = town(2, **SMALL, storage__durability="snapshot", pause={"clinic-0": "optimizer-tensor:40:4"})
+    run.wait_until_it_says("clinic-0", "paused at")
+    run.wait_for_client("clinic-1", "step", 2)
+    begun = time.monotonic()
+    stop(run, "clinic-1", signal.SIGINT)
+    assert time.monotonic() - begun < SOON_S
+    run.start("clinic-1")
+    settle(run)
+
+
+SERVER_POINTS = [
+    ("redo", "forward:9"),
+    ("redo", "commit-before-record:4"),
+    ("redo", "commit-after-record:4"),
+    ("redo", "optimizer-tensor:17"),
+    ("redo", "upload-after-record:1"),
+    ("redo", "merge-before-record:1"),
+    ("redo", "merge-after-record:1"),
+    ("redo", "snapshot-before-rename:2"),
+    ("snapshot", "forward:20"),
+    ("snapshot", "optimizer-tensor:17"),
+    ("snapshot", "merge-after-record:1"),
+]
+
+
+@pytest.mark.parametrize(("durability", "point"), SERVER_POINTS)
+def test_a_server_that_is_stopped_in_the_middle_of_something(
+    town: Callable[..., Town], durability: str, point: str
+) -> None:
+    number = STOPS[len(point) % 2]
+    run = town(2, **SMALL, storage__durability=durability, pause={"server": f"{point}:1"})
+    run.wait_until_it_says("server", "paused at")
+    said = stop(run, "server", number)
+    assert "stopping where nothing is half done" in said
+    report = run.report()
+    assert report["complete"] is False
+    assert report["stopped"].startswith("stopped by its operator after commit ")
+    assert "This run did not finish. It was stopped by its operator" in (run.run_dir / "report.html").read_text()
+    steps = len(run.events("step"))
+    run.start("server")
+    settle(run)
+    after = run.report()
+    assert (after["complete"], after["stopped"], after["steps"]) == (True, None, 16)
+    assert steps < 32
+    assert after["wall_seconds"] > report["wall_seconds"]
+    assert after["server"]["bytes_received"] > report["server"]["bytes_received"]
+    assert run.events("client_rewinds") == []  # nothing was lost, with snapshots alone either
+
+
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [("clinic-1", "optimizer-tensor:21"), ("server", "forward:9"), ("server", "merge-after-record:1")],
+)
+def test_a_second_signal_ends_it_at_once(town: Callable[..., Town], name: str, point: str) -> None:
+    run = town(2, **SMALL, pause={name: f"{point}:60"})
+    run.wait_until_it_says(name, "paused at")
+    run.processes[name].send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    assert run.processes[name].poll() is None
+    begun = time.monotonic()
+    run.processes[name].send_signal(signal.SIGINT)
+    assert run.processes[name].wait(10) == AT_ONCE
+    assert time.monotonic() - begun < SOON_S
+    assert "ended at once by a second signal" in run.processes[name].said()
+    run.start(name)
+    settle(run)
+
+
+def test_a_client_goes_back_to_the_first_layers_where_its_records_do_not_reach(town: Callable[..., Town]) -> None:
+    """The server's folder was restored from before the first step; the client's oldest snapshot is behind that."""
+    once = {"federation__num_rounds": 1, "federation__local_steps": 30, "storage__keep_snapshots": 2}
+    run = town(1, starts=False, storage__snapshot_steps=4, **once)
+    run.start("server")
+    run.wait_for("waiting", 1)
+    stop(run, "server", signal.SIGTERM)
+    shutil.copytree(run.run_dir / "state", run.folder / "backup")
+    for name in ("server", "clinic-0"):
+        run.start(name)
+    assert [run.end_of(name)[0] for name in ("server", "clinic-0")] == [0, 0]
+    undisturbed = run.events("merged")[-1]["digest"]
+
+    shutil.rmtree(run.client_dir("clinic-0"))
+    restore(run)
+    for name in ("server", "clinic-0"):
+        run.start(name)
+    run.wait_for("step", 30 + 17)
+    stop(run, "server", signal.SIGTERM)
+    restore(run)
+    run.start("server")
+    run.wait_for("client_rewinds", 1)
+    assert [run.end_of(name)[0] for name in ("server", "clinic-0")] == [0, 0]
+    assert "its records do not reach back that far" in (run.client_dir("clinic-0") / HISTORY_FILE).read_text()
+    assert run.events("merged")[-1]["digest"] == undisturbed
+
+
+def restore(run: Town) -> None:
+    shutil.rmtree(run.run_dir / "state")
+    shutil.copytree(run.folder / "backup", run.run_dir / "state")
+    (run.run_dir / "finished").unlink(missing_ok=True)

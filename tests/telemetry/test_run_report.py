@@ -158,6 +158,39 @@ def test_a_run_killed_after_any_event_gives_an_incomplete_report(events):
         assert summary_table(report).row_count == len(report["clients"]) + 2
 
 
+@pytest.fixture
+def lives(events):
+    """The run, stopped after its first merge, gone on with, killed behind its third step, and gone on with again."""
+    started, rest = events[0], events[1:]
+    at = next(number for number, event in enumerate(rest) if event["event"] == "merged") + 1
+    then = next(number for number, event in enumerate(rest[at:], at) if event["event"] == "step") + 1
+    spent = {"bytes_sent": 1000, "bytes_received": 2000, "peak_rss_bytes": 9_000_000_000, "compute_seconds": 3.0}
+    stopped = {"event": "run_stopped", "wall_seconds": 12.0, "complete": False, "reason": "stopped by <its> operator"}
+    here = {"time": rest[at - 1]["time"], "elapsed_s": 12.0}
+    return [started, *rest[:at], stopped | spent | here, started, *rest[at:then], started, *rest[then:]]
+
+
+def test_the_report_of_a_run_that_was_stopped_and_killed_is_over_all_of_it(events, lives):
+    whole, report = build_report(events), build_report(lives)
+    assert (report["complete"], report["stopped"], report["steps"]) == (True, None, whole["steps"])
+    assert report["curves"] == whole["curves"]
+    assert report["server"]["peak_rss_bytes"] == 9_000_000_000
+    of_killed = next(event for event in lives[lives.index(lives[0], 1) :] if event["event"] == "step")
+    assert of_killed["bytes_sent"] > 0
+    assert report["server"]["bytes_sent"] == 1000 + of_killed["bytes_received"] + whole["server"]["bytes_sent"]
+    assert report["server"]["bytes_received"] == 2000 + of_killed["bytes_sent"] + whole["server"]["bytes_received"]
+    assert report["wall_seconds"] > 12.0 + whole["wall_seconds"] - 0.001
+
+
+def test_the_report_of_a_run_that_is_stopped_says_that_it_is_not_complete(lives, tmp_path):
+    stopped = next(number for number, event in enumerate(lives) if event["event"] == "run_stopped")
+    report = build_report(lives[: stopped + 1])
+    assert (report["complete"], report["stopped"]) == (False, "stopped by <its> operator")
+    assert (report["server"]["bytes_sent"], report["wall_seconds"]) == (1000, 12.0)
+    text = Outline(page_of(report, tmp_path)).text
+    assert "This run did not finish. It was stopped by <its> operator." in text
+
+
 @pytest.mark.parametrize("length", [0, 4, 10, 27])
 def test_an_incomplete_report_makes_a_page_that_says_so(events, tmp_path, length):
     report = build_report(events[:length])
