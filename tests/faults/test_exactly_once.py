@@ -115,18 +115,6 @@ def test_kills_at_random(town: Callable[..., Town], server_mode: str) -> None:
     settle(run)
 
 
-def test_sigterm_and_the_same_command_again(town: Callable[..., Town]) -> None:
-    run = town(2, **SMALL)
-    for victim in ("server", "clinic-0", "server"):
-        before = len(run.events("step"))
-        run.wait_for("step", min(before + 6, 31))
-        run.processes[victim].send_signal(signal.SIGTERM)
-        code, said = run.end_of(victim, timeout_s=20)
-        assert code == 0, said
-        run.start(victim)
-    settle(run)
-
-
 @pytest.mark.parametrize(
     ("settings", "crash"),
     [
