@@ -18,7 +18,7 @@ ENDED_AT_ONCE = 137
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # `timeout` and others send one signal twice: to the process, and to its group.
-_SAME_SIGNAL_S = 0.1
+_SAME_SIGNAL_S = 0.2
 _LOOK_EVERY_S = 0.1
 _SHOW_CURSOR = b"\x1b[?25h"  # a progress display has hidden it
 
@@ -111,9 +111,9 @@ def on_signals(stop: StopRequest, name: str) -> Iterator[None]:
 
 
 def _watch(wakened: socket.socket, stop: StopRequest, name: str) -> None:
-    while received := wakened.recv(1):
-        number = received[0]
-        if number not in _SIGNALS:
+    while received := wakened.recv(64):  # what has come by now is one request
+        number = next((number for number in received if number in _SIGNALS), None)
+        if number is None:
             continue
         if stop.is_again():
             _end_at_once(stop, name)

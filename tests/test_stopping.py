@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Self
 
 import pytest
 
@@ -34,6 +35,13 @@ class Script:
             [sys.executable, "-c", _BEGINNING + indented], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
     def reads(self, text: str) -> None:
         assert self.process.stdout is not None
         assert self.process.stdout.readline().strip() == text
@@ -48,22 +56,21 @@ class Script:
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT)])
 def test_a_second_signal_ends_a_process_that_computes(numbers: tuple[int, int]) -> None:
-    script = Script('say("begun")\ncompute(60)')
-    script.reads("begun")
-    time.sleep(0.2)
-    script.signal(numbers[0])
-    time.sleep(0.5)
-    assert script.process.poll() is None
-    begun = time.monotonic()
-    script.signal(numbers[1])
-    code, said = script.end()
+    with Script('say("begun")\ncompute(60)') as script:
+        script.reads("begun")
+        script.signal(numbers[0])
+        time.sleep(1.0)
+        assert script.process.poll() is None
+        begun = time.monotonic()
+        script.signal(numbers[1])
+        code, said = script.end()
     assert (code, time.monotonic() - begun < SOON_S) == (ENDED_AT_ONCE, True)
     assert "here: stopping where nothing is half done; another signal ends it at once" in said
     assert "here: ended at once by a second signal" in said
 
 
 def test_the_first_is_noted_while_it_computes_and_acted_on_at_the_next_safe_point() -> None:
-    script = Script("""
+    text = """
 say("begun")
 compute(1.5)
 say("whole")
@@ -71,17 +78,16 @@ try:
     stop.check()
 except Stopped as stopped:
     say(str(isinstance(stopped, Terminated)))
-""")
-    script.reads("begun")
-    script.signal(signal.SIGTERM)
-    script.reads("whole")
-    script.reads("True")
-    assert script.end()[0] == 0
+"""
+    with Script(text) as script:
+        script.reads("begun")
+        script.signal(signal.SIGTERM)
+        script.reads("whole")
+        script.reads("True")
+        assert script.end()[0] == 0
 
 
-def test_an_exception_that_is_swallowed_leaves_no_deaf_process() -> None:
-    """The handler's exception comes in a `__del__`; the signal is noted all the same, and a second one ends it."""
-    text = """
+_SWALLOWS = """
 class Deaf:
     def __del__(self):
         say("deaf")
@@ -92,41 +98,48 @@ stop.raises = True
 deaf = Deaf()
 del deaf
 say("on")
+stop.raises = False
 """
-    script = Script(text + 'stop.raises = False\ntry:\n    stop.check()\nexcept Stopped:\n    say("heard")')
-    script.reads("deaf")
-    script.signal(signal.SIGINT)
-    script.reads("on")
-    script.reads("heard")
-    assert script.end()[0] == 0
-    script = Script(text + "compute(60)")
-    script.reads("deaf")
-    script.signal(signal.SIGINT)
-    script.reads("on")
-    time.sleep(0.2)
-    script.signal(signal.SIGTERM)
-    assert script.end()[0] == ENDED_AT_ONCE
+
+
+def test_an_exception_that_is_swallowed_leaves_no_process_deaf_to_the_first() -> None:
+    """The handler's exception comes in a `__del__`; the signal is noted all the same."""
+    with Script(_SWALLOWS + 'try:\n    stop.sleep(10)\nexcept Stopped:\n    say("heard")') as script:
+        script.reads("deaf")
+        script.signal(signal.SIGINT)
+        script.reads("on")
+        script.reads("heard")
+        assert script.end()[0] == 0
+
+
+def test_an_exception_that_is_swallowed_leaves_no_process_deaf_to_the_second() -> None:
+    with Script(_SWALLOWS + "compute(60)") as script:
+        script.reads("deaf")
+        script.signal(signal.SIGINT)
+        script.reads("on")
+        time.sleep(1.0)
+        script.signal(signal.SIGTERM)
+        assert script.end()[0] == ENDED_AT_ONCE
 
 
 def test_before_anything_can_be_half_done_the_first_is_raised_at_once() -> None:
-    script = Script(
-        'stop.raises = True\ntry:\n    say("begun")\n    time.sleep(60)\nexcept Terminated:\n    say("raised")'
-    )
-    script.reads("begun")
-    script.signal(signal.SIGTERM)
-    script.reads("raised")
-    assert script.end()[0] == 0
+    text = 'stop.raises = True\ntry:\n    say("begun")\n    time.sleep(60)\nexcept Terminated:\n    say("raised")'
+    with Script(text) as script:
+        script.reads("begun")
+        script.signal(signal.SIGTERM)
+        script.reads("raised")
+        assert script.end()[0] == 0
 
 
 def test_the_same_signal_sent_twice_at_once_counts_once() -> None:
     """As `timeout` sends it: to the process and to its group."""
-    script = Script('say("begun")\ntry:\n    stop.sleep(60)\nexcept Stopped:\n    say("stopped")\n    time.sleep(0.5)')
-    script.reads("begun")
-    for _ in range(2):
+    text = 'say("begun")\ntry:\n    stop.sleep(60)\nexcept Stopped:\n    say("stopped")\n    time.sleep(0.5)'
+    with Script(text) as script:
+        script.reads("begun")
         script.signal(signal.SIGTERM)
-        time.sleep(0.01)
-    script.reads("stopped")
-    assert script.end()[0] == 0
+        script.signal(signal.SIGTERM)
+        script.reads("stopped")
+        assert script.end()[0] == 0
 
 
 def test_a_sleep_ends_soon_after_the_request() -> None:
