@@ -20,6 +20,7 @@ from server_backbone.engine import Decided, Engine, MergedLayers, Spooled, Verdi
 from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
 from server_backbone.jobs import Jobs
 from server_backbone.ledger import RoundState
+from server_backbone.measurements import Measurements
 from server_backbone.members import Connection, Member, Members
 from server_backbone.mishaps import Mishap, done_for
 from server_backbone.provisions import Provisions
@@ -77,7 +78,7 @@ from splitfl.session.server import Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
-from splitfl.telemetry.measures import ALSO, Measured, complete, event_of, federated, totals_of
+from splitfl.telemetry.measures import ALSO, complete, event_of, federated, totals_of
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.telemetry.units import printable
 from splitfl.training.optimizer import NO_GRADIENT
@@ -143,8 +144,7 @@ class Server:
         self._layers = self._layers_of_all(0)
         self._merge_number = 0
         self._have_rounds_ended = False
-        self._evaluated: dict[tuple[str, int], dict[str, Measured]] = {}
-        self._unsaid: set[tuple[str, int]] = set()
+        self._measurements = Measurements()
         self._is_over = False
         self._mishaps: Counter[str] = Counter()
         """How often in a row something could not be done for a client."""
@@ -460,8 +460,7 @@ class Server:
             )
         also = {name.removeprefix(ALSO): value for name, value in report.metrics.items() if name.startswith(ALSO)}
         round_number = self.engine.ledger.state.ends_with if self._is_of_the_best(report) else report.round_number
-        self._evaluated.setdefault((report.phase, round_number), {})[member.client_id] = complete(report.metrics)
-        self._unsaid.add((report.phase, round_number))
+        self._measurements.add(report.phase, round_number, member.client_id, complete(report.metrics))
         self.metrics.emit(
             "evaluated",
             client_id=member.client_id,
@@ -473,16 +472,14 @@ class Server:
 
     def _say_federated(self) -> None:
         """Say what clients have measured, all together, where that has changed since it was last said."""
-        for (phase, round_number), clients in self._evaluated.items():
-            if (phase, round_number) in self._unsaid:
-                self.metrics.emit(
-                    "federated",
-                    phase=phase,
-                    round=round_number,
-                    num_clients=len(clients),
-                    measures=federated(clients),
-                )
-        self._unsaid.clear()
+        for phase, round_number, clients in self._measurements.news():
+            self.metrics.emit(
+                "federated",
+                phase=phase,
+                round=round_number,
+                num_clients=len(clients),
+                measures=federated(clients),
+            )
 
     def _is_of_the_best(self, report: Report) -> bool:
         """Tell whether a report is of the round that the run ends with, whose number clients do not know."""

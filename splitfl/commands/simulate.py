@@ -50,6 +50,8 @@ def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
 
     if arguments.num_clients < 1:
         raise ConfigError(f"--num-clients {arguments.num_clients}: must be at least 1")
+    if not 0 <= arguments.eval_fraction < 1:
+        raise ConfigError(f"--eval-fraction {arguments.eval_fraction:g}: must be at least 0 and below 1")
     config = ServerConfig.load(arguments.config, arguments.overrides)
     parts = partitioner_from(arguments.partition, arguments.num_clients, config.seed).partition(
         read_records(arguments.data)

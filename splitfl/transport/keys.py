@@ -51,6 +51,8 @@ class Enrolment:
 def keygen(folder: Path) -> KeyPair:
     """Make a key pair in a folder that only this user may enter; raise `ConfigError` if there is one."""
     _check_system()
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a folder for the keys")
     public, secret = (key.decode() for key in zmq.curve_keypair())
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -58,6 +58,7 @@ def test_simulate_deals_by_a_field_and_trains(make_model: Callable[..., Path], t
     [
         (["--num-clients", "0"], 2, "must be at least 1"),
         (["--num-clients", "99"], 2, "99"),
+        (["--eval-fraction", "2"], 2, "--eval-fraction 2: must be at least 0 and below 1"),
         (["--partition", "field:nothing"], 2, "nothing"),
         (["--partition", "nonesuch"], 2, "iid"),
     ],
