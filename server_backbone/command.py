@@ -26,7 +26,10 @@ class Server:
             "--resume",
             choices=("auto", "never"),
             default="auto",
-            help="go on with an interrupted run of the same settings (default), or begin a new one",
+            help="auto (default): go on with the run that server.run_id names, or without it with the latest"
+            " interrupted run in server.runs_dir, if the settings that decide the weights are the same; others may have"
+            " changed. never: begin a new one. More rounds prolong a run that is named, also a finished one"
+            " (docs/reliability.md)",
         )
         parser.add_argument("--json", action="store_true", help="print the report as JSON at the end, and no progress")
 

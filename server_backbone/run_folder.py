@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from splitfl.config import RunConfig, ServerConfig, differences, to_toml
-from splitfl.durability.disk import sync_dir
+from splitfl.durability.disk import RealDisk, sync_dir
+from splitfl.durability.format import check_format
 from splitfl.errors import ConfigError, StorageError
 from splitfl.models.export import CONFIG_FILE
 
@@ -122,7 +123,7 @@ class Search:
         other: list[str] = []
         for each in self.candidates:
             was = each.before.model.checkpoint_sha256
-            if was in ("", checkpoint_sha256):
+            if was == checkpoint_sha256:
                 return self._go_on(each, checkpoint_sha256)
             other.append(
                 f"{each.path} was begun with another model than {self.config.model.model_name_or_path} now holds"
@@ -207,6 +208,7 @@ def _unnamed(config: ServerConfig) -> Search:
             continue
         try:
             before = _read(run_dir)
+            check_format(RealDisk(), run_dir / STATE_DIR)
         except ConfigError as error:
             unread.append(str(error))
             continue

@@ -52,9 +52,9 @@ def _found(folder: Path) -> Iterator[Path]:
 def _check_idle(folder: Path) -> None:
     """Refuse while a process is at work in the folder."""
     if (folder / "state").is_dir():
-        from splitfl.durability.store import Store
+        from splitfl.durability.store import check_idle
 
-        Store(folder / "state", fsync="never", fsync_interval=1.0, keep=0).close()
+        check_idle(folder / "state")
 
 
 def _remove(path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Literal, Self
 
 from splitfl.durability.crash import crash_point
 from splitfl.durability.disk import Appending, Disk, RealDisk
+from splitfl.durability.format import check_format, write_format
 from splitfl.durability.record import Damaged, Record, pack, unpack
 from splitfl.errors import ConfigError, StorageError
 
@@ -60,6 +61,17 @@ class Store:
         if not is_reading:
             self._disk.make_dir(folder)
             self._lock = _lock(folder)
+        try:
+            self._check_format()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_format(self) -> None:
+        if self._is_reading and not self._folder.exists():
+            return
+        if not check_format(self._disk, self._folder) and not self._is_reading:
+            write_format(self._disk, self._folder)
 
     @classmethod
     def reading(cls, folder: Path) -> Self:
@@ -305,6 +317,11 @@ class Store:
 
     def _path(self, kind: str, generation: int) -> Path:
         return self._folder / f"{kind}-{generation:08d}.bin"
+
+
+def check_idle(folder: Path) -> None:
+    """Raise `ConfigError` while a process is at work in a store's folder, in whatever form its records are."""
+    os.close(_lock(folder))
 
 
 def _lock(folder: Path) -> int:

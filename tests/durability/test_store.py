@@ -1,5 +1,6 @@
 """Records, log and snapshots against torn writes, flipped bits, full disks, kills and power failures."""
 
+import json
 import os
 import random
 import resource
@@ -15,9 +16,11 @@ import pytest
 import torch
 from durability.forgetful import ForgetfulDisk
 
+from splitfl import __version__
 from splitfl.durability.disk import Appending, RealDisk
+from splitfl.durability.format import STATE_FORMAT
 from splitfl.durability.record import Record
-from splitfl.durability.store import Store
+from splitfl.durability.store import Store, check_idle
 from splitfl.errors import ConfigError, StorageError
 
 
@@ -47,6 +50,47 @@ def filled(tmp_path: Path) -> Path:
             for number in entries:
                 store.append(entry(number))
     return folder
+
+
+class TestTwoVersions:
+    """What another splitfl has written is refused with both numbers, and left as it is."""
+
+    @pytest.mark.parametrize(
+        ("said", "why"),
+        [
+            (
+                '{"format": 3, "splitfl": "0.9.1"}',
+                r"written by splitfl 0\.9\.1 in format 3, and this is splitfl .*format 2",
+            ),
+            (None, "written by an older splitfl in format 1"),
+            ("{}", "not known which splitfl wrote"),
+            ("", "not known which splitfl wrote"),
+        ],
+    )
+    def test_another_form_is_refused(self, filled: Path, said: str | None, why: str) -> None:
+        path = filled / "format.json"
+        path.unlink() if said is None else path.write_text(said)
+        before = {each.name: each.read_bytes() for each in filled.iterdir()}
+        for opened in (open_store, Store.reading):
+            with pytest.raises(ConfigError, match=why):
+                opened(filled)
+        assert {each.name: each.read_bytes() for each in filled.iterdir()} == before
+        check_idle(filled)  # and the folder is free again
+
+    def test_the_form_is_written_before_the_first_record(self, tmp_path: Path) -> None:
+        with open_store(tmp_path / "state"):
+            assert json.loads((tmp_path / "state" / "format.json").read_text()) == {
+                "format": STATE_FORMAT,
+                "splitfl": __version__,
+            }
+        with open_store(tmp_path / "state"):
+            pass  # a process that died before its first snapshot
+
+    def test_looking_writes_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "state").mkdir()
+        Store.reading(tmp_path / "state")
+        Store.reading(tmp_path / "nowhere")
+        assert list((tmp_path / "state").iterdir()) == []
 
 
 def test_what_was_written_is_read(filled: Path) -> None:
@@ -149,7 +193,7 @@ def test_generations_are_bounded_and_the_last_two_stay(tmp_path: Path) -> None:
             store.snapshot(entry(number))
             store.append(entry(number + 1))
         assert store.generations() == [8, 9]
-    assert len(list((tmp_path / "state").iterdir())) == 5  # two of each, and the lock
+    assert len(list((tmp_path / "state").iterdir())) == 6  # two of each, the lock, and the form
 
 
 def test_rewinding(filled: Path) -> None:
@@ -171,7 +215,7 @@ def test_a_full_disk_leaves_the_last_good_record(tmp_path: Path) -> None:
 import resource, signal, sys, torch
 from pathlib import Path
 from splitfl.durability.record import Record
-from splitfl.durability.store import Store
+from splitfl.durability.store import Store, check_idle
 from splitfl.errors import StorageError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store = Store(Path(sys.argv[1]), fsync="always", fsync_interval=1.0, keep=2)
@@ -234,7 +278,7 @@ def test_kills_at_random(tmp_path: Path) -> None:
 import sys, torch
 from pathlib import Path
 from splitfl.durability.record import Record
-from splitfl.durability.store import Store
+from splitfl.durability.store import Store, check_idle
 store = Store(Path(sys.argv[1]), fsync="never", fsync_interval=1.0, keep=2)
 number = 0
 for number in range(int(sys.argv[2]), 10**6):
