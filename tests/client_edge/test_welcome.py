@@ -13,7 +13,7 @@ from splitfl.errors import RemoteProtocolError
 from splitfl.protocol import codec
 from splitfl.protocol.messages import Pong, Refusal, Welcome
 
-RUN = RunConfig.from_tree({"model": {"model_name_or_path": "tiny"}}, source="test")
+RUN = RunConfig.from_tree({"seed": 7, "model": {"model_name_or_path": "tiny"}}, source="test")
 DIGEST = "0" * 64
 
 
