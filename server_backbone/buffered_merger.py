@@ -46,9 +46,18 @@ class BufferedMerger(Merger):
         """Return how many merges there were since this upload's client began."""
         return self._newest - self._begun[upload]
 
+    def begins(self, upload: str, begun: int) -> None:
+        """Take note of the merge whose layers a client began with, whose upload has come."""
+        self._begun = {**self._begun, upload: begun}
+
+    def _owner(self, upload: str) -> str:
+        return upload.partition("@")[0]
+
+    def _begun_with(self, upload: str) -> Mapping[str, Tensor]:
+        return self._layers_of(self._begun[upload])
+
     def _update_of(self, upload: str) -> Mapping[str, Tensor]:
-        begun = self._layers_of(self._begun[upload])
-        return Rebased(super()._update_of(upload), begun, self._layers, self.staleness_of(upload))
+        return Rebased(super()._update_of(upload), self._begun_with(upload), self._layers, self.staleness_of(upload))
 
     def _is_readable(self, upload: str) -> bool:
         return super()._is_readable(upload) and self.has(self._begun[upload])

@@ -3,7 +3,8 @@
 One thread calls everything here, in the order of its queue (`Jobs`); nothing here knows a socket.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -11,8 +12,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from server_backbone.buffered_merger import BufferedMerger
-from server_backbone.ledger import Ledger
-from server_backbone.merger import Merger
+from server_backbone.ledger import Ledger, RoundState
+from server_backbone.merger import Merger, Seen, Weighed
 from server_backbone.mishaps import Mishap, done_for, done_for_all
 from server_backbone.rounds import Merge, Open
 from server_backbone.standing import Standing, value_of
@@ -51,6 +52,10 @@ class MergedLayers:
     digest: str
     weights: dict[str, float]
     """What each client's layers counted."""
+    capped: dict[str, float]
+    """What those would have counted who were held to `strategy.max_client_weight`."""
+    moved: dict[str, float]
+    """How far each client's layers had gone of what `strategy.max_update` allows, from 0 to 1."""
     uploads: list[dict[str, Any]] | None
     """The uploads of a merge that nobody waited for: client_id, weight, staleness."""
     note: str
@@ -284,20 +289,33 @@ class Engine:
         """Keep a client's layers for the merge."""
         if self._buffer is not None:
             return self._spool_for(self._buffer, client_id, upload)
-        share = self._share_of_work(client_id)
-        weight = done_for(
-            partial(self.merger.spool, client_id, upload, share), f"the server could not take the layers of {client_id}"
+        seen = self._seen(client_id, self.ledger.state.round)
+        taken = done_for(
+            partial(self.merger.spool, client_id, upload, seen), f"the server could not take the layers of {client_id}"
         )
-        self.ledger.uploaded(client_id, weight)
+        self.ledger.uploaded(client_id=client_id, weight=taken.weight, moved=taken.moved)
         crash_point("upload-after-record")
         return Spooled(name=client_id)
 
-    def _share_of_work(self, client_id: str) -> float:
-        """Return the share of the round's steps that count for a client's weight: all, unless partial work does."""
-        round_ = self.ledger.state.round
-        if self._run.federation.partial_work == "drop" or round_ is None:
-            return 1.0
-        return round_.finished.get(client_id, 0) / round_.num_steps
+    def announced(self, client_id: str, num_examples: int) -> int:
+        """Return the number of examples that a client weighs by: the first that it has announced in this run."""
+        known = self.ledger.state.members[client_id]
+        if not known.num_examples:
+            self.ledger.note("announced", client_id=client_id, num_examples=num_examples)
+        return known.num_examples
+
+    def _seen(self, client_id: str, round_: RoundState | None) -> Seen:
+        """Return what is known of a client's work in a round; where that has closed meanwhile, its upload is late."""
+        num_examples = self.ledger.state.members[client_id].num_examples or math.inf
+        if round_ is None:
+            return Seen(num_examples=num_examples)
+        finished = round_.finished.get(client_id, 0)
+        return Seen(
+            num_examples=num_examples,
+            num_tokens=round_.tokens.get(client_id, 0),
+            share=finished / round_.num_steps if self._run.federation.partial_work == "accept" else 1.0,
+            path=round_.paths.get(client_id, 0.0),
+        )
 
     def _spool_for(self, buffer: BufferedMerger, client_id: str, upload: Upload) -> Spooled:
         """Keep layers with what they began with, or drop them by rule; either way the client's turn is over."""
@@ -309,9 +327,10 @@ class Engine:
         if objection:
             self.ledger.note("turn_ended", client_id=client_id)
         else:
+            buffer.begins(name, begun)
             what = f"the server could not take the layers of {client_id}"
-            weight = done_for(partial(buffer.spool, name, upload), what)
-            self.ledger.buffered(client_id=client_id, name=name, begun=begun, weight=weight)
+            taken = done_for(partial(buffer.spool, name, upload, self._seen(client_id, turn)), what)
+            self.ledger.buffered(client_id=client_id, name=name, begun=begun, weight=taken.weight, moved=taken.moved)
             crash_point("upload-after-record")
         return Spooled(name=name, objection=objection)
 
@@ -331,11 +350,12 @@ class Engine:
         uploads = self._retire(self._buffer, merge) if self._buffer is not None else None
         reason = merge.reason or self.merger.objection(merge.uploaded)
         state = self.ledger.state
-        weights: dict[str, float] = {}
+        weighed = Weighed(used={}, lowered={})
         if not reason:
             rates = state.round.rates if state.round else {}
             fold = partial(self.merger.merge, merge.uploaded, self.worker, rates=rates, num_clients=state.num_clients)
-            weights = done_for_all(fold, f"the merge of round {merge.round_number} could not be made")
+            weighed = done_for_all(fold, f"the merge of round {merge.round_number} could not be made")
+        weights, moved = weighed.used, self._moved(weighed.used)
         layers, backbone = self.merger.layers(), self.merger.backbone()
         crash_point("merge-before-record")
         self.ledger.merged(
@@ -346,6 +366,7 @@ class Engine:
             accepted=not reason,
             reason=reason,
             weights=weights,
+            moved=moved,
             **({} if uploads is None else {"taken": list(merge.uploaded), "closes": merge.closes}),
         )
         crash_point("merge-after-record")
@@ -369,9 +390,22 @@ class Engine:
             reason=reason,
             digest=digest,
             weights=weights if uploads is None else _summed(uploads, weights),
+            capped=weighed.lowered,
+            moved=moved,
             uploads=uploads,
             note=note,
         )
+
+    def _moved(self, uploads: Iterable[str]) -> dict[str, float]:
+        """Return by client how far the layers of these uploads have gone of what they may."""
+        state = self.ledger.state
+        moved: dict[str, float] = {}
+        for name in uploads:
+            buffered = state.buffer.get(name)
+            owner = buffered.client_id if buffered is not None else name
+            share = buffered.moved if buffered is not None else state.round.moved.get(name, 0.0) if state.round else 0.0
+            moved[owner] = max(moved.get(owner, 0.0), share)
+        return moved
 
     def _retire(self, buffer: BufferedMerger, merge: Merge) -> list[dict[str, Any]]:
         """Put aside the layers that this merge replaces, if somebody trains from them; describe its uploads."""

@@ -24,7 +24,7 @@ _STRATEGY = "strategy/"
 _WORKER = "worker/"
 _BACKBONE = "backbone/"
 # What is not done again from the log of a run whose records are not kept, but for these: they move no weights, or all.
-_ALWAYS_REDONE = ("joined", "finished", "evaluated", "judged", "ended", "prolonged")
+_ALWAYS_REDONE = ("joined", "announced", "finished", "evaluated", "judged", "ended", "prolonged")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +46,12 @@ class RoundState:
     """Sum of what each client's gradients of this round were multiplied by: learning rate times clip coefficient."""
     finished: dict[str, int] = field(default_factory=dict)
     """Steps of the round that each client has finished."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Label tokens in them."""
+    paths: dict[str, float] = field(default_factory=dict)
+    """Sum of their learning rates."""
+    moved: dict[str, float] = field(default_factory=dict)
+    """How far the uploads on disk have gone of what they may, by client."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +62,8 @@ class BufferedUpload:
     begun: int
     """The merge whose layers their client began with."""
     weight: float
+    moved: float = 0.0
+    """How far they have gone from those, of what they may."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,6 +76,7 @@ class MemberState:
     next_step: int = 0
     has_finished: bool = False
     num_examples: int = 0
+    """What it announced first; what it says later does not count. 0 before that."""
     counted_round: int = 0
     """The last merge that its layers are in."""
 
@@ -98,6 +107,10 @@ class RunState:
     """What clients hold: the number of the last merge, or the one above it once the run ends with an earlier one's."""
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     """What clients measured of the last merge's layers, by client."""
+    folded: dict[str, float] = field(default_factory=dict)
+    """Who is in everyone's layers, and how far its own had gone of what they may; {} for the first ones."""
+    folded_round: int = 0
+    """The merge that has made those layers: the last one that was accepted."""
     standing: Standing = field(default_factory=Standing)
     has_ended: bool = False
     """Whether no further round is opened."""
@@ -166,6 +179,8 @@ class RunState:
         match kind:
             case "joined":
                 self.members.setdefault(entry["client_id"], MemberState())
+            case "announced":
+                self.members[entry["client_id"]].num_examples = entry["num_examples"]
             case "round":
                 self.round = RoundState(**entry, step=entry["first_step"])
                 for client_id in entry["clients"]:
@@ -177,6 +192,7 @@ class RunState:
                 self.members[entry["client_id"]].next_step = entry["next_step"]
             case "uploaded" if self.round is not None:
                 self.round.uploaded[entry["client_id"]] = entry["weight"]
+                self.round.moved[entry["client_id"]] = entry.get("moved", 0.0)
             case "upload_lost" if self.round is not None:
                 self.round.uploaded.pop(entry["client_id"], None)
             case "turn":
@@ -187,7 +203,10 @@ class RunState:
             case "buffered":
                 self.turns.pop(entry["client_id"])
                 self.buffer[entry["name"]] = BufferedUpload(
-                    client_id=entry["client_id"], begun=entry["begun"], weight=entry["weight"]
+                    client_id=entry["client_id"],
+                    begun=entry["begun"],
+                    weight=entry["weight"],
+                    moved=entry.get("moved", 0.0),
                 )
             case "turn_ended":
                 self.turns.pop(entry["client_id"], None)
@@ -202,6 +221,8 @@ class RunState:
                 self.num_merged = self.held_round = entry["round"]
                 self.measured = {}
                 self.round = None
+                if entry["accepted"]:
+                    self.folded, self.folded_round = dict(entry.get("moved", {})), entry["round"]
                 for client_id in entry["weights"].keys() & self.members.keys():  # a buffer has names of its own
                     self.members[client_id].counted_round = entry["round"]
                 for name in entry.get("taken", ()):
@@ -227,15 +248,18 @@ class RunState:
 
     def _committed(self, entry: Mapping[str, Any]) -> None:
         self.commit_number = self.weights_of = entry["number"]
-        for client_id, step in entry["members"]:
+        for (client_id, step), num_tokens in zip(entry["members"], entry["tokens"], strict=True):
             member = self.members[client_id]
             member.step, member.next_step = step, step + 1
             member.commit_number, member.clip_coefficient = entry["number"], entry["clip_coefficient"]
-            if self.round is not None:
-                self.round.step = max(self.round.step, step + 1)
+            round_ = self.round if self.round is not None else self.turns.get(client_id)
+            if round_ is not None:
+                round_.step = max(round_.step, step + 1)
                 rate = entry["learning_rate"] * entry["clip_coefficient"]
-                self.round.rates[client_id] = self.round.rates.get(client_id, 0.0) + rate
-                self.round.finished[client_id] = self.round.finished.get(client_id, 0) + 1
+                round_.rates[client_id] = round_.rates.get(client_id, 0.0) + rate
+                round_.finished[client_id] = round_.finished.get(client_id, 0) + 1
+                round_.tokens[client_id] = round_.tokens.get(client_id, 0) + num_tokens
+                round_.paths[client_id] = round_.paths.get(client_id, 0.0) + entry["learning_rate"]
 
     def to_fields(self) -> dict[str, Any]:
         """Write the state as plain values."""
@@ -371,9 +395,9 @@ class Ledger:
         self._commits_since_snapshot += 1
         return number
 
-    def uploaded(self, client_id: str, weight: float) -> None:
+    def uploaded(self, **entry: Any) -> None:
         """Write that a client's layers are on disk."""
-        self._write(Record(kind="uploaded", fields={"client_id": client_id, "weight": weight}), durable=True)
+        self._write(Record(kind="uploaded", fields=entry), durable=True)
 
     def opened(self, *, alone: bool, **entry: Any) -> None:
         """Write that a round opens, for everybody or for one client alone."""

@@ -5,15 +5,19 @@ clients' ids, one tensor at a time, so the order in which they arrived never mat
 """
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 from splitfl.errors import ModelError
+from splitfl.federation.movement import Bound
 from splitfl.federation.strategy import Strategy
+from splitfl.federation.weights import capped
 from splitfl.models import checkpoint
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.export import trained_file
@@ -82,6 +86,38 @@ class _Joined(Mapping[str, Tensor]):
         return sum(map(len, self._both))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What the server itself knows of the work behind an upload: no claim of its client goes beyond it."""
+
+    num_examples: float = math.inf
+    """Announced when the client joined."""
+    num_tokens: float = math.inf
+    """Label tokens of the steps of this round that were committed."""
+    share: float = 1.0
+    """Of the round's steps that count."""
+    path: float = math.inf
+    """Sum of the learning rates of those steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """An upload that is on disk."""
+
+    weight: float
+    moved: float
+    """How far its layers have gone of what they may (`federation.movement`), from 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighed:
+    """What the uploads of a merge counted."""
+
+    used: dict[str, float]
+    lowered: dict[str, float]
+    """What those would have weighed who were held to `strategy.max_client_weight`, by client."""
+
+
 class Merger:
     """Keeps the client-side layers that are everyone's."""
 
@@ -92,6 +128,7 @@ class Merger:
         run_dir: Path,
         weight_by: Literal["num_examples", "num_tokens", "uniform"],
         max_rms: float,
+        bound: Bound | None = None,
     ) -> None:
         """`first_layers` are what every client starts with, by name, in the model's order."""
         self.strategy = strategy
@@ -100,6 +137,7 @@ class Merger:
         self._run_dir = run_dir
         self._weight_by = weight_by
         self._max_rms = max_rms
+        self._bound = bound
         self._weights: dict[str, float] = {}
         self._state: Mapping[str, Tensor] = {}
         self._backbone: Mapping[str, Tensor] = {}
@@ -114,23 +152,25 @@ class Merger:
         self._weights = {client_id: weight for client_id, weight in weights.items() if self._is_readable(client_id)}
         return sorted(weights.keys() - self._weights.keys())
 
-    def spool(self, client_id: str, upload: Upload, share: float = 1.0) -> float:
-        """Write one client's layers to disk and return their weight; raise `RemoteProtocolError` for poison.
+    def spool(self, client_id: str, upload: Upload, seen: Seen | None = None) -> Taken:
+        """Write one client's layers to disk and return what they weigh; raise `RemoteProtocolError` for poison.
 
-        `share` of the round's steps are behind them; tokens are counted step by step anyway.
+        Examples count by the share of the round's steps behind them; tokens are counted step by step anyway.
         """
+        seen = seen or Seen()
         layers = {
             name: realise(frames, max_rms=self._max_rms)
             for name, frames in zip(self._names, upload.layers, strict=True)
         }
+        moved = self._bound.check(layers, self._begun_with(client_id), seen.path) if self._bound is not None else 0.0
         self._spool_dir.mkdir(exist_ok=True)
         checkpoint.save_tensors(self._spooled(client_id), layers)
         self._weights[client_id] = {
-            "num_examples": upload.num_examples * share,
-            "num_tokens": upload.num_tokens,
+            "num_examples": min(upload.num_examples, seen.num_examples) * seen.share,
+            "num_tokens": min(upload.num_tokens, seen.num_tokens),
             "uniform": 1,
         }[self._weight_by]
-        return self._weights[client_id]
+        return Taken(weight=self._weights[client_id], moved=moved)
 
     def objection(self, clients: Sequence[str]) -> str:
         """Say why these clients' layers cannot be merged, "" if they can."""
@@ -143,13 +183,14 @@ class Merger:
         *,
         rates: Mapping[str, float] | None = None,
         num_clients: int = 0,
-    ) -> dict[str, float]:
-        """Fold these clients' layers into everyone's, and their copies of the backbone; return the weights used.
+    ) -> Weighed:
+        """Fold these clients' layers into everyone's, and their copies of the backbone; return what each counted.
 
         The strategy sees a client's layers and its copy as one update. For control variates: `rates` by client and
         `num_clients` as in `Strategy.aggregate_controls`; whom `rates` does not name has taken no step.
         """
-        weights = self._weights_of(clients)
+        weighed = self._weigh(clients)
+        weights = weighed.used
         before = backbones.before_merge()
         updates = [
             (_Joined(self._update_of(client_id), backbones.to_merge(client_id)), weight)
@@ -166,7 +207,29 @@ class Merger:
         )
         self._backbone = {name: folded.layers.pop(name) for name in before}
         self._layers, self._state = folded.layers, {**folded.state, **controls}
-        return weights
+        return weighed
+
+    def _weigh(self, uploads: Sequence[str]) -> Weighed:
+        """Bound what each client counts, however many of the uploads are its own."""
+        weights = self._weights_of(uploads)
+        owners: dict[str, float] = {}
+        for name, weight in weights.items():
+            owners[self._owner(name)] = owners.get(self._owner(name), 0.0) + weight
+        bounded = capped(owners, self.strategy.max_client_weight)
+        lowered = {owner: weight for owner, weight in owners.items() if bounded[owner] < weight}
+        used = {
+            name: weight * (bounded[owner] / lowered[owner]) if (owner := self._owner(name)) in lowered else weight
+            for name, weight in weights.items()
+        }
+        return Weighed(used=used, lowered=lowered)
+
+    def _owner(self, upload: str) -> str:
+        """Return whose an upload is: here a client has one in a merge, and it has its name."""
+        return upload
+
+    def _begun_with(self, upload: str) -> Mapping[str, Tensor]:
+        """Return the layers that an upload's client began with."""
+        return self._layers
 
     def _update_of(self, client_id: str) -> Mapping[str, Tensor]:
         """Return the layers that a strategy folds, read as they are asked for."""

@@ -30,6 +30,7 @@ from splitfl.config import RunConfig, ServerConfig, default_cache_dir
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, Incomplete, ModelError, StorageError
+from splitfl.federation.movement import Bound
 from splitfl.federation.strategies import strategy_for
 from splitfl.models.content import content_sha256, locate_same
 from splitfl.models.cut import Cut
@@ -288,7 +289,7 @@ def build_server(
     first_layers = FirstLayers(list(layers), read)
     strategy = strategy_for(run.federation, run.strategy, run.seed)
     kind = BufferedMerger if run.is_buffered else Merger
-    merger = kind(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms)
+    merger = kind(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms, Bound.of(run))
     ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
     worker = Worker(cut, run, device, model.device_map)
     terms = _terms(run, cut, worker)

@@ -344,7 +344,7 @@ class Server:
         client_id = member.client_id
         match message:
             case Ready():
-                member.held_round, member.num_examples = message.round_number, message.num_examples
+                self._announce(member, message)
                 member.has_parted = False
                 if self._have_rounds_ended:
                     self._say_ended_again(member)  # it was evaluating still
@@ -380,6 +380,22 @@ class Server:
                 )
             case GoBack():
                 self._go_back(member, message)
+
+    def _announce(self, member: Member, message: Ready) -> None:
+        """Have a client weigh by what it announced first; its text may change honestly, so a change is only said."""
+        client_id, num_examples = member.client_id, message.num_examples
+        is_new = num_examples != member.num_examples
+        member.held_round, member.num_examples = message.round_number, num_examples
+
+        def say(counted: int) -> None:
+            if is_new and counted != num_examples:
+                text = (
+                    f"{client_id} says that it has {num_examples} examples; in a merge it weighs by the {counted} that"
+                    " it announced when it joined this run"
+                )
+                self.metrics.emit("note", text=text)
+
+        self._jobs.submit(partial(self.engine.announced, client_id, num_examples), say)
 
     def _go_back(self, member: Member, message: GoBack) -> None:
         """Bring backbone and client back to a kept snapshot, unless that would take something from another client."""
@@ -930,6 +946,8 @@ class Server:
             accepted=message.accepted,
             reason=merged.reason,
             clients=merged.weights,
+            capped=merged.capped,
+            moved=merged.moved,
             absent=merge.absent,
             num_tensors=len(self.terms.layer_shapes),
             digest=merged.digest,

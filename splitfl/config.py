@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeGuard, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeGuard, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -365,6 +365,9 @@ class StrategySection(Section):
         "num_malicious_clients": frozenset({"Krum", "MultiKrum"}),
         "num_clients_to_keep": frozenset({"MultiKrum"}),
         "clipping_norm": frozenset({"NormClippedMean"}),
+        # the others know no weights, or only equal ones
+        "max_client_weight": frozenset(get_args(StrategyName)) - {"FedMedian", "FedTrimmedAvg", "Krum", "SCAFFOLD"},
+        "max_update": frozenset(get_args(StrategyName)),
     }
 
     proximal_mu: Identity[float] = Field(0.01, ge=0)
@@ -405,6 +408,15 @@ class StrategySection(Section):
 
     clipping_norm: Identity[float] = Field(1.0, gt=0)
     """NormClippedMean: largest norm of a client's change since the last merge, over all its merged layers."""
+
+    max_client_weight: Identity[float] = Field(0.5, gt=0, le=1)
+    """Largest share of a merge that one client may be, whatever it says of its examples, where a merge has three
+    clients or more; with fewer than 1 / `max_client_weight` all count alike, 1 means no bound (docs/strategies.md)."""
+
+    max_update: Operation[float] = Field(10.0, ge=0)
+    """How far the layers that a client uploads may have moved: each tensor by its own size, and this many times as far
+    as the round's steps reach at the run's learning rate; what has moved further is refused, 0 means no bound
+    (docs/strategies.md)."""
 
     def unused_by(self, strategy: StrategyName) -> list[str]:
         """Name the options that differ from their default and that the strategy does not use."""

@@ -29,6 +29,11 @@ class Strategy(ABC):
         self._options = options
         self._seed = seed
 
+    @property
+    def max_client_weight(self) -> float:
+        """Largest share of a merge that one client may be, see `federation.weights`."""
+        return self._options.max_client_weight
+
     def configure_train(self, round_number: int, clients: Sequence[str]) -> Sequence[str]:
         """Return the clients that train in a round, from those that are ready (sorted).
 

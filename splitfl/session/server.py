@@ -179,6 +179,8 @@ class ServerSession:
         match message:
             case Ready():
                 self._require(message, Phase.IDLE)
+                if message.num_examples < 1:
+                    raise RemoteProtocolError(f"{message.num_examples} examples: to take part takes at least one")
                 self.phase = Phase.READY
                 return message
             case Forward(step=0):

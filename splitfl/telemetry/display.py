@@ -23,7 +23,7 @@ from splitfl.telemetry.units import (
     format_measure,
     format_seconds,
     format_share,
-    format_weight,
+    format_weights,
     printable,
 )
 
@@ -351,7 +351,7 @@ def _say_merge(event: Event) -> str:
     absent = f"; absent: {', '.join(event['absent'])}" if event["absent"] else ""
     if not event["accepted"]:
         return f"round {event['round']} not merged: {event['reason']}{absent}"
-    weights = ", ".join(f"{client_id} ({format_weight(weight)})" for client_id, weight in event["clients"].items())
+    weights = ", ".join(f"{client_id} ({weight})" for client_id, weight in format_weights(event))
     digest = event["digest"][:_DIGEST_CHARACTERS]
     return f"round {event['round']}: {weights}; {counted(event['num_tensors'], 'tensor')}, digest {digest}{absent}"
 

@@ -15,7 +15,7 @@ from splitfl.telemetry.units import (
     format_loss,
     format_seconds,
     format_share,
-    format_weight,
+    format_weights,
 )
 
 Report: TypeAlias = Mapping[str, Any]
@@ -290,7 +290,10 @@ def _merge_section(report: Report) -> str:
     rows = [_merge_row(merge) for merge in report["merges"]]
     if not rows:
         return _section("Merges", "<p>Nothing was merged.</p>")
-    note = "The digest is the server's over the merged tensors; each client computes its own after loading them."
+    note = (
+        "The digest is the server's over the merged tensors; each client computes its own after loading them. Who would"
+        " be more than strategy.max_client_weight of a merge of three clients or more is held down to that share."
+    )
     return _section("Merges", f"{_table(header, rows, num_words=5)}<p class=note>{note}</p>")
 
 
@@ -303,7 +306,7 @@ def _merge_row(merge: Mapping[str, Any]) -> list[Cell]:
             _DASH,
             _DASH,
         ]
-    weights = [f"{_text(client_id)} ({format_weight(weight)})" for client_id, weight in merge["clients"].items()]
+    weights = [f"{_text(client_id)} ({weight})" for client_id, weight in format_weights(merge)]
     digest = f"<code>{_text(merge['digest'][:_DIGEST_CHARACTERS])}</code>"
     return [str(merge["round"]), ", ".join(weights), _absent(merge), digest, _equal(merge)]
 

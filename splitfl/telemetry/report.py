@@ -260,7 +260,9 @@ def _merge(event: Event, events: Sequence[Event]) -> dict[str, Any]:
     expected = set(digests) if "uploads" in event else (set(event["clients"]) - gone) | set(digests)
     equal = bool(digests) and all(digests.get(client_id) == event["digest"] for client_id in expected)
     fields = ("round", "accepted", "reason", "clients", "absent", "digest")
-    return {name: event[name] for name in fields} | {"client_digests": digests, "equal": event["accepted"] and equal}
+    also = {name: event.get(name, {}) for name in ("capped", "moved")}
+    told = {"client_digests": digests, "equal": event["accepted"] and equal}
+    return {name: event[name] for name in fields} | also | told
 
 
 def _num_commits(events: Sequence[Event], server_mode: str | None) -> int:

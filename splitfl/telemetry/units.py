@@ -1,5 +1,8 @@
 """Bytes, seconds and losses as people read them."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from splitfl.telemetry.measures import MEASURES
 
 
@@ -62,6 +65,14 @@ def format_share(share: float | None) -> str:
 def format_weight(weight: float) -> str:
     """Write a client's weight in a merge: counts as `1,234`, anything else with three decimals."""
     return f"{weight:,.0f}" if weight == int(weight) else f"{weight:,.3f}"
+
+
+def format_weights(merge: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each client of a merge and what it counted; of one that was held down, what it would have counted too."""
+    capped = merge.get("capped", {})
+    for client_id, weight in merge["clients"].items():
+        held_down = f", held down from {format_weight(capped[client_id])}" if client_id in capped else ""
+        yield client_id, format_weight(weight) + held_down
 
 
 def printable(text: object, most: int | None = None) -> str:

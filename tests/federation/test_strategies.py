@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server_backbone.merger import Merger
+from server_backbone.merger import Merger, Seen
 from splitfl.config import FederationSection, StrategyName, StrategySection
 from splitfl.errors import ConfigError
 from splitfl.federation.strategies import STRATEGIES, strategy_for
@@ -181,7 +181,7 @@ class TestMergerWithEveryStrategy:
             frames = (describe(torch.tensor([value]), 1 << 10),)
             merger.spool(client_id, Upload(round_number=1, num_examples=1, num_tokens=num_tokens, layers=frames))
         assert merger.objection("abcde") == ""
-        assert merger.merge("abcde") == {"a": 3, "b": 3, "c": 3}
+        assert merger.merge("abcde").used == {"a": 3, "b": 3, "c": 3}
         assert merger.layers()["x"].item() == 1.0
 
     @pytest.mark.parametrize(
@@ -199,7 +199,43 @@ class TestMergerWithEveryStrategy:
         merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, max_rms=1e30)
         frames = (describe(torch.ones(1), 1 << 10),)
         upload = Upload(round_number=1, num_examples=30, num_tokens=11, layers=frames)
-        assert merger.spool("a", upload, share) == weight
+        assert merger.spool("a", upload, Seen(share=share)).weight == weight
+
+    @pytest.mark.parametrize(("weight_by", "weight"), [("num_examples", 30.0), ("num_tokens", 70.0), ("uniform", 1.0)])
+    def test_no_claim_goes_beyond_what_the_server_has_seen(self, tmp_path: Path, weight_by: Any, weight: float) -> None:
+        merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, max_rms=1e30)
+        upload = Upload(
+            round_number=1, num_examples=2**61, num_tokens=2**62, layers=(describe(torch.ones(1), 1 << 10),)
+        )
+        seen = Seen(num_examples=60, num_tokens=70, share=0.5)
+        assert merger.spool("a", upload, seen).weight == weight
+
+    @pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in UNWEIGHTED + CHOOSERS])
+    def test_nobody_is_more_than_half_of_three(self, name: StrategyName, tmp_path: Path) -> None:
+        """Whatever one claims, the merge is the one in which it weighs as much as the two others together."""
+        merger, reference = (
+            Merger(strategy(name), {"x": torch.zeros(1)}, tmp_path / which, "num_examples", max_rms=1e30)
+            for which in ("claimed", "held down")
+        )
+        for each, claim in ((merger, 2**61), (reference, 7 + 12)):
+            each._run_dir.mkdir()
+            for client_id, value, examples in (("a", 1.0, 7), ("b", 2.0, 12), ("liar", 50.0, claim)):
+                layers = (describe(torch.full((1,), value), 1 << 10),)
+                each.spool(
+                    client_id, Upload(round_number=1, num_examples=examples, num_tokens=1, layers=layers), Seen()
+                )
+        weighed = merger.merge(["a", "b", "liar"])
+        assert weighed.used == reference.merge(["a", "b", "liar"]).used == {"a": 7, "b": 12, "liar": 19}
+        assert weighed.lowered == {"liar": 2**61}
+        assert is_same(merger.layers(), reference.layers())
+
+    def test_multi_krum_bounds_those_it_keeps(self) -> None:
+        updates = [({"x": torch.tensor([value])}, weight) for value, weight in ((0.0, 1), (0.1, 1), (0.2, 2), (9.0, 4))]
+        kept = strategy("MultiKrum", num_malicious_clients=1).aggregate_train(updates, {"x": torch.zeros(1)}, {})
+        assert kept.layers["x"].item() == pytest.approx((0.0 + 0.1 + 2 * 0.2) / 4)
+        updates[2] = updates[2][0], 2**61
+        kept = strategy("MultiKrum", num_malicious_clients=1).aggregate_train(updates, {"x": torch.zeros(1)}, {})
+        assert kept.layers["x"].item() == pytest.approx((0.0 + 0.1 + 2 * 0.2) / 4)
 
     @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
     def test_a_restart_changes_nothing(self, name: StrategyName, tmp_path: Path) -> None:
@@ -302,6 +338,7 @@ def from_reference(flat: dict[str, list[float]]) -> dict[str, Tensor]:
 def test_flower_comes_to_the_same(name: StrategyName) -> None:
     """On the same arrays over three rounds, up to float32, in which Flower adds up."""
     options = {OURS.get(key, key): value for key, value in REFERENCE["merges"][name]["options"].items()}
+    options["max_client_weight"] = 1.0  # Flower bounds no weight
     rule, held, state = strategy(name, **options), from_reference(REFERENCE["first"]), {}
     for round_, expected in zip(REFERENCE["rounds"], REFERENCE["merges"][name]["layers"], strict=True):
         updates = [(from_reference(each["layers"]), each["weight"]) for each in round_]

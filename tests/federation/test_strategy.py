@@ -117,7 +117,7 @@ class TestMerger:
         merger = self.merger(tmp_path, weight_by)
         for seed in (2, 1):
             merger.spool(f"clinic-{seed}", self.upload(seed))
-        assert merger.merge(["clinic-2", "clinic-1"]) == dict(zip(["clinic-1", "clinic-2"], weights, strict=True))
+        assert merger.merge(["clinic-2", "clinic-1"]).used == dict(zip(["clinic-1", "clinic-2"], weights, strict=True))
 
     def test_uploads_can_be_forgotten(self, tmp_path: Path) -> None:
         merger = self.merger(tmp_path)

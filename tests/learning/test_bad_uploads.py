@@ -70,6 +70,11 @@ CASES: dict[str, tuple[Callable[[Layers, dict[str, int]], Spoilt], str]] = {
     "a layer missing": (one_missing, r"7 layers whose shapes are not those of this run's 8 merged layers: .*"),
     "not a number": (with_value(float("nan")), r"a tensor with values that are not finite \(NONFINITE_TENSOR\)"),
     "infinite": (with_value(float("-inf")), r"a tensor with values that are not finite \(NONFINITE_TENSOR\)"),
+    "moved too far": (
+        with_value(1e5),
+        r"layers that no training here makes: .*lora_B.* has moved by 1e\+05 \(root mean square\) since the last merge,"
+        r" more than the 0\.00\d+ that strategy.max_update = 10 allows",
+    ),
     "far too large": (with_value(1e20), r"a tensor whose root mean square is 1e\+20, more than max_rms = 1e\+06"),
     "no examples": (from_nothing, r"layers from 0 examples: an upload needs at least one behind it"),
 }

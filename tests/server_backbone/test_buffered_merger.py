@@ -73,4 +73,13 @@ def test_an_upload_whose_beginning_is_lost_is_named_at_a_restart(merger: Buffere
     again = merger_in(tmp_path)
     again.stand(3, {"slow@1": 1, "fast@9": 3})
     assert again.restore(merger.layers(), {}, {"slow@1": 1, "fast@9": 1}) == ["slow@1"]
-    assert again.merge(["fast@9"]) == {"fast@9": 1}
+    assert again.merge(["fast@9"]).used == {"fast@9": 1}
+
+
+def test_however_often_one_uploads_it_is_no_more_than_its_share(merger: BufferedMerger) -> None:
+    for name in ("fast@1", "fast@3", "fast@5", "fast@7", "slow@1", "other@1"):
+        upload(merger, name, 14.0)
+    merger.stand(3, dict.fromkeys(("fast@1", "fast@3", "fast@5", "fast@7", "slow@1", "other@1"), 3))
+    weighed = merger.merge(["fast@1", "fast@3", "fast@5", "fast@7", "slow@1", "other@1"])
+    assert weighed.used == {**dict.fromkeys(("fast@1", "fast@3", "fast@5", "fast@7"), 0.5), "slow@1": 1, "other@1": 1}
+    assert weighed.lowered == {"fast": 4}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from splitfl.federation.strategy import Folded, Strategy
 from splitfl.federation.updates import Update, stacks, weighted_mean
+from splitfl.federation.weights import capped
 from splitfl.telemetry.units import counted
 
 
@@ -32,7 +33,9 @@ class MultiKrum(Strategy):
         """Return the mean of those kept; of equal scores the first client in the order of ids is taken."""
         scores = _scores(updates, self._options.num_malicious_clients)
         best = sorted(range(len(updates)), key=lambda client: scores[client])[: self._num_kept(len(updates))]
-        return Folded(layers=weighted_mean([updates[client] for client in sorted(best)]))
+        # among those kept somebody may be more than its share again
+        weights = capped({str(client): updates[client][1] for client in sorted(best)}, self.max_client_weight)
+        return Folded(layers=weighted_mean([(updates[client][0], weights[str(client)]) for client in sorted(best)]))
 
     def _num_kept(self, num_clients: int) -> int:
         return self._options.num_clients_to_keep or num_clients - self._options.num_malicious_clients
