@@ -169,9 +169,14 @@ def is_moment(name: str) -> bool:
 def norms_of(gradients: Sequence[Tensor | None]) -> Tensor:
     """Return the norm of each gradient (float32), -1 where there is none."""
     return torch.tensor(
-        [NO_GRADIENT if g is None else float(torch.linalg.vector_norm(g, 2.0)) for g in gradients],
+        [NO_GRADIENT if g is None else float(torch.linalg.vector_norm(g, 2.0, dtype=sum_dtype(g))) for g in gradients],
         dtype=torch.float32,
     )
+
+
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the type in which such tensors are added up and measured: float32 for those that have fewer bits."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def clip_coefficient(norms_in_model_order: Sequence[float], max_grad_norm: float) -> float:
