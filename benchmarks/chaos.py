@@ -28,7 +28,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from splitfl.commands.demo import prepare_model
 from splitfl.commands.hpo import write_clinics
 from splitfl.config import ClientConfig, LinkSection, default_cache_dir
 from splitfl.telemetry.metrics import read_events
+from splitfl.telemetry.versions import versions_of
 
 # A fault that ends within this of the timeout may be over before anybody looks.
 _HEARTBEAT_SLACK_S = 1.5
@@ -594,7 +594,7 @@ def main(argv: list[str] | None = None) -> int:
         "server_mode": arguments.server_mode,
         "date": begun.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {name: version(name) for name in ("splitfl", "torch", "transformers", "pyzmq")},
+        "versions": versions_of(("splitfl", "torch", "transformers", "pyzmq")),
         "histories": str(folder),
     }
     for name, value in results.items():

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from splitfl.commands.fleet import free_port
 from splitfl.config import ClientConfig, ServerConfig, to_toml
 from splitfl.telemetry.metrics import read_events
 from splitfl.telemetry.units import format_bytes
+from splitfl.telemetry.versions import versions_of
 
 MODES = ("sequential", "shared", "per_client", "frozen")
 SHAPE = Shape(
@@ -76,7 +76,7 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, A
         "local_steps": _STEPS,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {name: version(name) for name in ("splitfl", "torch", "transformers", "pyzmq")},
+        "versions": versions_of(("splitfl", "torch", "transformers", "pyzmq")),
     }
 
 

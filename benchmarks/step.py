@@ -26,7 +26,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -41,6 +40,7 @@ from splitfl.commands.fleet import free_port
 from splitfl.config import ClientConfig, ServerConfig, to_toml
 from splitfl.errors import Incomplete
 from splitfl.telemetry.metrics import Event, read_events
+from splitfl.telemetry.versions import versions_of
 
 _CLIENT_ID = "laptop"
 _VERSIONED = ("torch", "transformers", "pyzmq", "msgpack")
@@ -134,7 +134,7 @@ def measure(plan: Plan, folder: Path, say: Callable[[str], None]) -> dict[str, A
         **_figures(plan, rounds),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}},
+        "versions": {"python": platform.python_version(), **versions_of(_VERSIONED)},
         "threads": {"server": 1, "client": 1, "unsplit": 1},
         "num_parameters": num_parameters,
         "plan": asdict(plan),

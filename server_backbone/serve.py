@@ -7,7 +7,6 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog, read_events
 from splitfl.telemetry.report import build_report, measures_table, summary_table, write_report
+from splitfl.telemetry.versions import versions_of
 from splitfl.training.device import open_device
 from splitfl.training.forecast import Part, copies_of
 from splitfl.training.terms import merged_layers, terms_of
@@ -340,7 +340,7 @@ def _description(config: ServerConfig, run_dir: Path) -> dict[str, Any]:
         "local_steps": run.federation.local_steps,
         "fingerprint": run.fingerprint(),
         "pid": os.getpid(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}},
+        "versions": {"python": platform.python_version(), **versions_of(_VERSIONED)},
         "device": config.server.device,
         "num_threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",

@@ -223,7 +223,8 @@ def test_the_card_says_how_it_was_trained_and_nothing_of_the_text(
     assert rows["server mode"] == "sequential"
     assert rows["lora.r"] == "3"
     assert rows["mean held-out loss after"] == f"{report['eval_loss_after']:.4f} nats a token"
-    assert f"torch {torch.__version__}" in rows["versions"]
+    assert f"torch {torch.__version__}," in rows["versions"]
+    assert report["versions"]["torch"] == torch.__version__
     lines = secret.read_text().splitlines()
     for planted in ("planted-folder", "planted-name", "planted-clinic", "planted-also", str(tmp_path), *lines):
         assert planted not in card.content

@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from benchmarks.split_vs_full.plots import write_plots
 from benchmarks.split_vs_full.text import Source, source_of
 from splitfl.config import default_cache_dir
 from splitfl.errors import ConfigError, SplitflError
+from splitfl.telemetry.versions import versions_of
 
 _VERSIONED = ("torch", "transformers", "peft", "pyzmq")
 _PLAIN_WIDTH = 200
@@ -105,7 +105,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in _VERSIONED},
+            **versions_of(_VERSIONED),
             "flwr": flower_version(),
         },
         "model": _described(model_dir),
