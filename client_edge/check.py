@@ -34,6 +34,7 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     link.leaving = "has only looked (splitfl check)"
     try:
         yield _server(link)
+        yield _way(link)
         with tempfile.TemporaryDirectory() as folder:
             directory = fetch_description(link, config.client, Path(folder))
             text = read_text(config, link.run, directory)
@@ -64,6 +65,15 @@ def _server(link: Link) -> Finding:
             f"The layers that a client holds are {format_bytes(layers)}, fetched once.",
         ),
         numbers={"run_id": welcome.run_id, "address": link.address, "bytes_of_layers": layers},
+    )
+
+
+def _way(link: Link) -> Finding:
+    num_bytes, seconds = link.probe()
+    return Finding(
+        topic="way",
+        sentences=(f"A full frame of {num_bytes:,} bytes went both ways in {seconds * 1000:.0f} ms.",),
+        numbers={"frame_bytes": num_bytes, "round_trip_seconds": seconds},
     )
 
 

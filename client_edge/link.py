@@ -13,12 +13,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
 from torch import Tensor
 
 from client_edge.heard import heard
+from client_edge.partial import PartialFile
+from client_edge.progress import Progress
 from client_edge.setbacks import Setbacks
 from client_edge.welcome import check_welcome, settings_of
 from splitfl import __version__
@@ -44,6 +47,8 @@ from splitfl.protocol.messages import (
     Message,
     Ping,
     Pong,
+    Probe,
+    Probed,
     Refusal,
     Report,
     Resumed,
@@ -58,11 +63,13 @@ from splitfl.protocol.messages import (
 )
 from splitfl.protocol.tensors import describe, realise
 from splitfl.session.client import ClientSession
+from splitfl.session.limits import messages_queued
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.transport.keys import read_enrolment, read_key_pair
 from splitfl.transport.reach import NOBODY_THERE
 from splitfl.transport.security import ClientSecurity
+from splitfl.transport.tcp_info import Counters
 from splitfl.transport.zeromq import ConnectionLost, Endpoint, HandshakeFailed, Traffic
 
 log = logging.getLogger(__name__)
@@ -79,6 +86,12 @@ _JOIN_AGAIN_S = 10.0
 _RETRY_LEAST_S = 0.1
 _MAX_HANDSHAKES = 3
 _WORTH_ANOTHER_TRY = (Why.NO_SESSION, Why.SHUTDOWN, Why.FULL)
+# Bytes of a file that are asked for at once at most: 20 Mbit/s for 200 ms are 0.5 MB. The server's queue bounds it too.
+_WINDOW_BYTES = 1 << 21
+# A message of so many bytes may take long enough to say how far it is.
+_LARGE_BYTES = 1 << 24
+# So much on the wire is more than ZeroMQ's heartbeats.
+_MOVED_BYTES = 1 << 14
 # A wait is worth a line when it has lasted a while, and again from time to time.
 _WAITING_AFTER_S = 2.0
 _WAITING_EVERY_S = 10.0
@@ -114,6 +127,27 @@ class ComputeFailed(PeerGone):
 
 class SessionLost(PeerGone):
     """The server lives and knows nothing of this session any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """A large message that was handed to ZeroMQ, and how far it has come."""
+
+    total: int
+    begun_at: int
+    """Bytes that the connection had carried before it."""
+    progress: Progress
+
+    @classmethod
+    def of(cls, total: int, begun_at: int, say: Callable[[str], None]) -> "_Upload":
+        return cls(total, begun_at, Progress("sent", total, say, begun_at=0, now_s=time.monotonic()))
+
+    def has_gone(self, acknowledged: int) -> bool:
+        """Say how far it is, and tell whether all of it has arrived at the other machine."""
+        sent = min(self.total, acknowledged - self.begun_at)
+        if sent < self.total:
+            self.progress.at(sent, now_s=time.monotonic())
+        return sent >= self.total
 
 
 class Heartbeat:
@@ -209,7 +243,8 @@ class Link:
         self.comes_back = False
         """Whether we then mean to be waited for."""
         self._data_sent = self._data_received = 0
-        self._progress: tuple[int, int] = (0, 0)
+        self._upload: _Upload | None = None
+        self._progress: tuple[int, ...] = ()
         self._progress_s = 0.0
         self.bytes_of_files = 0
         self.is_parting = False
@@ -385,7 +420,8 @@ class Link:
     def _begin(self) -> None:
         self._bounds = self.run.link
         self._data_sent = 0
-        self._progress, self._progress_s = (0, 0), time.monotonic()
+        self._upload = None
+        self._progress, self._progress_s = (), time.monotonic()
         self._heartbeat = Heartbeat(self._connect, self.welcome.session, self._bounds)
         if self._terms_of is not None:
             self._session = self._new_session(self._terms_of(self.run))
@@ -422,6 +458,17 @@ class Link:
             self._heartbeat.stop(Leave(reason=reason, comes_back=self.comes_back) if reason else None)
         self._endpoint.close(linger_s=1.0)
 
+    def probe(self) -> tuple[int, float]:
+        """Send one full frame there and back, before resuming; return its bytes and the seconds that it took."""
+        sent = os.urandom(self._bounds.frame_bytes)
+        frame = TensorFrames(dtype="u8", shape=(len(sent),), buffers=(sent,))
+        begun_s = time.monotonic()
+        self._send(Probe(content=frame))
+        came = self._answer(Probed, "a full frame to come back")
+        if b"".join(came.content.buffers) != sent:
+            raise RemoteProtocolError(f"a frame of {len(sent)} bytes came back with other content")
+        return len(sent), time.monotonic() - begun_s
+
     # files of the welcome
 
     def fetch(self, name: str, folder: Path) -> Path:
@@ -430,24 +477,40 @@ class Link:
         path = self.place_of(name, folder)
         if path.exists() and _hash_of(path) == digest:
             return path
-        folder.mkdir(parents=True, exist_ok=True)
-        half_done = folder / f".{digest}.{os.getpid()}.partial"
-        try:
-            with half_done.open("wb") as file:
-                while file.tell() < size:
-                    try:
-                        file.write(self._chunk(name, file.tell(), size))
-                    except PeerGone as gone:
-                        self.reconnect(gone, resume_at=1)
-                    else:
-                        self._setbacks.reached(name, file.tell())
-            if _hash_of(half_done) != digest:
+        with PartialFile(folder, digest, size) as part:
+            begun_at = part.num_bytes
+            self._receive_file(part, name, size)
+            if begun_at and part.digest() != digest:  # what an earlier start had left was no part of it
+                part.empty()
+                self._receive_file(part, name, size)
+            if part.digest() != digest:
+                part.empty()
                 raise RemoteProtocolError(f"{name} arrived with another hash than announced: start the client again")
-            half_done.replace(path)
-        finally:
-            half_done.unlink(missing_ok=True)
+            part.become(path)
         self.bytes_of_files += size
         return path
+
+    def _receive_file(self, part: PartialFile, name: str, size: int) -> None:
+        """Fetch what is missing of a file, over as many connections as it takes."""
+        progress = Progress("received", size, self._tell, begun_at=part.num_bytes, now_s=time.monotonic())
+        while part.num_bytes < size:
+            try:
+                self._fetch_pieces(part, name, size, progress)
+            except PeerGone as gone:
+                self.reconnect(gone, resume_at=1)
+
+    def _fetch_pieces(self, part: PartialFile, name: str, size: int, progress: Progress) -> None:
+        """Fetch the rest of a file, with several pieces on their way at once so that a long link is filled."""
+        step = self._bounds.frame_bytes
+        window = step * max(1, min(messages_queued(self._bounds) // 2, _WINDOW_BYTES // step))
+        asked = part.num_bytes
+        while part.num_bytes < size:
+            while asked < size and asked - part.num_bytes < window:
+                self._send(Fetch(name=name, offset=asked))
+                asked += step
+            part.write(self._chunk(name, part.num_bytes, min(step, size - part.num_bytes)))
+            self._setbacks.reached(name, part.num_bytes)
+            progress.at(part.num_bytes, now_s=time.monotonic())
 
     def place_of(self, name: str, folder: Path) -> Path:
         """Return where `fetch` looks for a file and leaves it: its SHA-256 (hex) is its name."""
@@ -457,16 +520,14 @@ class Link:
         at = self.welcome.file_names.index(name)
         return self.welcome.file_sizes[at], self.welcome.file_hashes[at]
 
-    def _chunk(self, name: str, offset: int, size: int) -> bytes:
-        self._send(Fetch(name=name, offset=offset))
+    def _chunk(self, name: str, offset: int, num_bytes: int) -> bytes:
         chunk = self._answer(Chunk, f"{name} from byte {offset}")
         content = b"".join(chunk.content.buffers)
-        if chunk.name != name or chunk.offset != offset or not content:
+        if (chunk.name, chunk.offset, len(content)) != (name, offset, num_bytes):
             raise RemoteProtocolError(
-                f"a piece of {chunk.name!r:.64} at {chunk.offset} in answer to {name} at {offset}"
+                f"a piece of {chunk.name!r:.64} of {len(content)} bytes at {chunk.offset} in answer to {name} at"
+                f" {offset}, {num_bytes} bytes"
             )
-        if len(content) > size - offset:
-            raise RemoteProtocolError(f"{name} is longer than the {size} bytes that were announced")
         return content
 
     # micro-batches and steps
@@ -617,8 +678,11 @@ class Link:
             raise LocalProtocolError(
                 f"{type(message).__name__} of {_payload(frames)} bytes, more than message_bytes = {limit:g}"
             )
+        before = self._endpoint.on_the_wire()
         self._endpoint.send(frames)
         self._data_sent += _payload(frames)
+        if _payload(frames) >= _LARGE_BYTES and before is not None:
+            self._upload = _Upload.of(_payload(frames), before.acknowledged, self.on_waiting)
 
     def _answer(self, wanted: type[M], what: str) -> M:
         """Wait for an answer of this kind; what else may come instead is raised."""
@@ -636,7 +700,7 @@ class Link:
                     raise Refused(f"{reason} ({code})", code=code)
                 case Shutdown(resume_at=step):
                     raise ServerStops(f"{self.address} is being stopped, and goes on at step {step} when it is back")
-                case Chunk():
+                case Chunk() | Probed():
                     pass
                 case _:
                     checked = self.session.receive(message)
@@ -677,25 +741,30 @@ class Link:
             if frames is not None:
                 self._data_received += _payload(frames)
                 return heard(frames, max_frame_bytes=self._bounds.frame_bytes)
+            wire = self._endpoint.on_the_wire()
+            if self._upload is not None and wire is not None and self._upload.has_gone(wire.acknowledged):
+                self._upload = None
             if self._heartbeat is None:
                 continue
             if self._heartbeat.silent_s > self._bounds.heartbeat_timeout:
                 raise PeerGone(
                     f"{self.address} has been silent for {self._heartbeat.silent_s:.0f} s while waiting for {what}"
                 )
-            if not self._check_progress(self._heartbeat.pong, what):
+            if not self._check_progress(self._heartbeat.pong, wire, what):
                 self._setbacks.waited(time.monotonic() - asked_s)
             if self._heartbeat.pong.waiting_for and time.monotonic() >= say_at_s:
                 self.on_waiting(self._heartbeat.pong.waiting_for)
                 say_at_s = time.monotonic() + _WAITING_EVERY_S
 
-    def _check_progress(self, pong: Pong, what: str) -> int:
+    def _check_progress(self, pong: Pong, wire: Counters | None, what: str) -> int:
         """Return the bytes on their way, and notice a data connection that is dead while the control connection lives.
 
-        What one side has sent and the other not received is on its way; it may take as long as the slowest link needs.
+        What one side has sent and the other not received is on its way; it may take as long as the slowest link needs,
+        and as long as the kernel moves it on (ZeroMQ's own heartbeats are too few bytes to count).
         """
         on_its_way = max(0, pong.bytes_sent - self._data_received) + max(0, self._data_sent - pong.bytes_received)
-        progress = (pong.bytes_received, self._data_received)
+        moved = (wire.acknowledged // _MOVED_BYTES, wire.received // _MOVED_BYTES) if wire is not None else (0, 0)
+        progress = (pong.bytes_received, self._data_received, *moved)
         if not on_its_way or progress != self._progress:
             self._progress, self._progress_s = progress, time.monotonic()
             return on_its_way

@@ -56,6 +56,7 @@ class Connection:
     """Whether a `Resume` waits for its answer."""
     num_pings: int = 0
     num_fetches: int = 0
+    num_probes: int = 0
     begun_s: float = 0.0
 
 

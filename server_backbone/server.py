@@ -57,6 +57,8 @@ from splitfl.protocol.messages import (
     Message,
     Ping,
     Pong,
+    Probe,
+    Probed,
     Ready,
     Refusal,
     Report,
@@ -92,6 +94,8 @@ B = TypeVar("B", Forward, Backward)
 _TICK_S = 0.25
 # How often the folder of keys is looked at.
 _KEYS_EVERY_S = 0.25
+# Frames that a client may have sent back to it on one connection.
+_MAX_PROBES = 4
 # What the loop took longer than this for is no silence of the clients.
 _STALL_S = 1.0
 # A wait is worth a line when it has lasted a while, and again from time to time.
@@ -315,6 +319,8 @@ class Server:
                 self._jobs.submit(lambda: None, lambda _: self._resume(connection, message))
             case Fetch():
                 self._provide(connection, message)
+            case Probe() if not connection.is_resumed:
+                self._send_back(connection, message)
             case _ if not connection.is_resumed:
                 raise RemoteProtocolError(f"{type(message).__name__} before Resume")
             case _:
@@ -436,6 +442,18 @@ class Server:
         if member.connection is not None:
             self._members.disconnect(member.connection)
         self._leave(member, "done")
+
+    def _send_back(self, connection: Connection, message: Probe) -> None:
+        """Return a frame to a client that tries the way; few, and none that would not be legal in training."""
+        connection.num_probes += 1
+        content = message.content
+        if connection.num_probes > _MAX_PROBES:
+            raise RemoteProtocolError(
+                f"{connection.num_probes} probes on a connection, where {_MAX_PROBES} is the most"
+            )
+        if content.dtype != "u8" or len(content.buffers) != 1:
+            raise RemoteProtocolError("a probe that is not one frame of bytes")
+        self._send(connection, Probed(content=content))
 
     def _provide(self, connection: Connection, message: Fetch) -> None:
         connection.num_fetches += 1

@@ -440,6 +440,20 @@ class RoundsEnded:
     """Empty where you hold them; else as in `Merged`."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Probe:
+    """Client, before it resumes: send this frame back; a full one shows that the way carries what training sends."""
+
+    content: TensorFrames
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Probed:
+    """Server: the frame of a `Probe`."""
+
+    content: TensorFrames
+
+
 Message: TypeAlias = (
     Hello
     | Welcome
@@ -476,6 +490,8 @@ Message: TypeAlias = (
     | WentBack
     | Declined
     | RoundsEnded
+    | Probe
+    | Probed
 )
 
 # Wire numbers are forever: add, never renumber.
@@ -516,5 +532,7 @@ KINDS: Mapping[int, type[Message]] = MappingProxyType(
         33: WentBack,
         34: Declined,
         35: RoundsEnded,
+        36: Probe,
+        37: Probed,
     }
 )

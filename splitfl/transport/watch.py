@@ -13,8 +13,6 @@ cut is a lost connection and nothing else.
 
 import ipaddress
 import socket
-import struct
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,17 +21,11 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-if sys.platform == "linux":
-    import fcntl
-    import termios
+from splitfl.transport.tcp_info import counters
 
 _INTERVAL_S = 0.03
 # How long after the bytes were read their message is in the queue at the latest, if it is a whole one.
 _SETTLE_S = 0.3
-# include/uapi/linux/tcp.h: struct tcp_info, tcpi_bytes_received (Linux 4.1)
-_BYTES_RECEIVED = struct.Struct("<Q")
-_BYTES_RECEIVED_AT = 128
-_UNREAD = struct.Struct("i")
 # ZMTP's heartbeats are no messages: a PING and a PONG of at most this for each heartbeat, and a handshake.
 _HEARTBEAT_BYTES = 128
 _HANDSHAKE_BYTES = 2048
@@ -136,9 +128,7 @@ class Watch:
                 return
             peer = _peer_of(descriptor)
             # what came before this thread was told has been taken already, or it counts as if it had
-            self._connections[descriptor] = _Connection(
-                peer=peer, baseline=_read_by_zeromq(descriptor) or 0, heard_s=now_s
-            )
+            self._connections[descriptor] = _Connection(peer=peer, baseline=_read_by_zeromq(descriptor), heard_s=now_s)
             if self._banned.get(peer[0], 0.0) > now_s:
                 _shut_down(descriptor, peer)
 
@@ -150,7 +140,7 @@ class Watch:
                     self._judge(descriptor, connection, message_bytes, now_s)
 
     def _judge(self, descriptor: int, connection: _Connection, message_bytes: int, now_s: float) -> None:
-        num_bytes = (_read_by_zeromq(descriptor) or 0) - connection.baseline
+        num_bytes = _read_by_zeromq(descriptor) - connection.baseline
         beside = _HANDSHAKE_BYTES + _HEARTBEAT_BYTES * (now_s - connection.heard_s) / self._heartbeat_s
         if num_bytes <= message_bytes + beside:
             connection.too_much_since_s = None
@@ -178,22 +168,10 @@ class Watch:
             self._banned[address] = now_s + _BAN_S
 
 
-def is_supported() -> bool:
-    """Tell whether this system says how much a connection has received."""
-    return sys.platform == "linux"
-
-
-def _read_by_zeromq(descriptor: int) -> int | None:
-    """Return the bytes of a connection that libzmq has, None when it is closed; never too many."""
-    try:
-        with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
-            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED_AT + 8)
-            (unread,) = _UNREAD.unpack(fcntl.ioctl(connection, termios.FIONREAD, bytes(_UNREAD.size)))
-    except OSError:
-        return None  # closed meanwhile
-    if len(info) < _BYTES_RECEIVED_AT + 8:
-        return None
-    return int(_BYTES_RECEIVED.unpack_from(info, _BYTES_RECEIVED_AT)[0]) - int(unread)
+def _read_by_zeromq(descriptor: int) -> int:
+    """Return the bytes of a connection that libzmq has, 0 when it is closed; never too many."""
+    found = counters(descriptor)
+    return found.received - found.unread if found is not None else 0
 
 
 def _shut_down(descriptor: int, peer: tuple[str, int]) -> None:

@@ -37,7 +37,8 @@ from splitfl.transport.framing import Framing
 from splitfl.transport.keys import KeyPair
 from splitfl.transport.reach import NOBODY_THERE, greets, why_unreachable
 from splitfl.transport.security import ClientSecurity, Doorkeeper, ServerSecurity, secure_client, secure_server
-from splitfl.transport.watch import Cut, Watch, is_supported
+from splitfl.transport.tcp_info import Counters, counters, is_supported
+from splitfl.transport.watch import Cut, Watch
 
 # Below this a copy costs less than keeping track of who holds the buffer.
 _COPY_BELOW_BYTES = 1 << 16
@@ -376,6 +377,7 @@ class Endpoint(_Socket):
         if socks_proxy:
             self._socket.setsockopt_string(zmq.SOCKS_PROXY, socks_proxy)
         self._is_connected = False
+        self._descriptor = -1
         self._is_reached = self._is_refused = self._may_not_close = False
         self._failed_handshakes = 0
         self._first_failure_s = 0.0
@@ -394,6 +396,11 @@ class Endpoint(_Socket):
         if not self._is_reached and self._is_direct:
             return why_unreachable(self.address) or self._finding
         return self._finding
+
+    def on_the_wire(self) -> Counters | None:
+        """Return what the kernel has sent and received of this connection, None where it does not say."""
+        is_open = self._is_connected and self.address.startswith("tcp")
+        return counters(self._descriptor) if is_open else None
 
     @property
     def is_refused(self) -> bool:
@@ -446,6 +453,8 @@ class Endpoint(_Socket):
     def _follow_monitor(self) -> None:
         while self._monitor is not None and self._monitor.poll(0):
             event = parse_monitor_message(self._monitor.recv_multipart())
+            if event["event"] == zmq.EVENT_CONNECTED:
+                self._descriptor = int(event["value"])
             self._follow(int(event["event"]))
 
     def _follow(self, event: int) -> None:

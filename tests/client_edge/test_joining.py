@@ -77,7 +77,7 @@ def test_a_client_says_what_it_is_trying(tmp_path: Path, case: Callable[[Path], 
 
 def test_the_command_ends_with_7(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "text.txt"
-    data.write_text("abc\n", encoding="utf-8")
+    data.write_text("abc\n" * 20, encoding="utf-8")
     config = tmp_path / "client.toml"
     address = f"tcp://127.0.0.1:{free_port()}"
     config.write_text(

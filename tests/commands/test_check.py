@@ -267,6 +267,8 @@ class TestClient:
             assert numbers["tokens"] == 6 * (5 + 1)  # letters and the end of the sequence
             assert numbers["epochs"] == 90 * 8 / 6
             assert findings["server"].numbers["run_id"] == "run"
+            assert findings["way"].numbers["frame_bytes"] == 1 << 18
+            assert "262,144 bytes went both ways" in findings["way"].sentences[0]
             assert findings["memory"].numbers["trainable"] > 0
         events = read_events(finished.run_dir / "metrics.jsonl")
         assert "looker" not in {event.get("client_id") for event in events}

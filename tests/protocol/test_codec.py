@@ -60,6 +60,8 @@ NUMBERS = {
     33: "WentBack",
     34: "Declined",
     35: "RoundsEnded",
+    36: "Probe",
+    37: "Probed",
 }
 
 

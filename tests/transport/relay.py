@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from queue import SimpleQueue
 
 _SOON_S = 10.0
 
@@ -91,6 +92,61 @@ class Cutter:
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Take no further connection."""
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+
+
+class Lag:
+    """Stands before a port of loopback and delivers everything this much later, at any rate: a long link."""
+
+    def __init__(self, port: int, delay_s: float) -> None:
+        self._target = port
+        self._delay_s = delay_s
+        self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port = int(self._server.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client, _ = self._server.accept()
+                threading.Thread(target=self._forward, args=(client,), daemon=True).start()
+
+    def _forward(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._target)) as server:
+            threads = []
+            for source, target in ((client, server), (server, client)):
+                due: SimpleQueue[tuple[float, bytes]] = SimpleQueue()
+                threads += [
+                    threading.Thread(target=self._take, args=(source, due), daemon=True),
+                    threading.Thread(target=self._give, args=(target, due), daemon=True),
+                ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    def _take(self, source: socket.socket, due: "SimpleQueue[tuple[float, bytes]]") -> None:
+        chunk = b"more"
+        while chunk:
+            try:
+                chunk = source.recv(1 << 16)
+            except OSError:
+                chunk = b""
+            due.put((time.monotonic() + self._delay_s, chunk))
+
+    def _give(self, target: socket.socket, due: "SimpleQueue[tuple[float, bytes]]") -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                at_s, chunk = due.get()
+                time.sleep(max(0.0, at_s - time.monotonic()))
+                if not chunk:
+                    target.shutdown(socket.SHUT_RDWR)
+                    return
+                target.sendall(chunk)
 
     def close(self) -> None:
         """Take no further connection."""

@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 from conftest import free_port
 from transport.relay import Relay
 
+from benchmarks.proxy import ChaosProxy
 from splitfl.errors import LocalProtocolError, PeerGone, TransportError
 from splitfl.transport.address import check_address
 from splitfl.transport.keys import AllowList, authorize, keygen
@@ -358,3 +360,29 @@ def test_a_reader_that_never_reads_is_found_out(place: Place) -> None:
         peer, _ = arrived(listener)
         with pytest.raises(PeerGone, match="does not read"):
             keep_sending(listener, peer, [bytes(1 << 12)] * 4)
+
+
+@pytest.mark.parametrize("place", ON_TCP, indirect=True)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_how_much_of_a_message_has_left_is_known(place: Place, listener: Listener) -> None:
+    proxy = ChaosProxy(int(listener.address.rsplit(":", 1)[1]))
+    frames = [bytes(OPTIONS["max_frame_bytes"])] * 40
+    with place.connect(f"tcp://127.0.0.1:{proxy.port}") as endpoint:
+        endpoint.send([b"x"])
+        assert arrived(listener)[1] == [b"x"]
+        endpoint.recv(0.05)
+        before = endpoint.on_the_wire()
+        assert before is not None
+        proxy.harm["up"].bytes_per_second = 2e7
+        endpoint.send(frames)
+        seen: list[int] = []
+        deadline = time.monotonic() + 30
+        while not seen or seen[-1] < sum(map(len, frames)):
+            assert time.monotonic() < deadline
+            endpoint.recv(0.1)
+            wire = endpoint.on_the_wire()
+            assert wire is not None
+            seen.append(wire.acknowledged - before.acknowledged)
+        assert seen == sorted(seen)
+        assert seen[0] < sum(map(len, frames)) / 2
+    proxy.close()

@@ -14,7 +14,7 @@ from conftest import free_port
 from benchmarks.proxy import ChaosProxy
 from splitfl.transport.keys import AllowList, authorize, keygen
 from splitfl.transport.security import ClientSecurity, ServerSecurity
-from splitfl.transport.watch import is_supported
+from splitfl.transport.tcp_info import is_supported
 from splitfl.transport.zeromq import Arrived, Cut, Endpoint, Listener
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="only Linux tells what a connection has received")
