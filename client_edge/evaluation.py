@@ -149,7 +149,7 @@ class Evaluator:
     ) -> None:
         """`max_rows` are this client's own bound on a batch, 0 for none."""
         self._run = run
-        self._rows = rows_at_once(run, max_rows)
+        self._max_rows = max_rows
         self._edge = edge
         self._link = link
         self._exam = exam
@@ -165,7 +165,7 @@ class Evaluator:
         """Return all measures that are finite, and what they count over, by the names of `telemetry.measures`."""
         found = {"num_eval_examples": float(len(held_out)), **self._of_tokens(held_out)}
         if self._exam.to_classify:
-            found |= class_measures(self._edge, self._link, self._exam, self._rows)
+            found |= class_measures(self._edge, self._link, self._exam, rows_at_once(self._run, self._max_rows))
         if self._answerer is not None:
             self._edge.finish_step()  # the whole model is used, and half a step may be open
             found |= self._answerer.measures(self._exam)
@@ -177,7 +177,7 @@ class Evaluator:
         return self._of_tokens(text).get("eval_loss", math.nan)
 
     def _of_tokens(self, text: Dataset) -> dict[str, float]:
-        batches = eval_batches(text, self._rows)
+        batches = eval_batches(text, rows_at_once(self._run, self._max_rows))
         return token_measures(self._edge, self._link, batches)
 
 
@@ -257,7 +257,7 @@ class Answerer:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, run: RunConfig, *, max_rows: int = 0) -> None:
         """Take the client's model, whose middle is the server's; its own generation settings are left aside."""
-        self._rows = rows_at_once(run, max_rows)
+        self._max_rows = max_rows
         self._model = model
         self._tokenizer = tokenizer
         self._run = run
@@ -292,7 +292,7 @@ class Answerer:
         """Yield batches of prompts that the server's cache has room for."""
         rest = list(by_length)
         while rest:
-            rows = self._rows
+            rows = rows_at_once(self._run, self._max_rows)
             longest = len(prompts[rest[:rows][-1]]) + self._run.evaluation.max_new_tokens
             rows = max(1, min(rows, self._run.link.max_cache_tokens // longest))
             group, rest = rest[:rows], rest[rows:]

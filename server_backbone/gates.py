@@ -9,7 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from server_backbone.patience import Patience
 from splitfl.protocol.messages import Commit, Forward
+
+_MISSED = "missed too many steps (federation.max_missed_steps), and sits out until it begins one again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,7 +39,22 @@ class CloseStep:
     reason: str
 
 
-Action: TypeAlias = Compute | Apply | CloseStep
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SitOut:
+    """Go on without this client until it shows work."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeBack:
+    """Wait for this client again: it shows work."""
+
+    client_id: str
+
+
+Action: TypeAlias = Compute | Apply | CloseStep | SitOut | TakeBack
 
 
 class Gate(Protocol):
@@ -74,6 +92,10 @@ class Gate(Protocol):
         """Look at the deadlines."""
         ...
 
+    def sits_out(self, client_id: str) -> bool:
+        """Tell whether nobody waits for a client's steps, since it has missed too many."""
+        ...
+
     def waiting_for(self) -> Sequence[str]:
         """Name the clients that others wait for."""
         ...
@@ -85,9 +107,12 @@ class SharedGate:
     SplitFed-V2 too has one backbone for all, but that steps for one client after the other, as with `SequentialGate`.
     """
 
-    def __init__(self, step_timeout: float) -> None:
+    def __init__(self, step_timeout: float, max_missed_steps: int = 3) -> None:
         self._step_timeout = step_timeout
+        self._patience = Patience(max_missed_steps, step_timeout)
         self._expected: set[str] = set()
+        self._guests: set[str] = set()
+        """Clients that sit out and have begun this step all the same: it does not wait for them."""
         self._asked: dict[str, Commit] = {}
         self._deadline_s = float("inf")
         self._step = 0
@@ -95,21 +120,37 @@ class SharedGate:
 
     def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
         self._is_open = True
-        self._expected = set(trainers)
+        self._expected = {each for each in trainers if not self.sits_out(each)}
+        self._guests = set()
         self._step = first_step
 
     def round_closed(self) -> None:
         self._is_open = False
         self._expected = set()
+        self._guests = set()
         self._asked = {}
         self._deadline_s = float("inf")
 
+    def sits_out(self, client_id: str) -> bool:
+        return self._patience.is_out(client_id)
+
     def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
         # A member's next forward cannot come before its commit is acknowledged, so no graph outlives a commit.
-        return [Compute(client_id=client_id, message=message)]
+        if not self.sits_out(client_id) or not self._is_open:
+            return [Compute(client_id=client_id, message=message)]
+        back: list[Action] = []
+        if self._patience.may_return(client_id, now_s):
+            self._expected.add(client_id)
+            back = [TakeBack(client_id=client_id)]
+        if message.step != self._step:
+            return [*back, self._elsewhere(client_id)]
+        if not back:
+            self._guests.add(client_id)
+        return [*back, Compute(client_id=client_id, message=message)]
 
     def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
-        if client_id not in self._expected:
+        self._patience.begin(now_s)
+        if client_id not in self._expected | self._guests:
             return []  # the round closed before it came
         if not self._asked:
             self._deadline_s = now_s + self._step_timeout
@@ -118,15 +159,17 @@ class SharedGate:
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
         self._expected.discard(client_id)
+        self._guests.discard(client_id)
         self._asked.pop(client_id, None)
         return self._apply_if_complete()
 
     def lost(self, client_id: str, now_s: float) -> list[Action]:
         self._asked.pop(client_id, None)  # its gradients go with its connection; the step still waits for it
+        self._guests.discard(client_id)
         return []
 
     def returned(self, client_id: str) -> int:
-        if self._is_open:
+        if self._is_open and not self.sits_out(client_id):
             self._expected.add(client_id)
         return self._step
 
@@ -135,32 +178,46 @@ class SharedGate:
             return []
         reason = f"the step went on after {self._step_timeout:g} s without this client"
         late = sorted(self._expected - set(self._asked))
-        closed: list[Action] = [
-            CloseStep(client_id=client_id, next_step=self._step + 1, reason=reason) for client_id in late
-        ]
-        return closed + self._apply()
+        actions: list[Action] = []
+        for client_id in late:
+            actions.append(CloseStep(client_id=client_id, next_step=self._step + 1, reason=reason))
+            if self._patience.missed(client_id, now_s):
+                self._expected.discard(client_id)
+                actions.append(SitOut(client_id=client_id, reason=_MISSED))
+        return actions + self._apply()
 
     def waiting_for(self) -> Sequence[str]:
         return sorted(self._expected - set(self._asked)) if self._asked else []
+
+    def _elsewhere(self, client_id: str) -> CloseStep:
+        return CloseStep(client_id=client_id, next_step=self._step, reason=f"the others are at step {self._step}")
 
     def _apply_if_complete(self) -> list[Action]:
         return self._apply() if self._asked and self._expected <= set(self._asked) else []
 
     def _apply(self) -> list[Action]:
         members = tuple(sorted(self._asked.items()))
-        self._asked = {}
+        too_late = sorted(self._guests - set(self._asked))
+        self._asked, self._guests = {}, set()
         self._deadline_s = float("inf")
         self._step += 1
-        return [Apply(members=members)]
+        back = [client_id for client_id, _ in members if self._patience.made(client_id)]
+        self._expected |= set(back)
+        return [
+            *(self._elsewhere(client_id) for client_id in too_late),
+            Apply(members=members),
+            *(TakeBack(client_id=client_id) for client_id in back),
+        ]
 
 
 class SequentialGate:
     """One client's step at a time, each computed and applied before the next begins (split learning's plain order)."""
 
-    def __init__(self, step_timeout: float, *, is_patient: bool = False) -> None:
+    def __init__(self, step_timeout: float, max_missed_steps: int = 3, *, is_patient: bool = False) -> None:
         """A patient gate ends a turn only when somebody else waits for it."""
         self._step_timeout = step_timeout
         self._is_patient = is_patient
+        self._patience = Patience(max_missed_steps, step_timeout)
         self._owner: str | None = None
         self._owner_step = 0
         self._is_open = False
@@ -175,20 +232,37 @@ class SequentialGate:
         self._owner = None
         self._held.clear()
 
+    def sits_out(self, client_id: str) -> bool:
+        return self._patience.is_out(client_id)
+
     def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        self._patience.begin(now_s)
         if not self._is_open:
             return []  # the round closed before it came
+        actions: list[Action] = []
+        if self._owner != client_id and self.sits_out(client_id) and self._patience.may_return(client_id, now_s):
+            actions.append(TakeBack(client_id=client_id))
         if self._owner not in (None, client_id):
             self._held.append((client_id, message))
-            return []
+            return [*actions, *self._sent_away(client_id, now_s)]
         if self._owner is None:
             self._take_turn(client_id, message, now_s)
-        return [Compute(client_id=client_id, message=message)]
+        return [*actions, Compute(client_id=client_id, message=message)]
+
+    def _sent_away(self, client_id: str, now_s: float) -> list[Action]:
+        """End the turn of an owner that sits out and had it only because nobody else wanted it."""
+        if self._owner is None or not self.sits_out(self._owner) or self.sits_out(client_id):
+            return []
+        return [self._closed("others wait for the turn, which it had while nobody did"), *self._next_turn(now_s)]
+
+    def _closed(self, reason: str) -> CloseStep:
+        return CloseStep(client_id=self._owner or "", next_step=self._owner_step + 1, reason=reason)
 
     def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
         if client_id != self._owner:
             return []  # the round closed before it came
-        return [Apply(members=((client_id, message),)), *self._next_turn(now_s)]
+        back = [TakeBack(client_id=client_id)] if self._patience.made(client_id) else []
+        return [Apply(members=((client_id, message),)), *back, *self._next_turn(now_s)]
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
         self._held = deque(held for held in self._held if held[0] != client_id)
@@ -203,9 +277,12 @@ class SequentialGate:
     def ticked(self, now_s: float) -> list[Action]:
         if self._owner is None or now_s < self._deadline_s or (self._is_patient and not self._held):
             return []
-        reason = f"its turn ended after {self._step_timeout:g} s without a commit"
-        closed = CloseStep(client_id=self._owner, next_step=self._owner_step + 1, reason=reason)
-        return [closed, *self._next_turn(now_s)]
+        owner, is_waited_for = self._owner, bool(self._held)
+        closed = self._closed(f"its turn ended after {self._step_timeout:g} s without a commit")
+        sits_out: list[Action] = []
+        if is_waited_for and self._patience.missed(owner, now_s):
+            sits_out = [SitOut(client_id=owner, reason=_MISSED)]
+        return [closed, *sits_out, *self._next_turn(now_s)]
 
     def waiting_for(self) -> Sequence[str]:
         return [self._owner] if self._owner and self._held else []
@@ -219,7 +296,8 @@ class SequentialGate:
         self._owner = None
         if not self._held:
             return []
-        client_id, first = self._held[0]
+        # whoever sits out comes when nobody else does
+        client_id, first = next((held for held in self._held if not self.sits_out(held[0])), self._held[0])
         self._take_turn(client_id, first, now_s)
         mine = [message for holder, message in self._held if holder == client_id]
         self._held = deque(held for held in self._held if held[0] != client_id)
@@ -256,6 +334,9 @@ class FrozenGate:
     def ticked(self, now_s: float) -> list[Action]:
         return []
 
+    def sits_out(self, client_id: str) -> bool:
+        return False
+
     def waiting_for(self) -> Sequence[str]:
         return []
 
@@ -267,13 +348,13 @@ class PerClientGate(FrozenGate):
     """
 
 
-def gate_for(server_mode: str, step_timeout: float, *, is_patient: bool = False) -> Gate:
+def gate_for(server_mode: str, step_timeout: float, max_missed_steps: int = 3, *, is_patient: bool = False) -> Gate:
     """Return the gate of a `server_mode`; see `SequentialGate` for what is patient."""
     match server_mode:
         case "shared":
-            return SharedGate(step_timeout)
+            return SharedGate(step_timeout, max_missed_steps)
         case "sequential":
-            return SequentialGate(step_timeout, is_patient=is_patient)
+            return SequentialGate(step_timeout, max_missed_steps, is_patient=is_patient)
         case "per_client":
             return PerClientGate()
         case _:

@@ -25,6 +25,12 @@ class Member:
     """When its connection was lost, while it is waited for."""
     is_out: bool = False
     """Whether the run goes on without it until it comes back."""
+    sits_out: bool = False
+    """Whether it is there, shows nothing, and nobody waits for it until it does."""
+    idle_s: float = 0.0
+    """How long what comes next has been its own to do, since it last showed work."""
+    num_sat_out: int = 0
+    """How often it has sat out in this round."""
     has_parted: bool = False
     """Whether it has said goodbye, and nothing else since."""
     num_rewinds: int = 0

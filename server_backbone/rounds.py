@@ -103,6 +103,8 @@ class Rounds:
         self._trainers: set[str] = set()
         self._chosen: set[str] = set()
         self._uploaded: set[str] = set()
+        self._idle: set[str] = set()
+        """Clients that are there and that nobody waits for, until they have something to show."""
         self.round_number = 0
         self.num_merged = 0
         self._num_judged = 0
@@ -159,7 +161,7 @@ class Rounds:
     def joined(self, client_id: str, *, takes_part: bool = False) -> None:
         """Take note of a client, new or back; from the next round on, or in the open one if it `takes_part` in that."""
         self._connected.add(client_id)
-        if takes_part and self._stage is Stage.OPEN and client_id in self._chosen:
+        if takes_part and self._stage is Stage.OPEN and client_id in self._chosen - self._idle:
             self._trainers.add(client_id)
 
     def lost(self, client_id: str) -> None:
@@ -171,8 +173,39 @@ class Rounds:
         self._trainers.discard(client_id)
         return self._close_if_complete()
 
+    def waits_for(self, client_id: str) -> bool:
+        """Tell whether others, or the run's end, wait for something of this client."""
+        match self._stage:
+            case Stage.GATHERING:
+                return bool(self._ready) and client_id in self._connected - self._ready - self._idle
+            case Stage.OPEN:
+                return bool(self._uploaded) and client_id in self._trainers - self._uploaded
+            case Stage.PARTING:
+                return client_id in self._connected - self._idle
+        return False
+
+    def sits_out(self, client_id: str) -> list[Decision]:
+        """Wait no longer for a client that is there and shows nothing."""
+        self._idle.add(client_id)
+        self._trainers.discard(client_id)
+        match self._stage:
+            case Stage.GATHERING:
+                return self._open_if_complete()
+            case Stage.OPEN | Stage.LAST_CALL:
+                return self._close_if_complete()
+            case Stage.PARTING if self._connected <= self._idle:
+                return self._end("")
+        return []
+
+    def comes_back(self, client_id: str) -> None:
+        """Wait again for a client that has shown work, in the open round as well."""
+        self._idle.discard(client_id)
+        if self._stage is Stage.OPEN and client_id in self._chosen:
+            self._trainers.add(client_id)
+
     def ready(self, client_id: str) -> list[Decision]:
         """Take note that a client waits for the next round."""
+        self._idle.discard(client_id)
         self._ready.add(client_id)
         return self._open_if_complete()
 
@@ -191,12 +224,13 @@ class Rounds:
         self._connected.discard(client_id)
         self._ready.discard(client_id)
         self._trainers.discard(client_id)
+        self._idle.discard(client_id)
         match self._stage:
             case Stage.GATHERING:
                 return self._open_if_complete()
             case Stage.OPEN | Stage.LAST_CALL:
                 return self._close_if_complete()
-            case Stage.PARTING if not self._connected:
+            case Stage.PARTING if self._connected <= self._idle:
                 return self._end("")
         return []
 
@@ -212,10 +246,13 @@ class Rounds:
 
     def ticked(self, now_s: float) -> list[Decision]:
         """Look at the deadline of whatever is waited for."""
+        if self._stage is Stage.PARTING and self._connected <= self._idle:
+            return self._end("")
         if now_s < self._deadline_s:
             return []
         match self._stage:
             case Stage.GATHERING if len(self._ready) >= self._fewest:
+                self._idle |= self._connected - self._ready  # the next time nobody waits so long for them
                 return self._go_on()
             case Stage.GATHERING:
                 waited = f"waited {self._federation.wait_timeout:g} s (federation.wait_timeout) for"
@@ -277,7 +314,7 @@ class Rounds:
 
     def _open_if_complete(self) -> list[Decision]:
         enough = len(self._ready) >= self._fewest
-        if self._stage is not Stage.GATHERING or not enough or self._connected - self._ready:
+        if self._stage is not Stage.GATHERING or not enough or self._connected - self._ready - self._idle:
             return []
         return self._go_on()
 

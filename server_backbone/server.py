@@ -17,7 +17,7 @@ from typing import TypeVar
 from server_backbone.admission import Admission
 from server_backbone.caches import CacheBook
 from server_backbone.engine import Decided, Engine, MergedLayers, Spooled, Verdict
-from server_backbone.gates import Action, Apply, CloseStep, Compute, gate_for
+from server_backbone.gates import Action, Apply, CloseStep, Compute, SitOut, TakeBack, gate_for
 from server_backbone.jobs import Jobs
 from server_backbone.ledger import RoundState
 from server_backbone.measurements import Measurements
@@ -112,6 +112,9 @@ _MAX_REWINDS = 3
 _MAX_ENDS_TOLD = 8
 # The time that something cannot be done for a client at which it is told what to change.
 _LAST_MISHAP = 3
+# A clock that stood still, with this process or its machine, is nobody's idleness.
+_MAX_PASSED_S = 1.0
+_MAX_SAT_OUT = 2
 _MAX_WAITING = 1000
 
 
@@ -136,7 +139,12 @@ class Server:
     def __post_init__(self) -> None:
         federation = self.run.federation
         self._jobs = Jobs(self.listener.wake)
-        self._gate = gate_for(federation.server_mode, federation.step_timeout, is_patient=self.run.has_own_loops)
+        self._gate = gate_for(
+            federation.server_mode,
+            federation.step_timeout,
+            federation.max_missed_steps,
+            is_patient=self.run.has_own_loops,
+        )
         if self.run.has_own_loops:
             self._gate.round_opened((), first_step=1)  # and never closed
         if self.run.is_buffered:
@@ -150,6 +158,7 @@ class Server:
         self._have_rounds_ended = False
         self._measurements = Measurements()
         self._is_over = False
+        self._ticked_s = time.monotonic()
         self._mishaps: Counter[str] = Counter()
         """How often in a row something could not be done for a client."""
         self._most_jobs = _MAX_JOBS + 8 * self.limits.micro_batches_in_flight
@@ -351,12 +360,14 @@ class Server:
         match message:
             case Ready():
                 self._announce(member, message)
-                member.has_parted = False
+                member.has_parted = member.sits_out = False
+                member.idle_s = 0.0
                 if self._have_rounds_ended:
                     self._say_ended_again(member)  # it was evaluating still
                 else:
                     self._decide(self._rounds.ready(client_id), now_s)
             case Forward(step=0):
+                self._evaluates(member)
                 self._compute(member, message, self.engine.evaluate)
             case Decode():
                 self._decode(member, message, now_s)
@@ -371,8 +382,10 @@ class Server:
                 _check_claims(message)
                 self._carry_out(self._gate.commit(client_id, message, now_s), now_s)
             case Upload():
+                self._shows_work(member)
                 self._spool(member, message)
             case Report():
+                self._evaluates(member)
                 self._take_report(member, message)
             case Goodbye():
                 self._part(member, message)
@@ -740,6 +753,10 @@ class Server:
                     self._jobs.submit(partial(self.engine.apply, contributions), self._said_of_snapshot, always=True)
                 case CloseStep():
                     self._close_step(action, now_s)
+                case SitOut(client_id=client_id, reason=reason):
+                    self._sit_out(self._members[client_id], reason, now_s)
+                case TakeBack(client_id=client_id):
+                    self._wait_again(self._members[client_id])
 
     def _acknowledge(
         self, members: tuple[tuple[str, Commit], ...], contributions: list[Contribution], decided: Decided
@@ -754,6 +771,7 @@ class Server:
                 durable_step=decided.durable_step,
             )
             del self._mishaps[client_id]
+            self._shows_work(member)
             if member.session.phase in (Phase.TRAINING, Phase.COMMITTING):
                 member.session.committed(reply)
             else:  # the round closed meanwhile; it counts all the same
@@ -818,7 +836,8 @@ class Server:
         self._drop_unwanted(member)
         self._jobs.submit(partial(self.engine.closed, member.client_id, refusal.step, action.next_step), _nothing)
         self._tell(member, refusal)
-        self.metrics.emit("step_refused", client_id=member.client_id, step=refusal.step, reason=action.reason)
+        if not member.sits_out:  # one that begins steps again and again fills no disk
+            self.metrics.emit("step_refused", client_id=member.client_id, step=refusal.step, reason=action.reason)
         if member.session.has_done_its_steps:
             self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
 
@@ -864,10 +883,14 @@ class Server:
             opened = self._opening(round_, client_id)
             member.session.phase = Phase.READY  # one whose connection was lost meanwhile is in the round as well
             member.session.opened(opened)
+            member.idle_s, member.num_sat_out = 0.0, 0
             self._tell(member, opened)
             if member.is_out:
                 self._carry_out(self._gate.finished(client_id, time.monotonic()), time.monotonic())
         self._rounds.opened(time.monotonic())
+        for client_id in round_.trainers:
+            if self._gate.sits_out(client_id):
+                self._sit_out(self._members[client_id], "has missed too many steps before", time.monotonic())
 
     def _judged(self, verdict: Verdict) -> None:
         """Say what the verdict on the last merge is, and go on as it asks."""
@@ -988,6 +1011,7 @@ class Server:
 
     def _end_round(self, member: Member, message: Merged) -> None:
         member.session.merged(message)
+        member.idle_s = 0.0
         del self._mishaps[member.client_id]
         self._drop_unwanted(member)
         self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
@@ -1136,9 +1160,51 @@ class Server:
         for member in self._members:
             if member.absent_since_s is not None and now_s - member.absent_since_s > patience_s:
                 self._leave(member, f"was away for more than step_timeout = {patience_s:g} s")
+        self._check_idle(now_s)
         self._carry_out(self._gate.ticked(now_s), now_s)
         self._decide(self._rounds.ticked(now_s), now_s)
         self._say_what_is_waited_for(now_s)
+
+    def _check_idle(self, now_s: float) -> None:
+        """Wait no longer for who is there, owes the others something, and has shown nothing for too long."""
+        passed_s, self._ticked_s = min(_MAX_PASSED_S, now_s - self._ticked_s), now_s
+        federation, link = self.run.federation, self.run.link
+        patience_s = federation.max_missed_steps * federation.step_timeout
+        patience_s += self.limits.message_bytes / link.slowest_link_bytes_per_second  # it may be sending
+        for member in self._members:
+            if member.connection is None or not member.session.is_its_turn:
+                continue
+            member.idle_s += passed_s
+            if member.idle_s > patience_s and not member.sits_out and self._rounds.waits_for(member.client_id):
+                self._sit_out(member, f"has shown nothing for {patience_s:.0f} s, and sits out until it does", now_s)
+
+    def _sit_out(self, member: Member, reason: str, now_s: float) -> None:
+        if member.sits_out:
+            return
+        member.sits_out = True
+        member.num_sat_out += 1
+        self.metrics.emit("sits_out", client_id=member.client_id, reason=reason)
+        self._decide(self._rounds.sits_out(member.client_id), now_s)
+
+    def _shows_work(self, member: Member) -> None:
+        """Take note of something finished; whoever sat out twice in a round is not waited for again before the next."""
+        member.idle_s = 0.0
+        if member.sits_out and member.num_sat_out < _MAX_SAT_OUT and not self._gate.sits_out(member.client_id):
+            self._wait_again(member)
+
+    def _evaluates(self, member: Member) -> None:
+        """Take note of work between two rounds, or behind the last, for which the run's end waits."""
+        member.idle_s = 0.0
+        if self._rounds.is_parting:
+            self._wait_again(member)
+
+    def _wait_again(self, member: Member) -> None:
+        member.idle_s = 0.0
+        if not member.sits_out:
+            return
+        member.sits_out = False
+        self.metrics.emit("taken_back", client_id=member.client_id)
+        self._rounds.comes_back(member.client_id)
 
     def _say_what_is_waited_for(self, now_s: float) -> None:
         text, (last, due_s) = self._waiting_for(), self._waiting_said

@@ -307,6 +307,10 @@ class FederationSection(Section):
     """Seconds after which a step goes on without a client that has not finished it, and a round without one whose
     connection is lost."""
 
+    max_missed_steps: Operation[int] = Field(3, ge=1)
+    """Steps in a row that went on without a client after which it sits out: nobody waits for it until it begins a step
+    again. A round, too, waits no longer than so many times `step_timeout` for a client that finishes nothing."""
+
     @model_validator(mode="after")
     def _clients_add_up(self) -> Self:
         if self.min_train_clients > self.min_available_clients:

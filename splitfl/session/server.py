@@ -158,6 +158,12 @@ class ServerSession:
         return self._micro_batches_begun > 0
 
     @property
+    def is_its_turn(self) -> bool:
+        """Whether nothing is owed to this client, so that what comes next is its own to do."""
+        is_at_work = self.phase in (Phase.IDLE, Phase.TRAINING) and self._decoding is None
+        return is_at_work and all(graph.awaits_backward for graph in self._graphs.values())
+
+    @property
     def has_done_its_steps(self) -> bool:
         """Whether no step of the round is left for this client."""
         return self.phase is not Phase.IDLE and self.next_step > self.last_step

@@ -240,6 +240,12 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
             return "lost", f"{event['client_id']}: {event['reason']}; waiting for it to come back"
         case "client_returned":
             return "back", f"{event['client_id']}, at step {event['step'] + 1}"
+        case "sits_out":
+            return "sits out", f"{event['client_id']} {event['reason']}"
+        case "taken_back":
+            return "back", f"{event['client_id']} shows work again, and is waited for"
+        case "failed":
+            return "failed", f"{event['client_id']}, {event['count']}. time: {event['reason']}"
         case "client_rejoins":
             return "rejoins", f"{event['client_id']}: {event['reason']}; it takes part from the next round on"
         case "client_rewinds":

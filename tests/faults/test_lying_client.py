@@ -4,6 +4,8 @@ A row each in the table of docs/reliability.md. The server is a process of its o
 """
 
 import resource
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -32,6 +34,7 @@ from splitfl.protocol.messages import (
     Report,
     Resume,
     Resumed,
+    StepRefused,
     Welcome,
 )
 
@@ -296,3 +299,93 @@ class TestMishaps:
         run.start("clinic-1")
         all_end_well(run)
         assert run.events("violation") == []
+
+
+class TestWhoOnlyPings:
+    """2.7 of the issue: out after a stated number of steps, and the others keep their rate; R35."""
+
+    SETTINGS: dict[str, Any] = {
+        "federation__num_rounds": 1,
+        "federation__local_steps": 30,
+        "federation__min_available_clients": 2,
+        "federation__step_timeout": 1,
+        "federation__max_missed_steps": 2,
+        "federation__wait_timeout": 30,
+    }
+
+    @pytest.mark.parametrize(
+        ("mode", "does"),
+        [
+            ("shared", "nothing"),
+            ("shared", "begins steps"),
+            ("sequential", "begins steps"),
+            ("per_client", "nothing"),
+            ("frozen", "steps, and never uploads"),
+        ],
+    )
+    def test_in_a_round(self, town: Callable[..., Town], mode: str, does: str) -> None:
+        run = town(1, federation__server_mode=mode, **self.SETTINGS)
+        run.wait_for("waiting", 1)
+        stopping, begun = threading.Event(), time.monotonic()
+        acting = threading.Thread(target=self._act, args=(run, does, stopping), daemon=True)
+        acting.start()
+        try:
+            run.wait_for("round_opened", 1)
+            begun = time.monotonic()
+            all_end_well(run)
+        finally:
+            stopping.set()
+            acting.join(timeout=10)
+        # two time-outs, then a fifth of the time at most; else sixty steps would take a minute, a round an hour
+        assert time.monotonic() - begun < 45
+        assert len([event for event in run.events("step") if event["client_id"] == "clinic-0"]) == 30
+        assert "mallory" in {event["client_id"] for event in run.events("sits_out")}
+
+    @staticmethod
+    def _act(run: Town, does: str, stopping: threading.Event) -> None:
+        with Liar(run.port, "mallory", run.model).join() as liar:
+            liar.resume()
+            step = liar.ready().first_step
+            if does == "steps, and never uploads":
+                liar.step(step)
+            begins = does == "begins steps"
+            while not stopping.is_set():
+                if begins:
+                    liar.say(liar.forward(step))
+                    begins = False
+                match liar.hear(0.2):
+                    case StepRefused(next_step=next_step):
+                        step, begins = next_step, does == "begins steps"
+                    case Refusal():
+                        return
+
+    def test_never_ready_and_never_says_goodbye(self, town: Callable[..., Town], lie: Callable[..., Liar]) -> None:
+        run = town(1, **{**self.SETTINGS, "federation__min_available_clients": 1, "federation__num_rounds": 2})
+        run.wait_for("waiting", 1)
+        liar = lie(run)
+        liar.resume()
+        begun = time.monotonic()
+        all_end_well(run)
+        assert time.monotonic() - begun < 40
+        assert [event["client_id"] for event in run.events("sits_out")] == ["mallory"]
+
+    def test_it_is_taken_back_when_it_has_work_to_show(
+        self, town: Callable[..., Town], lie: Callable[..., Liar]
+    ) -> None:
+        run = town(1, federation__server_mode="shared", **{**self.SETTINGS, "federation__local_steps": 100})
+        run.wait_for("waiting", 1)
+        liar = lie(run)
+        liar.resume()
+        liar.ready()
+        run.wait_for("sits_out", 1)
+        liar.say(liar.forward(1))
+        while liar.wait_for(StepRefused).next_step < 3:
+            pass
+        message = liar.forward(_last_refusal(liar).next_step)
+        liar.say(message)
+        run.wait_for("taken_back", 1)
+        all_end_well(run)
+
+
+def _last_refusal(liar: Liar) -> StepRefused:
+    return [each for each in liar.heard if isinstance(each, StepRefused)][-1]
