@@ -431,8 +431,8 @@ def _where_it_goes_on(step: int, run: RunConfig, *, resumes: bool) -> str:
     how = "the same command again" if resumes else "the same command again, without `--resume never`,"
     timeout_s = run.federation.step_timeout
     return (
-        f"stopped; start {how} to resume at step {step}. The others wait for it for {timeout_s:g} s"
-        " (federation.step_timeout), then they go on and it takes part again from where they are"
+        f"stopped; start {how} to resume at step {step}. Its place in the round is kept for {timeout_s:g} s"
+        " (federation.step_timeout); after that the others go on, and it takes part again from where they are"
     )
 
 

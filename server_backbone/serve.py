@@ -26,6 +26,7 @@ from server_backbone.run_folder import STATE_DIR, RunFolder, search
 from server_backbone.server import Server
 from server_backbone.worker import Worker
 from splitfl.config import RunConfig, ServerConfig, default_cache_dir
+from splitfl.durability.crash import crash_point
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError, Incomplete, ModelError, StorageError
@@ -364,6 +365,7 @@ def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any
 def _export(config: ServerConfig, model: _Model, run_dir: Path) -> Path | None:
     if not config.server.export_model:
         return None
+    crash_point("export-before")
     return export_model(model.cut, model.weights, model.directory, config, run_dir, run_dir / "model", replaces=True)
 
 

@@ -13,7 +13,8 @@ SplitflError               1
   Incomplete               9   the run ended before its last round
   StorageError            10   the disk is full, or does not take or give back what must be kept
 
-Ctrl-C ends a command with 130, as shells expect; SIGTERM ends a server or client that has saved its state with 0.
+Ctrl-C ends a command with 130, as shells expect; SIGTERM ends a server or client that has saved its state with 0. A
+second signal ends it at once, with 137: what is on disk is as after a kill.
 """
 
 import errno

@@ -1,8 +1,11 @@
 """`splitfl simulate`: one command, real processes, one file dealt to the clients."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +54,53 @@ def test_simulate_deals_by_a_field_and_trains(make_model: Callable[..., Path], t
     again = subprocess.run([*command, *options], capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path)
     assert again.returncode == 2
     assert "holds a run" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_terminals_ctrl_c_stops_all_processes_in_order_and_a_second_one_at_once(
+    make_model: Callable[..., Path], tmp_path: Path, times: int
+) -> None:
+    """A terminal sends it to the whole process group."""
+    data, config = tmp_path / "notes.txt", tmp_path / "server.toml"
+    data.write_text("\n".join(f"note number {number}" for number in range(40)) + "\n")
+    config.write_text(
+        f"""
+        [server]
+        runs_dir = "{tmp_path}/runs"
+        run_id = "try"
+        cache_dir = "{tmp_path}/cache"
+        [model]
+        model_name_or_path = "{make_model()}"
+        [federation]
+        num_rounds = 1
+        local_steps = 100000
+        """
+    )
+    command = [sys.executable, "-m", "splitfl", "simulate", "--config", str(config), "--data", str(data)]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "runs" / "try" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or '"step"' not in metrics.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    server = next(json.loads(line)["pid"] for line in metrics.read_text().splitlines() if '"run_started"' in line)
+    if times == 2:
+        os.kill(server, signal.SIGSTOP)  # it does not end in order
+    os.killpg(process.pid, signal.SIGINT)
+    if times == 2:
+        time.sleep(1.0)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == (130 if times == 1 else 137), said
+    while Path(f"/proc/{server}").exists() and "Z" not in Path(f"/proc/{server}/stat").read_text().split(")")[1][:3]:
+        assert time.monotonic() < deadline + 60, "the server still runs"
+        time.sleep(0.1)
+    assert (tmp_path / "runs" / "try" / "report.json").exists() == (times == 1)
+    if times == 1:
+        report = json.loads((tmp_path / "runs" / "try" / "report.json").read_text())
+        assert (report["complete"], report["stopped"].startswith("stopped by its operator")) == (False, True)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_stopped_client_is_waited_for_and_so_is_a_stopped_server(
         said = stop(run, victim, number)
         if victim != "server":
             place = said.partition("to resume at step ")[2].partition(".")[0]
-            assert "The others wait for it for 20 s (federation.step_timeout)" in said
+            assert "Its place in the round is kept for 20 s (federation.step_timeout)" in said
             run.wait_for_client(victim, "client_lost", lost + 1)
             assert of(run, "client_lost", victim)[-1]["reason"] == "stopped by its operator"
             run.start(victim)
@@ -81,7 +81,8 @@ def test_a_stopped_client_is_waited_for_and_so_is_a_stopped_server(
 CLIENT_POINTS = [
     ("redo", "step-after-record:3"),
     ("redo", "optimizer-tensor:21"),
-    ("redo", "merge-heard:1"),
+    ("redo", "merge-heard:1"),  # and evaluates next
+    ("redo", "merge-heard:2"),  # the last
     ("snapshot", "optimizer-tensor:21"),
     ("snapshot", "step-acknowledged:3"),
 ]
@@ -93,7 +94,8 @@ def test_a_client_that_is_stopped_in_the_middle_of_something(
 ) -> None:
     """What it is at, such as an optimizer step of many tensors, is finished first, and nothing half done is kept."""
     number = STOPS[len(point) % 2]
-    run = town(2, **SMALL, storage__durability=durability, pause={"clinic-1": f"{point}:1"})
+    evaluates = {"data.eval_fraction": 0.2}
+    run = town(2, **SMALL, storage__durability=durability, own=evaluates, pause={"clinic-1": f"{point}:1"})
     run.wait_until_it_says("clinic-1", "paused at")
     assert "to resume at step" in stop(run, "clinic-1", number)
     run.start("clinic-1")
@@ -109,6 +111,18 @@ def test_a_client_that_is_stopped_while_it_waits_for_a_step_of_others(town: Call
     stop(run, "clinic-1", signal.SIGINT)
     assert time.monotonic() - begun < SOON_S
     run.start("clinic-1")
+    settle(run)
+
+
+def test_clients_that_are_stopped_while_their_layers_are_merged(town: Callable[..., Town]) -> None:
+    run = town(2, **SMALL, pause={"server": "merge-before-record:1:6"})
+    run.wait_until_it_says("server", "paused at")
+    begun = time.monotonic()
+    for name, number in zip(run.names, STOPS, strict=True):
+        stop(run, name, number)
+    assert time.monotonic() - begun < 2 * SOON_S
+    for name in run.names:
+        run.start(name)
     settle(run)
 
 
@@ -197,3 +211,39 @@ def restore(run: Town) -> None:
     shutil.rmtree(run.run_dir / "state")
     shutil.copytree(run.folder / "backup", run.run_dir / "state")
     (run.run_dir / "finished").unlink(missing_ok=True)
+
+
+def test_a_server_that_is_stopped_while_it_exports(town: Callable[..., Town]) -> None:
+    exports = {"server__export_model": "true", "federation__num_rounds": 1, "federation__local_steps": 3}
+    run = town(1, **exports, pause={"server": "export-before:1:60"})
+    run.wait_until_it_says("server", "paused at")
+    assert run.end_of("clinic-0")[0] == 0
+    stop(run, "server", signal.SIGTERM)
+    assert run.report()["complete"] is False
+    run.start("server")
+    assert run.end_of("server")[0] == 0
+    assert (run.report()["complete"], run.report()["steps"]) == (True, 3)
+    assert (run.run_dir / "model" / "config.json").is_file()
+
+
+def test_stops_in_a_run_that_merges_as_uploads_come_in(town: Callable[..., Town]) -> None:
+    buffered = {
+        "federation__strategy": "FedBuff",
+        "federation__server_mode": "sequential",
+        "optimizer__lr_scheduler_type": "constant",
+        "federation__local_steps": 4,
+        "strategy__buffer_size": 2,
+    }
+    run = town(2, **buffered, federation__num_rounds=8)
+    for number, (victim, at) in zip(
+        STOPS * 2, [("clinic-1", 6), ("server", 14), ("clinic-0", 22), ("server", 30)], strict=True
+    ):
+        run.wait_for("step", at)
+        stop(run, victim, number)
+        run.start(victim)
+    run.keep_alive()
+    assert {event["round"] for event in run.events("merged")} == set(range(1, 9))
+    assert {event["reason"] for event in run.events("client_left")} == {"done"}
+    verdict = run.verdict()
+    assert (verdict.problems, verdict.steps_lost, verdict.steps_twice) == ([], 0, 0)
+    assert run.differs_from_replay() == []
