@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from server_backbone.room import room_for
+from server_backbone.run_folder import search
 from server_backbone.serve import listen, security_of
 from splitfl.config import ServerConfig, default_cache_dir
+from splitfl.models.content import content_sha256
 from splitfl.models.cut import Cut
 from splitfl.models.origin import locate
 from splitfl.models.source import empty_cut, lacking, weights_in
@@ -30,6 +32,7 @@ def check_server(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield _address(config, security)
     cut, model = _model(config)
     yield model
+    yield from _run(config)
     terms = terms_of(config, cut)
     backbone, client = (Part.of(cut, side, config.optimizer) for side in ("server", "client"))
     yield steps_of(config)
@@ -85,6 +88,21 @@ def _model(config: ServerConfig) -> tuple[Cut, Finding]:
         )
     numbers = {"blocks": cut.anatomy.num_blocks, "server_blocks": len(middle)}
     return cut, Finding(topic="model", sentences=tuple(sentences), numbers=numbers)
+
+
+def _run(config: ServerConfig) -> Iterator[Finding]:
+    """Say which run a start would be; of a model on the hub that would take all of it, so nothing is said."""
+    cache_dir = config.server.cache_dir or default_cache_dir()
+    origin = locate(config.model.model_name_or_path, cache_dir)
+    if origin.hub_id:
+        return
+    run = search(config, resumes=True).settle(content_sha256(origin, cache_dir))
+    sentences = [f"A start goes on with {run.path}." if run.is_resumed else "A start begins a new run."]
+    if run.changes:
+        sentences.append(f"Changed since its last start: {'; '.join(map(str, run.changes))}.")
+    sentences += [f"Note: {note}." for note in run.notes]
+    numbers = {"goes_on": run.is_resumed, "checkpoint_sha256": run.config.model.checkpoint_sha256}
+    yield Finding(topic="run", sentences=tuple(sentences), numbers=numbers)
 
 
 def _limits(config: ServerConfig, terms: Terms) -> Finding:

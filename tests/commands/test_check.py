@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from client_edge.check import check_client
 from client_edge.link import Link
+from server_backbone.run_folder import search
 from splitfl.command_line import main
-from splitfl.config import ClientSection, role_of
+from splitfl.config import ClientSection, ServerConfig, role_of
 from splitfl.durability.store import Store
 from splitfl.errors import DataError, ModelError, PeerGone, TransportError
 from splitfl.telemetry.metrics import read_events
@@ -89,6 +90,22 @@ def is_in_middle(name: str) -> bool:
 
 
 class TestServer:
+    def test_it_says_which_run_a_start_goes_on_with(
+        self, make_model: Callable[..., Path], tmp_path: Path, said: Callable[..., tuple[int, dict[str, Any]]]
+    ) -> None:
+        path = server_file(tmp_path, make_model(), f"ipc://{tmp_path}/socket")
+        code, found = said(path)
+        assert (code, found["run"]["goes_on"]) == (0, False)
+        begun = search(ServerConfig.load(path), resumes=True).settle(found["run"]["checkpoint_sha256"])
+        (begun.path / "state").mkdir(parents=True)
+        begun.begin()
+        code, found = said(path, "federation.num_rounds=3", "link.max_in_flight=1")
+        assert (code, found["run"]["goes_on"]) == (0, True)
+        assert "federation.num_rounds (was 2, is 3); link.max_in_flight (was 2, is 1)" in found["run"]["says"][1]
+        code, found = said(path, "lora.r=2")
+        assert code == 2
+        assert "lora.r (was 8, is 2)" in found["error"]["says"]
+
     def test_what_it_says_is_what_the_run_does(
         self,
         make_model: Callable[..., Path],
