@@ -208,8 +208,8 @@ class Chaos:
         if name == "server":
             return [sys.executable, "-m", "server_backbone", *config]
         if name == self.names[-1]:
-            return [sys.executable, "-c", _TWICE, str(self._seed), str(self.folder / "duplicates"), *config]
-        return [sys.executable, "-m", "client_edge", *config]
+            return [sys.executable, "-c", _TWICE, str(self._seed), str(self.folder / "duplicates"), "--accept", *config]
+        return [sys.executable, "-m", "client_edge", "--accept", *config]
 
     def _begin(self, name: str, command: list[str]) -> _Process:
         log = self.folder / f"{name}.log"

@@ -93,7 +93,7 @@ def _run(mode: str, clients: int, plan: Plan, shared: Path) -> dict[str, Any]:
         processes = {"server": stack.enter_context(server)}
         for number in range(clients):
             name = f"client-{number}"
-            process = python_module(watch, folder, name, "client_edge", "--config", f"{name}.toml")
+            process = python_module(watch, folder, name, "client_edge", "--config", f"{name}.toml", "--accept")
             processes[name] = stack.enter_context(process)
         wait_for(processes, folder)
     events = read_events(folder / "runs" / "run" / "metrics.jsonl")

@@ -165,6 +165,7 @@ class Soak:
     def _start(self, stack: ExitStack, name: str) -> "subprocess.Popen[bytes]":
         module = "server_backbone" if name == "server" else "client_edge"
         command = [sys.executable, "-m", module, "--config", str(self.folder / f"{name}.toml")]
+        command += ["--accept"] if name != "server" else []
         output = stack.enter_context((self.folder / f"{name}.log").open("wb"))
         process = subprocess.Popen(
             command,

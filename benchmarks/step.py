@@ -182,6 +182,7 @@ def _round(plan: Plan, folder: Path, shared: Path, *, split_first: bool) -> Roun
             "num_threads": 1,
         },
         "data": {"path": shared / "text.txt", "eval_fraction": 0.0},
+        "policy": {"allow_embeddings": True},
     }
     client = ClientConfig.from_tree(tree, source="the benchmark's settings")
     (folder / "server.toml").write_text(to_toml(server), encoding="utf-8")
@@ -197,7 +198,9 @@ def _split_burst(plan: Plan, folder: Path, watch: Watch) -> Round:
         server = stack.enter_context(
             python_module(watch, folder, "server", "server_backbone", "--config", "server.toml")
         )
-        client = stack.enter_context(python_module(watch, folder, "client", "client_edge", "--config", "client.toml"))
+        client = stack.enter_context(
+            python_module(watch, folder, "client", "client_edge", "--config", "client.toml", "--accept")
+        )
         wait_for({"client": client, "server": server}, folder)
     at_server = _steps_of(folder / "server" / "run" / "metrics.jsonl", plan.num_steps)
     at_client = _steps_of(folder / "client" / "run" / _CLIENT_ID / "metrics.jsonl", plan.num_steps)

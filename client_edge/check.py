@@ -9,8 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from client_edge.consent import Consent, sentences_of
 from client_edge.data import TrainBatches, padding_share
+from client_edge.gate import OpenGate, folder_of
 from client_edge.link import Link
+from client_edge.policy import check_policy
 from client_edge.received import fetch_description
 from client_edge.run import Text, check_files, describe, read_text
 from splitfl.config import ClientConfig, ClientSection, RunConfig
@@ -19,7 +22,7 @@ from splitfl.models.source import WEIGHTS_FILE
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.units import counted, format_bytes, format_share
 from splitfl.training.device import open_device
-from splitfl.training.forecast import EvaluationWork, Part, evaluations_of, memory_of, sight_of, steps_of, wire_of
+from splitfl.training.forecast import EvaluationWork, Part, evaluations_of, memory_of, steps_of, wire_of
 from splitfl.training.terms import terms_of
 
 
@@ -30,10 +33,13 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield Finding(topic="config", sentences=(f"{path} is a client's: {config.client.client_id}.",))
     check_files(config)
     yield Finding(topic="files", sentences=(f"{config.data.path} can be read, and so can the held-out files.",))
-    link = Link(config.client, tell=_tell, is_patient=False)
+    link = Link(config.client, OpenGate(config.client, config.policy), tell=_tell, is_patient=False)
     link.leaving = "has only looked (splitfl check)"
     try:
         yield _server(link)
+        yield _consent(link, config)
+        check_policy(config.policy, link.run, link.welcome)
+        yield _policy(link, config)
         yield _way(link)
         with tempfile.TemporaryDirectory() as folder:
             directory = fetch_description(link, config.client, Path(folder))
@@ -46,7 +52,6 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield steps_of(link.run)
     yield wire_of(link.run, terms_of(link.run, cut))
     yield memory_of(Part.of(cut, "client", link.run.optimizer), "This client holds", topic="memory")
-    yield sight_of(link.run)
 
 
 def _tell(text: str) -> None:
@@ -74,6 +79,41 @@ def _way(link: Link) -> Finding:
         topic="way",
         sentences=(f"A full frame of {num_bytes:,} bytes went both ways in {seconds * 1000:.0f} ms.",),
         numbers={"frame_bytes": num_bytes, "round_trip_seconds": seconds},
+    )
+
+
+def _consent(link: Link, config: ClientConfig) -> Finding:
+    asked = Consent.asked_for(
+        link.run,
+        run_id=link.welcome.run_id,
+        client_id=config.client.client_id,
+        address=link.address,
+        server_key=link.server_key,
+    )
+    before = Consent.read(folder_of(config.client, link.welcome.run_id))
+    is_covered = before is not None and before.covers(asked)
+    said = f"It was accepted at {before.agreed_at} ({before.how})." if before and is_covered else _NOT_YET
+    return Finding(
+        topic="consent",
+        sentences=(*sentences_of(asked, link.run, None if is_covered else before), said),
+        numbers={"fingerprint": asked.fingerprint, "accepted": is_covered},
+    )
+
+
+_NOT_YET = "Nobody has accepted this yet: `splitfl client` asks on a terminal, and needs --accept without one."
+
+
+def _policy(link: Link, config: ClientConfig) -> Finding:
+    digest = link.digest_of(WEIGHTS_FILE)
+    pinned = config.policy.known_weights
+    said = "policy.known_weights compares them when joining" if pinned else "policy.known_weights can pin them"
+    return Finding(
+        topic="policy",
+        sentences=(
+            "Your policy allows these settings.",
+            f"The first layers have SHA-256 {digest}; {said}. It vouches for nothing that merges bring later.",
+        ),
+        numbers={"hash_of_layers": digest, "allowed": True},
     )
 
 

@@ -27,6 +27,7 @@ class Client:
             default="auto",
             help="go on where this client was (default), or forget what it had kept of the run",
         )
+        add_accept_argument(parser)
         parser.add_argument(
             "--json", action="store_true", help="print where this client's metrics are as JSON at the end"
         )
@@ -38,9 +39,22 @@ class Client:
             from splitfl.config import ClientConfig
 
             config = ClientConfig.load(arguments.config, arguments.overrides)
-            folder = take_part(config, resumes=arguments.resume == "auto", stop=arguments.stop)
+            accept = ACCEPT if arguments.accept else False
+            folder = take_part(config, resumes=arguments.resume == "auto", accept=accept, stop=arguments.stop)
             if arguments.json:
                 sys.stdout.write(json.dumps({"folder": str(folder)}) + "\n")
+
+
+ACCEPT = "--accept"
+
+
+def add_accept_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--accept`."""
+    parser.add_argument(
+        ACCEPT,
+        action="store_true",
+        help="accept what the run's settings let the server see, which is shown; needed once a run without a terminal",
+    )
 
 
 def check(path: Path, overrides: Sequence[str]) -> "Iterator[Finding]":

@@ -1,6 +1,7 @@
 """`connect`: a model of transformers whose middle is on a server, for a loop of the user's own."""
 
 import weakref
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from client_edge.consent import Answer
 from client_edge.far import FarBlocksOfServer, ServerStandIn
 from client_edge.far_backbone import FarBackbone
+from client_edge.gate import Gate, accepts_with, folder_of, says_why
 from client_edge.optimizer_hook import watch_optimizers_of
 from client_edge.own_link import OwnLoopLink
 from client_edge.owner_thread import OwnerThread
 from client_edge.proxies import Proxies
 from client_edge.received import fetch_description, fetch_layers
-from splitfl.config import ClientConfig, ClientSection, RunConfig
+from splitfl.config import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import ConfigError, DataError, ModelError
 from splitfl.models.cut import Cut
@@ -39,7 +42,14 @@ class _Connected:
 _connected: weakref.WeakKeyDictionary[PreTrainedModel, _Connected] = weakref.WeakKeyDictionary()
 
 
-def connect(address: str = "", *, config: Path | str | None = None, **settings: Any) -> PreTrainedModel:
+def connect(
+    address: str = "",
+    *,
+    config: Path | str | None = None,
+    accept: bool = False,
+    policy: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
     """Join a server's run and return the model, of its original class, whose blocks in the middle are the server's.
 
     `settings` are those of `[client]` in a client's file (docs/configuration.md), laid over the file `config` if there
@@ -49,17 +59,21 @@ def connect(address: str = "", *, config: Path | str | None = None, **settings: 
     With `train.loss = "chunked"` the loss of `model(..., labels=...)` is taken without logits, which are computed when
     somebody reads them; "plain" is the library's own way, for equality bit for bit.
 
-    Raises `ConfigError` for settings that are wrong or a server with rounds, `Refused` when the server says no, and
-    `PeerGone` when none answers.
+    What the run's settings let the server see has to be accepted once, by `accept=True`; the error without it says what
+    that is. `policy` are settings of `[policy]`, what this client takes part in at all.
+
+    Raises `ConfigError` for settings that are wrong or a server with rounds, `NotAccepted` and `NotAllowed` as above,
+    `Refused` when the server says no, and `PeerGone` when none answers.
     """
-    client = _settings(address, config, settings)
+    own = _settings(address, config, settings, policy or {})
+    client, answer = own.client, accepts_with("accept=True") if accept else says_why
     device = open_device(client.device, "client.device")
     with ExitStack() as undo:
         thread = OwnerThread("far-backbone")
         undo.callback(thread.end)
-        link = thread.call(lambda: _join(client))
+        link = thread.call(lambda: _join(own, answer))
         undo.callback(thread.call, link.close)
-        folder = client.output_dir / link.welcome.run_id / client.client_id
+        folder = folder_of(client, link.welcome.run_id)
         make_private_dir(folder)
         directory = thread.call(lambda: fetch_description(link, client, folder))
         cut = thread.call(lambda: fetch_layers(link, client, directory, device))
@@ -80,18 +94,25 @@ def own_layers(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in _of(model).cut.trainable("client").items()}
 
 
-def _settings(address: str, config: Path | str | None, settings: dict[str, Any]) -> ClientSection:
-    tree = {} if config is None else ClientConfig.load(Path(config)).client.model_dump(exclude_unset=True)
-    tree |= settings | ({"server_address": address} if address else {})
-    client = ClientConfig.from_tree({"client": tree}, source="client_edge.connect").client
+def _settings(
+    address: str, config: Path | str | None, settings: dict[str, Any], policy: Mapping[str, Any]
+) -> ClientConfig:
+    tree: dict[str, dict[str, Any]] = {"client": {}, "policy": {}}
+    if config is not None:
+        read = ClientConfig.load(Path(config))
+        tree = {name: getattr(read, name).model_dump(exclude_unset=True) for name in tree}
+    tree["client"] |= settings | ({"server_address": address} if address else {})
+    tree["policy"] |= policy
+    own = ClientConfig.from_tree(tree, source="client_edge.connect")
+    client = own.client
     if client.keys is not None and client.enrolment is None:
         enrolment = client.keys / f"{client.client_id}.enrolment.toml"
-        return client.model_copy(update={"enrolment": enrolment})
-    return client
+        return own.model_copy(update={"client": client.model_copy(update={"enrolment": enrolment})})
+    return own
 
 
-def _join(client: ClientSection) -> OwnLoopLink:
-    link = OwnLoopLink(client)
+def _join(own: ClientConfig, answer: Answer) -> OwnLoopLink:
+    link = OwnLoopLink(own.client, Gate(own.client, own.policy, answer))
     link.leaving = "disconnected"
     if not link.run.has_own_loops:
         link.close()

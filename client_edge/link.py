@@ -19,6 +19,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from client_edge.gate import Gate
 from client_edge.heard import heard
 from client_edge.partial import PartialFile
 from client_edge.progress import Progress
@@ -39,6 +40,7 @@ from splitfl.protocol.messages import (
     Declined,
     Farewell,
     Fetch,
+    Forward,
     ForwardDone,
     Hello,
     Kept,
@@ -51,6 +53,7 @@ from splitfl.protocol.messages import (
     Probed,
     Refusal,
     Report,
+    Resume,
     Resumed,
     RoundOpened,
     RoundsEnded,
@@ -83,6 +86,8 @@ _TRYING_AFTER_S = 1.0
 _HOPELESS_AFTER_S = 3.0
 # A server that lives answers a Hello at once; a new connection is tried after this.
 _JOIN_AGAIN_S = 10.0
+# Longer than this only a person takes to accept what a welcome says.
+_READING_S = 1.0
 _RETRY_LEAST_S = 0.1
 _MAX_HANDSHAKES = 3
 _WORTH_ANOTHER_TRY = (Why.NO_SESSION, Why.SHUTDOWN, Why.FULL)
@@ -213,6 +218,7 @@ class Link:
     def __init__(
         self,
         client: ClientSection,
+        gate: Gate,
         stop: StopRequest | None = None,
         *,
         tell: Callable[[str], None] = log.warning,
@@ -220,10 +226,12 @@ class Link:
     ) -> None:
         """Connect and join; raise `Refused`, or `PeerGone` when nobody answers in time.
 
-        `tell` gets a sentence while nobody answers; without patience that nobody listens is the end of it. Every wait
+        What the `gate` does not let through is raised before anything but this client's name was sent. `tell` gets a
+        sentence while nobody answers; without patience that nobody listens is the end of it. Every wait
         raises `Stopped` soon after a `stop` is asked for.
         """
         self._client = client
+        self.gate = gate
         self.stop = stop or StopRequest()
         self._security = _security_of(client)
         self.address = client.server_address
@@ -256,7 +264,19 @@ class Link:
         self.on_settings: Callable[[RunConfig, RunConfig], None] = lambda _before, _now: None
         """Told of the run's settings, before and now, where a server that came back has others."""
         self._endpoint, self.welcome, self.run = self._first_join()
-        self._begin()
+        joined_s = time.monotonic()
+        self._admit(self.welcome, self.run)
+        if time.monotonic() - joined_s > _READING_S:  # a server takes such a silence for the end
+            self._start_over()
+        else:
+            self._begin()
+
+    def _admit(self, welcome: Welcome, run: RunConfig) -> None:
+        try:
+            self.gate.admit(welcome, run, address=self.address, server_key=self.server_key)
+        except BaseException:
+            self._endpoint.close()
+            raise
 
     def _first_join(self) -> tuple[Endpoint, Welcome, RunConfig]:
         """Join for the first time; a connection that breaks while it is made, or is silent, is made again."""
@@ -296,6 +316,11 @@ class Link:
     def is_encrypted(self) -> bool:
         """Whether keys are in use."""
         return self._security is not None
+
+    @property
+    def server_key(self) -> str:
+        """The public key that the server has to have, "" without keys."""
+        return self._security.server_public_key if self._security is not None else ""
 
     @property
     def session(self) -> ClientSession:
@@ -378,6 +403,7 @@ class Link:
         except Refused:
             self._endpoint.close()
             raise
+        self._admit(welcome, run)
         before, self.welcome, self.run = self.run, welcome, run
         self._begin()
         if run != before:
@@ -408,6 +434,7 @@ class Link:
             welcome = self._join(timeout_s)
             try:
                 run = settings_of(welcome)
+                self.gate.check(welcome, run)  # before its bounds become ours
             except SplitflError:
                 self._endpoint.close()
                 raise
@@ -450,6 +477,12 @@ class Link:
         self._earlier.received += self._endpoint.traffic.received
         self._endpoint.traffic = Traffic()
 
+    def take_leave(self, reason: str) -> None:
+        """Take up this client's place in the run, to give it up for good: who has not resumed has only looked."""
+        self._send(Resume(held_round=0, step=0, commit_number=0, pending_step=0))
+        self._endpoint.recv(_JOIN_AGAIN_S)  # whatever it says: we go
+        self.leaving, self.comes_back = reason, False
+
     def close(self) -> None:
         """End both connections, saying why if we go before the end (`leaving`)."""
         self.is_closed = True
@@ -457,6 +490,8 @@ class Link:
             reason = self.leaving
             self._heartbeat.stop(Leave(reason=reason, comes_back=self.comes_back) if reason else None)
         self._endpoint.close(linger_s=1.0)
+        if self.gate.allowance is not None:
+            self.gate.allowance.sent_at_last(self.bytes_sent)
 
     def probe(self) -> tuple[int, float]:
         """Send one full frame there and back, before resuming; return its bytes and the seconds that it took."""
@@ -515,6 +550,10 @@ class Link:
     def place_of(self, name: str, folder: Path) -> Path:
         """Return where `fetch` looks for a file and leaves it: its SHA-256 (hex) is its name."""
         return folder / self._announced(name)[1]
+
+    def digest_of(self, name: str) -> str:
+        """Return the SHA-256 (hex) that the welcome announces for a file."""
+        return self._announced(name)[1]
 
     def _announced(self, name: str) -> tuple[int, str]:
         at = self.welcome.file_names.index(name)
@@ -595,7 +634,7 @@ class Link:
         return [self._real(layer) for layer in layers]
 
     def _real(self, frames: TensorFrames) -> Tensor:
-        return realise(frames, max_rms=self._bounds.max_rms)
+        return realise(frames, max_rms=min(self._bounds.max_rms, self.gate.policy.max_rms))
 
     # rounds
 
@@ -678,6 +717,11 @@ class Link:
             raise LocalProtocolError(
                 f"{type(message).__name__} of {_payload(frames)} bytes, more than message_bytes = {limit:g}"
             )
+        allowance = self.gate.allowance
+        if allowance is not None:
+            if isinstance(message, Forward) and message.step and not message.micro_batch:
+                allowance.step()
+            allowance.sent(self.bytes_sent + _payload(frames))
         before = self._endpoint.on_the_wire()
         self._endpoint.send(frames)
         self._data_sent += _payload(frames)
@@ -707,6 +751,8 @@ class Link:
                     if checked is None:
                         continue
             self._note_progress(message)
+            if isinstance(message, RoundOpened) and message.num_steps and self.gate.allowance is not None:
+                self.gate.allowance.round(message.round_number)
             if isinstance(message, Merged):
                 self.is_parting = message.is_last
             elif isinstance(message, RoundsEnded):
@@ -741,6 +787,8 @@ class Link:
             if frames is not None:
                 self._data_received += _payload(frames)
                 return heard(frames, max_frame_bytes=self._bounds.frame_bytes)
+            if self.gate.allowance is not None:
+                self.gate.allowance.sent(self.bytes_sent)
             wire = self._endpoint.on_the_wire()
             if self._upload is not None and wire is not None and self._upload.has_gone(wire.acknowledged):
                 self._upload = None

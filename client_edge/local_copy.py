@@ -6,6 +6,7 @@ Only bytes count: what differs from the server's file in one bit is not used.
 import os
 from pathlib import Path
 
+from splitfl.errors import ConfigError, ModelError
 from splitfl.models.cut import Cut
 from splitfl.models.origin import locate
 from splitfl.models.source import lacking, weights_in, write_part
@@ -30,3 +31,23 @@ def take_from_local_copy(model_name_or_path: str, cut: Cut, path: Path, *, cache
     finally:
         own.unlink(missing_ok=True)
     return f"the layers are {model_name_or_path}'s own, bit for bit: the server sends none"
+
+
+def digest_of_local_copy(model_name_or_path: str, cut: Cut, *, cache_dir: Path) -> str:
+    """Return the SHA-256 (hex) that the client's part of this machine's copy has, as the server would write it."""
+    if not model_name_or_path:
+        raise ConfigError(
+            'policy.known_weights = "own" compares with your own copy of the model: name it in'
+            " client.model_name_or_path"
+        )
+    weights = weights_in(locate(model_name_or_path, cache_dir), cut, seed=0)
+    if missing := lacking(weights, cut, "client"):
+        raise ModelError(
+            f"{model_name_or_path} stores {missing[0]} otherwise than it is computed, so it cannot be compared: set"
+            " policy.known_weights to a hash"
+        )
+    compared = cache_dir / f".{os.getpid()}.compared"
+    try:
+        return write_part(compared, cut, "client", weights)
+    finally:
+        compared.unlink(missing_ok=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from client_edge.link import Link
-from client_edge.local_copy import take_from_local_copy
+from client_edge.local_copy import digest_of_local_copy, take_from_local_copy
+from client_edge.policy import check_known
 from splitfl.config import ClientSection, default_cache_dir
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
@@ -44,8 +45,8 @@ def fetch_layers(
     """
     run = link.run
     cut = foreign_cut(directory, run)
+    path, own = link.place_of(WEIGHTS_FILE, _cache_dir(client)), client.cache_dir or default_cache_dir()
     if client.model_name_or_path:
-        path, own = link.place_of(WEIGHTS_FILE, _cache_dir(client)), client.cache_dir or default_cache_dir()
         tell(take_from_local_copy(client.model_name_or_path, cut, path, cache_dir=own))
     weights = _weights(link, client, cut)
 
@@ -75,6 +76,13 @@ def _weights(link: Link, client: ClientSection, cut: Cut) -> Weights:
         later = TensorFile(link.fetch(ADAPTERS_FILE, _cache_dir(client)))
     weights = weights_of([weights_file], cut, seed=link.run.seed, later=later)
     check_fits(cut, weights, later.entries if later is not None else {})
+    own = client.cache_dir or default_cache_dir()
+    check_known(
+        link.gate.policy,
+        link.digest_of(WEIGHTS_FILE),
+        lambda: digest_of_local_copy(client.model_name_or_path, cut, cache_dir=own),
+        later,
+    )
     return weights
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from client_edge.data import Dataset, TrainBatches, check_examples, hold_out, read_examples
 from client_edge.edge import Edge
 from client_edge.evaluation import Answerer, Evaluator, Exam, Tokenizer
+from client_edge.gate import Gate, answers_for, folder_of
 from client_edge.generation import FarGenerator
 from client_edge.journal import Journal
 from client_edge.link import Link
@@ -26,7 +27,15 @@ from client_edge.totals import Totals, totals_before
 from splitfl.config import ClientConfig, RunConfig, differences
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
-from splitfl.errors import ConfigError, DataError, PeerGone, Refused, RemoteProtocolError, SplitflError
+from splitfl.errors import (
+    ConfigError,
+    DataError,
+    NotAllowed,
+    PeerGone,
+    Refused,
+    RemoteProtocolError,
+    SplitflError,
+)
 from splitfl.models.foreign import foreign_tokenizer
 from splitfl.models.source import read_config
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded, Why
@@ -53,9 +62,13 @@ class Text:
     tokenizer: Tokenizer
 
 
-def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest | None = None) -> Path:
+def take_part(
+    config: ClientConfig, *, resumes: bool = True, accept: bool | str = False, stop: StopRequest | None = None
+) -> Path:
     """Join a run, or go on with it, train in it to its end, and return the folder with this client's own metrics.
 
+    What the run's settings let the server see has to be accepted once: by `accept` (True, or in words how it was), or
+    on the terminal. Raises `NotAccepted` otherwise, and `NotAllowed` for what `[policy]` does not allow.
     When a `stop` is asked for everything is saved, the server told, and `Stopped` raised.
     """
     begun_s, stop = time.monotonic(), stop or StopRequest()
@@ -65,7 +78,12 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
     device = open_device(config.client.device, "client.device")
     console = Console(stderr=True, soft_wrap=True)
     with ExitStack() as stack:
-        link = stack.enter_context(_joined(config, stop, tell=lambda text: _say(console, config, text)))
+
+        def tell(text: str) -> None:
+            _say(console, config, text)
+
+        gate = Gate(config.client, config.policy, answers_for(accept, tell))
+        link = stack.enter_context(_joined(config, gate, stop, tell=tell))
         link.on_lost = lambda text: _say(console, config, text)
         run = link.run
         if run.has_own_loops:
@@ -73,7 +91,7 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
                 f"the run at {link.address} has no rounds (federation.num_rounds = 0): take part in it with"
                 " client_edge.connect, in a loop of your own"
             )
-        folder = config.client.output_dir / link.welcome.run_id / config.client.client_id
+        folder = folder_of(config.client, link.welcome.run_id)
         _say(console, config, f"joined run {link.welcome.run_id} at {link.address}")
         make_private_dir(folder)
         storage = run.storage
@@ -137,6 +155,9 @@ def take_part(config: ClientConfig, *, resumes: bool = True, stop: StopRequest |
             journal.stopped()
             part.stopped()
             _say(console, config, _where_it_goes_on(journal.place.step + 1, link.run, resumes=resumes))
+            raise
+        except NotAllowed:  # a bound of the policy is reached: as good as stopped
+            journal.stopped()
             raise
     _say(console, config, f"done; this client's own metrics are in {folder}")
     return folder
@@ -437,9 +458,9 @@ def _where_it_goes_on(step: int, run: RunConfig, *, resumes: bool) -> str:
 
 
 @contextmanager
-def _joined(config: ClientConfig, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[Link]:
+def _joined(config: ClientConfig, gate: Gate, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[Link]:
     """Join, and say why when we leave before the end."""
-    link = Link(config.client, stop, tell=tell)
+    link = Link(config.client, gate, stop, tell=tell)
     link.leaving = "stopped without a reason"
     try:
         yield link

@@ -10,10 +10,11 @@ import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from client_edge.gate import Gate, answers_for, folder_of
 from client_edge.generation import FarGenerator
 from client_edge.link import Link
 from client_edge.received import fetch_description, fetch_layers
-from splitfl.config import ClientSection
+from splitfl.config import ClientConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import DataError, ModelError
 from splitfl.models.cut import Cut
@@ -106,18 +107,20 @@ def _ask() -> str | None:
 
 
 @contextmanager
-def speaker(client: ClientSection) -> Iterator[Speaker]:
+def speaker(config: ClientConfig, *, accept: bool | str = False) -> Iterator[Speaker]:
     """Join a run, without taking part in its rounds, and bring the model here as far as it is this side's.
 
-    Weights are the run's: those it began with, or those of its last merge.
+    Weights are the run's: those it began with, or those of its last merge. What the server sees is to be accepted as in
+    `take_part`.
     """
+    client = config.client
     if client.num_threads:
         torch.set_num_threads(client.num_threads)
     device = open_device(client.device, "client.device")
-    link = Link(client)
+    link = Link(client, Gate(client, config.policy, answers_for(accept, _tell)))
     link.leaving = "generated"
     try:
-        folder = client.output_dir / link.welcome.run_id / client.client_id
+        folder = folder_of(client, link.welcome.run_id)
         make_private_dir(folder)
         directory = fetch_description(link, client, folder)
         cut = fetch_layers(link, client, directory, device)
@@ -127,6 +130,10 @@ def speaker(client: ClientSection) -> Iterator[Speaker]:
         yield Speaker(model=cut.client_model(FarGenerator(link)).eval(), tokenizer=tokenizer, link=link)
     finally:
         link.close()
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def _take_merged_layers(link: Link, cut: Cut) -> None:

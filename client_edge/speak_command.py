@@ -5,6 +5,7 @@ import json
 import sys
 from typing import Any
 
+from client_edge.command import ACCEPT, add_accept_argument
 from splitfl.command_line import add_config_arguments
 from splitfl.errors import ConfigError, DataError
 
@@ -19,6 +20,7 @@ class Generate:
         add_config_arguments(parser)
         parser.add_argument("--prompt", help="the text to go on from; standard input without it")
         _add_ways(parser)
+        add_accept_argument(parser)
         parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beams to search with (default 1)")
         parser.add_argument("--json", action="store_true", help="print prompt and text as JSON, at the end")
 
@@ -34,7 +36,8 @@ class Generate:
         from client_edge.speak import printer, speaker
         from splitfl.config import ClientConfig
 
-        with speaker(ClientConfig.load(arguments.config, arguments.overrides).client) as said:
+        config = ClientConfig.load(arguments.config, arguments.overrides)
+        with speaker(config, accept=ACCEPT if arguments.accept else False) as said:
             is_streamed = not arguments.json and arguments.num_beams == 1  # beams are settled at the end only
             text = said.reply(prompt, how, printer(said.tokenizer) if is_streamed else None)
         if arguments.json:
@@ -53,6 +56,7 @@ class Chat:
         add_config_arguments(parser)
         parser.add_argument("--system", default="", help="what the assistant is told before the first turn")
         _add_ways(parser)
+        add_accept_argument(parser)
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Answer a line at a time, until Ctrl-D, or Ctrl-C where a line is waited for."""
@@ -60,7 +64,8 @@ class Chat:
         from client_edge.speak import chat, speaker
         from splitfl.config import ClientConfig
 
-        with speaker(ClientConfig.load(arguments.config, arguments.overrides).client) as said:
+        config = ClientConfig.load(arguments.config, arguments.overrides)
+        with speaker(config, accept=ACCEPT if arguments.accept else False) as said:
             chat(said, how, system=arguments.system)
 
 

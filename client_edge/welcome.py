@@ -22,6 +22,7 @@ _NEEDED_FILES = ("config.json", WEIGHTS_FILE)
 # The largest tokenizer.json in use has some 35 MB.
 _MOST_DESCRIPTION_BYTES = 1 << 27
 _MOST_NAME = 256
+_MOST_SILENCE_S = 86_400.0
 _MOST_SAID = 400
 
 _NAME = re.compile(NAME_PATTERN)
@@ -60,6 +61,10 @@ def settings_of(welcome: Welcome) -> RunConfig:
         run = RunConfig.from_tree(tree, source="the server's settings")
     except ConfigError as error:
         raise RemoteProtocolError(_cut(printable(error))) from None
+    if run.link.heartbeat_timeout > _MOST_SILENCE_S:
+        raise RemoteProtocolError(
+            f"the server's link.heartbeat_timeout is {run.link.heartbeat_timeout:g} s, more than a day"
+        )
     model = run.model.model_name_or_path
     if len(model) > _MOST_NAME or not model.isprintable():
         raise RemoteProtocolError(

@@ -712,6 +712,77 @@ class DataSection(Section):
         return self
 
 
+class PolicySection(Section):
+    """What this client takes part in, whatever the server's settings say: the client has the last word."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    min_bottom_layers: int = Field(1, ge=0)
+    """Fewest blocks below the first cut (`model.bottom_layers`); without one a look into a table gives the text."""
+
+    min_top_layers: int = Field(1, ge=0)
+    """Fewest blocks above the last cut (`model.top_layers`)."""
+
+    allow_embeddings: bool = False
+    """Whether the token embeddings may train: rows that change in an upload tell which tokens were used."""
+
+    allow_answers: bool = False
+    """Whether held-out prompts may be answered by generating through the server (`evaluation.measures` with
+    `exact_match` or `rouge_l`)."""
+
+    max_rounds: int = Field(1000, ge=1)
+    """Most rounds of a run."""
+
+    max_steps: int = Field(100_000, ge=1)
+    """Most training steps of a run that this client begins, those that came to nothing included, over all starts."""
+
+    max_bytes_sent: int = Field(10**12, ge=1)
+    """Most bytes that this client sends in a run, over all starts."""
+
+    max_file_bytes: int = Field(32 * 10**9, ge=1)
+    """Most bytes of files (model, tokenizer) that a server may have this client store in joining."""
+
+    max_hours: float = Field(336.0, gt=0)
+    """Most hours that this client is connected in a run, over all starts."""
+
+    max_silence: float = Field(300.0, gt=0)
+    """Longest `link.heartbeat_timeout`: seconds for which a server that says nothing is waited for."""
+
+    max_rms: float = Field(1e6, gt=0)
+    """Largest root mean square of a tensor that is taken from the server, where `link.max_rms` is not lower."""
+
+    max_learning_rate: float = Field(10.0, gt=0)
+    """Largest `optimizer.learning_rate`."""
+
+    known_weights: str = Field("", pattern=r"^$|^own$|^[0-9a-f]{64}$")
+    """What the first layers must be: the SHA-256 of the client's part of a checkpoint that you know (`splitfl check`
+    prints it), or "own" for those of `client.model_name_or_path`; empty takes what the server sends. What merges bring
+    later is vouched for by nothing."""
+
+    def objections_to(self, run: "RunConfig") -> list[str]:
+        """Say what this policy does not allow in a run's settings, each with the setting that would allow it."""
+        return list(self._objections_to(run))
+
+    def _objections_to(self, run: "RunConfig") -> Iterator[str]:
+        federation = run.federation
+        for name in ("bottom_layers", "top_layers"):
+            if (found := getattr(run.model, name)) < (least := getattr(self, f"min_{name}")):
+                yield f"model.{name} = {found}, and policy.min_{name} = {least}"
+        if run.train.embeddings and not self.allow_embeddings:
+            yield "train.embeddings = true, and policy.allow_embeddings = false"
+        if run.evaluation.generates and not self.allow_answers:
+            yield "evaluation.measures answers prompts through the server, and policy.allow_answers = false"
+        bounds = {
+            "federation.num_rounds": (federation.num_rounds, "max_rounds"),
+            "federation.num_rounds * local_steps": (run.total_steps, "max_steps"),
+            "link.heartbeat_timeout": (run.link.heartbeat_timeout, "max_silence"),
+            "optimizer.learning_rate": (run.optimizer.learning_rate, "max_learning_rate"),
+        }
+        for name, (value, bound) in bounds.items():
+            if value > (most := getattr(self, bound)):
+                yield f"{name} = {value:,}, and policy.{bound} = {most:,}"
+
+
 class Config(Section):
     """A whole tree: read it with `load`, see `fingerprint` for comparing two."""
 
@@ -965,6 +1036,7 @@ class ClientConfig(Config):
 
     client: ClientSection = ClientSection()
     data: DataSection = DataSection()
+    policy: PolicySection = PolicySection()
 
     @model_validator(mode="after")
     def _has_a_name(self) -> Self:
@@ -1005,7 +1077,7 @@ def to_toml(config: Config) -> str:
 
 def role_of(path: Path, overrides: Iterable[str] = ()) -> str:
     """Tell whose file this is by its sections: "client" if it has `[client]` or `[data]`, else "server"."""
-    return "client" if {"client", "data"} & _read_tree(path, overrides).keys() else "server"
+    return "client" if {"client", "data", "policy"} & _read_tree(path, overrides).keys() else "server"
 
 
 def _read_tree(path: Path | None, overrides: Iterable[str], config: type[Config] | None = None) -> dict[str, Any]:

@@ -12,6 +12,8 @@ SplitflError               1
   Refused                  8   the server said no, and why
   Incomplete               9   the run ended before its last round
   StorageError            10   the disk is full, or does not take or give back what must be kept
+  NotAllowed              11   the client's own [policy] does not allow what the server asks for, or a bound is reached
+  NotAccepted             12   nobody at the client has accepted what the run's settings let the server see
 
 Ctrl-C ends a command with 130, as shells expect; SIGTERM ends a server or client that has saved its state with 0. A
 second signal ends it at once, with 137: what is on disk is as after a kill.
@@ -113,3 +115,15 @@ class StorageError(SplitflError):
             free = "free space unknown"
         remedy = next((text for numbers, text in _REMEDIES if error.errno in numbers), _SEE_TO_THE_DISK)
         return cls(f"{path}: {error.strerror} ({free}): {remedy}, then start the same command again")
+
+
+class NotAllowed(SplitflError):  # noqa: N818
+    """The client's own `[policy]` does not allow this; the text names the setting there and what the server wants."""
+
+    exit_code = 11
+
+
+class NotAccepted(SplitflError):  # noqa: N818
+    """Nobody at the client has accepted these settings of the run, or they have changed since."""
+
+    exit_code = 12

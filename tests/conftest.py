@@ -20,6 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 VOCABULARY = 259
 
+# A client's policy for runs whose subject is another.
+ALLOWS_ALL: dict[str, Any] = {
+    "min_bottom_layers": 0,
+    "min_top_layers": 0,
+    "allow_embeddings": True,
+    "allow_answers": True,
+    "max_learning_rate": 1e6,
+}
+
 # Every family takes what it knows of these; 4 blocks, 32 wide.
 _TINY = {
     "hidden_size": 32,
@@ -164,9 +173,9 @@ def federate(tmp_path: Path) -> Callable[..., Finished]:
         def client(name: str, data: Mapping[str, Any]) -> Callable[[], object]:
             mine = {"client_id": name, "server_address": client_address or address, "connect_timeout": 30.0}
             folders = {"output_dir": where / "clients", "cache_dir": tmp_path / "cache" / name}
-            tree = {"client": {**mine, **folders}, "data": data}
+            tree = {"client": {**mine, **folders}, "data": data, "policy": ALLOWS_ALL}
             finished.folders[name] = where / "clients" / "run" / name
-            return lambda: take_part(ClientConfig.from_tree(tree, source="test"))
+            return lambda: take_part(ClientConfig.from_tree(tree, source="test"), accept=True)
 
         threads = [guarded("server", lambda: serve(config))]
         threads += [guarded(name, client(name, data)) for name, data in clients.items()]

@@ -23,9 +23,14 @@ _FORKS.set_forkserver_preload(
 class Forked:
     """`python -m MODULE ARGUMENTS`, with the methods of `subprocess.Popen` that tests use."""
 
-    def __init__(self, module: str, *arguments: str, said: Path, env: Mapping[str, str]) -> None:
-        """What it writes to standard error goes to the file `said`, what it prints to its neighbour `.out`."""
+    def __init__(self, module: str, *arguments: str, said: Path, env: Mapping[str, str], accepts: bool = True) -> None:
+        """What it writes to standard error goes to the file `said`, what it prints to its neighbour `.out`.
+
+        A client accepts what the server may see, unless it is a test's subject.
+        """
         self._said = said
+        if module == "client_edge" and accepts:
+            arguments = (*arguments, "--accept")
         self._process = _FORKS.Process(target=_run, args=(module, arguments, said, dict(env)), daemon=True)
         self._process.start()
         self._lock = threading.Lock()  # its exit code is read from a pipe, once

@@ -33,7 +33,7 @@ import client_edge.run
 from splitfl.config import ClientConfig
 from splitfl.telemetry.memory import peak_rss_bytes, rss_bytes
 before = rss_bytes()
-client_edge.run.take_part(ClientConfig.load(Path(sys.argv[1])))
+client_edge.run.take_part(ClientConfig.load(Path(sys.argv[1])), accept=True)
 sys.stdout.write(json.dumps([before, peak_rss_bytes()]) + "\\n")
 """
 

@@ -151,6 +151,7 @@ def _client(job: Job, name: str, port: int) -> ClientConfig:
             "cache_dir": _cache_dir(job),
             "num_threads": job.num_threads,
         },
+        "policy": {"allow_embeddings": True},
         "data": {"path": text.train, "eval_fraction": 0.0},  # held-out text is scored apart, the same for all arms
     }
     return ClientConfig.from_tree(tree, source="the benchmark's settings")
@@ -162,7 +163,8 @@ def _cache_dir(job: Job) -> Path:
 
 
 def _command(module: str, config: Path) -> list[str]:
-    return [sys.executable, "-m", module, "--config", str(config)]
+    accepts = ["--accept"] if module == "client_edge" else []
+    return [sys.executable, "-m", module, "--config", str(config), *accepts]
 
 
 def _use(used: Used, relay: Relay, imports: tuple[int, float], bytes_of_files: int) -> ClientUse:

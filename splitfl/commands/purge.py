@@ -33,11 +33,11 @@ class Purge:
         folder: Path = arguments.folder
         if not (folder / "metrics.jsonl").is_file() and not (folder / "state").is_dir():
             raise ConfigError(f"{folder} is not the folder of a run: name runs/RUN or client-runs/RUN/CLIENT")
-        _check_idle(folder)
+        check_idle(folder)
         paths = [folder] if arguments.all else list(_found(folder))
         if arguments.yes:
             for path in paths:
-                _remove(path)
+                remove(path)
         done = "removed" if arguments.yes else "would be removed (add --yes)"
         if arguments.json:
             sys.stdout.write(json.dumps({"removed": arguments.yes, "paths": [str(path) for path in paths]}) + "\n")
@@ -49,7 +49,7 @@ def _found(folder: Path) -> Iterator[Path]:
     return (path for pattern in _KEPT_BY_A_RUN for path in sorted(folder.glob(pattern)))
 
 
-def _check_idle(folder: Path) -> None:
+def check_idle(folder: Path) -> None:
     """Refuse while a process is at work in the folder."""
     if (folder / "state").is_dir():
         from splitfl.durability.store import check_idle
@@ -57,7 +57,7 @@ def _check_idle(folder: Path) -> None:
         check_idle(folder / "state")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     try:
         if path.is_dir():
             shutil.rmtree(path)

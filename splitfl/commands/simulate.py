@@ -5,10 +5,13 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitfl.command_line import add_config_arguments
 from splitfl.errors import ConfigError, Incomplete
+
+if TYPE_CHECKING:
+    from splitfl.config import ServerConfig
 
 
 class Simulate:
@@ -44,7 +47,7 @@ class Simulate:
 def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Run it all; returns the report and the run's folder."""
     from splitfl.commands.fleet import Fleet, free_port
-    from splitfl.config import ClientConfig, ServerConfig
+    from splitfl.config import ClientConfig, PolicySection, ServerConfig
     from splitfl.federation.partition import partitioner_from, read_records, write_partitions
     from splitfl.telemetry.report import write_report
 
@@ -66,12 +69,17 @@ def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     settings = config.model_dump(mode="json", exclude_none=True)
     settings["server"] |= {"address": address, "run_id": run_id}
     settings["federation"] |= {"min_available_clients": arguments.num_clients}
-    clients = {}
+    # one user is both parties here, so nothing is kept from the run; what a clinic's own policy would say is said
+    policy, objections = _policy_for(config), PolicySection().objections_to(config)
+    if objections and not arguments.json:
+        sys.stdout.write(f"note: a client's [policy] as shipped does not allow this: {'; '.join(objections)}\n")
+    clients: dict[str, dict[str, Any]] = {}
     for number, path in enumerate(write_partitions(arguments.data, run_dir / "partitions", parts)):
         own = {"client_id": f"client-{number}", "server_address": address, "output_dir": str(config.server.runs_dir)}
         clients[own["client_id"]] = {
             "client": own,
             "data": {"path": str(path), "eval_fraction": arguments.eval_fraction},
+            "policy": policy,
         }
         ClientConfig.from_tree(clients[own["client_id"]], source="simulate")
 
@@ -98,3 +106,17 @@ def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     if failed:
         raise Incomplete("; ".join(failed))
     return report, run_dir
+
+
+def _policy_for(config: "ServerConfig") -> dict[str, Any]:
+    """Return a policy that allows a run's settings."""
+    return {
+        "min_bottom_layers": min(1, config.model.bottom_layers),
+        "min_top_layers": min(1, config.model.top_layers),
+        "allow_embeddings": config.train.embeddings,
+        "allow_answers": config.evaluation.generates,
+        "max_rounds": max(1000, config.federation.num_rounds),
+        "max_steps": max(100_000, 2 * config.total_steps),
+        "max_silence": max(300.0, config.link.heartbeat_timeout),
+        "max_learning_rate": max(10.0, config.optimizer.learning_rate),
+    }

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from conftest import free_port
 
+from client_edge.gate import OpenGate
 from client_edge.link import Link
 from splitfl.command_line import main
-from splitfl.config import ClientSection
+from splitfl.config import ClientSection, PolicySection
 from splitfl.errors import PeerGone
 from splitfl.transport.keys import Enrolment, keygen, write_enrolment
 
@@ -46,6 +47,10 @@ def no_proxy(folder: Path) -> tuple[ClientSection, str]:
     return client(folder, server_address="tcp://127.0.0.1:5555", socks_proxy=proxy), f"the SOCKS proxy {proxy} cannot"
 
 
+def gate(section: ClientSection) -> OpenGate:
+    return OpenGate(section, PolicySection())
+
+
 CASES = [nobody, no_such_name, no_proxy]
 
 
@@ -54,7 +59,7 @@ def test_a_check_says_it_at_once(tmp_path: Path, case: Callable[[Path], tuple[Cl
     section, says = case(tmp_path)
     begun_s = time.monotonic()
     with pytest.raises(PeerGone, match=says) as caught:
-        Link(section, is_patient=False)
+        Link(section, gate(section), is_patient=False)
     assert time.monotonic() - begun_s < 2.5
     assert caught.value.exit_code == 7
     assert "is the server running, and is this its address?" in str(caught.value)
@@ -67,7 +72,7 @@ def test_a_client_says_what_it_is_trying(tmp_path: Path, case: Callable[[Path], 
     begun_s = time.monotonic()
     patient = section.model_copy(update={"connect_timeout": 4.0})
     with pytest.raises(PeerGone, match=says):
-        Link(patient, tell=lambda text: said.append((time.monotonic() - begun_s, text)))
+        Link(patient, gate(patient), tell=lambda text: said.append((time.monotonic() - begun_s, text)))
     assert 3.5 < time.monotonic() - begun_s < 8.0
     ((at_s, text),) = said  # and again after ten seconds
     assert 0.9 < at_s < 3.0
@@ -116,7 +121,8 @@ def test_a_server_that_comes_later_is_found(tmp_path: Path) -> None:
 
     def join() -> None:
         try:
-            Link(client(tmp_path, server_address=address, connect_timeout=4.0), tell=said.append)
+            section = client(tmp_path, server_address=address, connect_timeout=4.0)
+            Link(section, gate(section), tell=said.append)
         except PeerGone as gone:
             ended.append(str(gone))
 

@@ -13,6 +13,7 @@ from served import ServedRun
 from transport.relay import Cutter
 
 import client_edge
+from client_edge.gate import OpenGate
 from client_edge.link import Link
 from client_edge.run import take_part
 from client_edge.setbacks import Setbacks
@@ -79,7 +80,8 @@ def test_a_link_that_no_large_message_passes(
     # the files are fetched directly, so that the way down is cut at activations
     folders = {"output_dir": tmp_path / "clients", "cache_dir": tmp_path / "client-cache"}
     client = {"client_id": "clinic", "server_address": server.config.server.address, **folders}
-    with_files = Link(ClientConfig.from_tree({"client": client}, source="test").client)
+    looks = ClientConfig.from_tree({"client": client}, source="test")
+    with_files = Link(looks.client, OpenGate(looks.client, looks.policy))
     for name in with_files.welcome.file_names:
         with_files.fetch(name, tmp_path / "client-cache" / "received")
     with_files.close()
@@ -89,7 +91,7 @@ def test_a_link_that_no_large_message_passes(
     client |= {"server_address": f"tcp://127.0.0.1:{cutter.port}", "reconnect_timeout": TIMEOUT_S}
     config = ClientConfig.from_tree({"client": client, "data": {"path": data, "eval_fraction": 0.0}}, source="test")
     with pytest.raises(PeerGone, match=r"gave up on .* after 3 s \(client.reconnect_timeout\)") as caught:
-        take_part(config)
+        take_part(config, accept=True)
     assert caught.value.exit_code == 7
     assert "resume at step 1" in str(caught.value)
     cutter.close()
@@ -102,7 +104,7 @@ def test_a_loop_of_the_clients_own_too(serve: Callable[..., ServedRun], tmp_path
     folders = {"output_dir": tmp_path / "clients", "cache_dir": tmp_path / "client-cache"}
     cutter = Cutter(port_of(server), up_bytes=60_000)
     address = f"tcp://127.0.0.1:{cutter.port}"
-    model = client_edge.connect(address, client_id="clinic", reconnect_timeout=TIMEOUT_S, **folders)
+    model = client_edge.connect(address, client_id="clinic", reconnect_timeout=TIMEOUT_S, accept=True, **folders)
     with pytest.raises(PeerGone, match="gave up on"):
         train(model, adamw(model), batches(1, rows=16, length=60))
     client_edge.disconnect(model)

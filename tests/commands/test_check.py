@@ -13,10 +13,11 @@ from conftest import Finished, free_port, write_text
 from safetensors.torch import load_file
 
 from client_edge.check import check_client
+from client_edge.gate import OpenGate
 from client_edge.link import Link
 from server_backbone.run_folder import search
 from splitfl.command_line import main
-from splitfl.config import ClientSection, ServerConfig, role_of
+from splitfl.config import ClientSection, PolicySection, ServerConfig, role_of
 from splitfl.durability.store import Store
 from splitfl.errors import DataError, ModelError, PeerGone, TransportError
 from splitfl.telemetry.metrics import read_events
@@ -304,7 +305,8 @@ class TestClient:
         seen: list[str] = []
 
         def look() -> None:
-            link = Link(ClientSection(client_id="looker", server_address=address))
+            client = ClientSection(client_id="looker", server_address=address)
+            link = Link(client, OpenGate(client, PolicySection()))
             seen.append(link.welcome.run_id)
             is_over.wait(60)
             link.close()
@@ -366,7 +368,7 @@ class TestClient:
         assert f"{numbers['padding_share']:.1%}".replace("%", " %") in said
         assert (numbers["rows"] < 45 / 2) if packing else (numbers["rows"] == 45)
         assert ("rows of packed examples" in found["steps"].sentences[0]) == packing
-        assert ("of each example" in found["sight"].sentences[0]) == packing
+        assert ("of each example" in " ".join(found["consent"].sentences)) == packing
 
     def test_bad_data_is_found_without_a_server(
         self, tmp_path: Path, said: Callable[..., tuple[int, dict[str, Any]]]

@@ -153,7 +153,7 @@ def test_poison_is_applied_nowhere(town: Callable[..., Town], monkeypatch: pytes
     run.start("server")
     run.start("clinic-0")
     with pytest.raises(Refused, match=r"NONFINITE_TENSOR|root mean square .* max_rms"):
-        client_run.take_part(ClientConfig.load(run.config("clinic-1")))
+        client_run.take_part(ClientConfig.load(run.config("clinic-1")), accept=True)
     assert run.end_of("clinic-0")[0] == run.end_of("server")[0] == 0
     steps = [(event["client_id"], event["step"]) for event in run.events("step")]
     assert [step for name, step in steps if name == "clinic-1"] == [1, 2]

@@ -40,7 +40,7 @@ def test_a_farewell_that_is_lost_is_said_again(town: Callable[..., Town], monkey
     loses_the_farewell(monkeypatch)
     run.start("server")
     run.start("clinic-1")
-    client_run.take_part(ClientConfig.load(run.config("clinic-0")))
+    client_run.take_part(ClientConfig.load(run.config("clinic-0")), accept=True)
     assert [run.end_of(name)[0] for name in ("server", "clinic-1")] == [0, 0]
     assert [event["client_id"] for event in run.events("client_done")].count("clinic-0") == 1
     assert run.events("violation") == []
@@ -52,7 +52,7 @@ def test_the_server_has_ended_the_run_meanwhile(town: Callable[..., Town], monke
     loses_the_farewell(monkeypatch, then=lambda: run.processes["server"].wait(30) and None)
     run.start("server")
     begun = time.monotonic()
-    folder = client_run.take_part(ClientConfig.load(run.config("clinic-0")))
+    folder = client_run.take_part(ClientConfig.load(run.config("clinic-0")), accept=True)
     assert time.monotonic() - begun < 3 * HEARTBEAT_TIMEOUT_S + 20
     notes = [event["text"] for event in read_events(folder / "metrics.jsonl") if event["event"] == "note"]
     assert any("took leave" in note for note in notes)

@@ -151,8 +151,8 @@ class Clinic:
         (self.folder / "client.toml").write_text(tomlkit.dumps(self.config), encoding="utf-8")
 
     def start(self, *words: str, **environment: str) -> Program:
-        """Start the client, or start it again."""
-        return self.machine.start(*command("client"), *words, **environment)
+        """Start the client, or start it again; there is no terminal to ask on."""
+        return self.machine.start(*command("client"), "--accept", *words, **environment)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

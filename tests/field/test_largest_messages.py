@@ -21,7 +21,7 @@ def test_files_and_an_upload_of_the_whole_embedding(new_network: Callable[[], Ne
         *settings("train.embeddings=true", "federation.num_rounds=1", "federation.local_steps=1"),
     )
     before = operator.machine.connections("PassiveOpens")
-    client = clinic.start()
+    client = clinic.start(*settings("policy.allow_embeddings=true"))
     client.ends_well(420.0)
     server.ends_well(120.0)
 

@@ -7,7 +7,7 @@ from typing import Any
 from conftest import free_port
 from served import ServedRun
 
-from splitfl.config import ClientConfig, ClientSection, ServerConfig
+from splitfl.config import ClientConfig, ServerConfig
 
 
 class Host(ServedRun):
@@ -28,7 +28,7 @@ class Host(ServedRun):
         super().__init__(ServerConfig.from_tree(merged, source="test"), as_json=True)
         self.start()
 
-    def client(self, client_id: str = "writer") -> ClientSection:
+    def client(self, client_id: str = "writer", *, address: str = "") -> ClientConfig:
         folders = {"output_dir": str(self.folder / "clients"), "cache_dir": str(self.folder / "cache" / "clients")}
-        tree = {"client": {"client_id": client_id, "server_address": self.address, **folders}}
-        return ClientConfig.from_tree(tree, source="test").client
+        tree = {"client": {"client_id": client_id, "server_address": address or self.address, **folders}}
+        return ClientConfig.from_tree(tree, source="test")

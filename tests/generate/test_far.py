@@ -65,12 +65,12 @@ class TestTokens:
         model = whole_model(family)
         bottom, top = ENDS.get(family, (1, 1))
         served = host(model, model={"bottom_layers": bottom, "top_layers": top})
-        with speaker(served.client()) as said:
+        with speaker(served.client(), accept=True) as said:
             for name, way in WAYS.items():
                 assert tokens(said.model, **way) == tokens(model, **way), name
 
     def test_one_round_trip_each_and_the_cache_is_freed(self, host: Callable[..., Host]) -> None:
-        with speaker(host().client()) as said:
+        with speaker(host().client(), accept=True) as said:
             messages = sent(said)
             tokens(said.model, num_beams=3)
             decodes, ends = ([m for m in messages if isinstance(m, kind)] for kind in (Decode, EndCache))
@@ -84,7 +84,7 @@ class TestTokens:
             text={"max_seq_length": 2},
             federation={"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4},
         )
-        with speaker(served.client()) as said:
+        with speaker(served.client(), accept=True) as said:
             messages = sent(said)
             assert tokens(said.model) == tokens(whole_model("llama"))
             sizes = [m.hidden_BSD.shape[1] for m in messages if isinstance(m, Decode)]
@@ -94,7 +94,7 @@ class TestTokens:
         served, port, prompt = host(), free_port(), "a secret of the patient's"
         recorder = Recorder(port, int(served.address.rsplit(":", 1)[1]))
         with recorder.running():
-            with speaker(served.client().model_copy(update={"server_address": f"tcp://127.0.0.1:{port}"})) as said:
+            with speaker(served.client(address=f"tcp://127.0.0.1:{port}"), accept=True) as said:
                 messages = sent(said)
                 text = said.reply(prompt, {"max_new_tokens": 12, "do_sample": False})
             served.stop()  # so that no connection is left when the recorder ends
@@ -108,11 +108,11 @@ class TestTokens:
         assert any(bytes(prefill.hidden_BSD.buffers[0]) in stream for stream in recorder.streams), "no hole in the net"
 
     def test_without_a_cache(self, host: Callable[..., Host]) -> None:
-        with speaker(host().client()) as said:
+        with speaker(host().client(), accept=True) as said:
             assert tokens(said.model, use_cache=False) == tokens(whole_model("llama"))
 
     def test_they_are_streamed(self, host: Callable[..., Host], capsys: pytest.CaptureFixture[str]) -> None:
-        with speaker(host().client()) as said:
+        with speaker(host().client(), accept=True) as said:
             how = {"max_new_tokens": 6, "do_sample": False}
             said_at_once = said.reply("abc", how)
             capsys.readouterr()
@@ -128,13 +128,13 @@ def test_layers_are_those_of_the_last_merge(host: Callable[..., Host], tmp_path:
 
     def train() -> None:
         with contextlib.suppress(PeerGone):  # it is not let come to its end
-            take_part(config)
+            take_part(config, accept=True)
 
     thread = threading.Thread(target=train)
     thread.start()
     while not (served.folder / "run" / "trained.safetensors").exists():
         time.sleep(0.05)
-    with speaker(served.client()) as said:
+    with speaker(served.client(), accept=True) as said:
         merged = load_file(served.folder / "run" / "trained.safetensors")
         here = {name: p for name, p in said.model.named_parameters() if ".lora_" in name}
         first = [name for name in here if name in merged and ".layers.0." in name]
@@ -149,14 +149,14 @@ class TestDeclined:
     """Each is a sentence; the session goes on, and no strike is counted."""
 
     def test_too_many_tokens(self, host: Callable[..., Host]) -> None:
-        with speaker(host(link={"max_cache_tokens": 40}).client()) as said:
+        with speaker(host(link={"max_cache_tokens": 40}).client(), accept=True) as said:
             with pytest.raises(Refused, match=r"more than link\.max_cache_tokens = 40"):
                 tokens(said.model)
             assert tokens(said.model, lengths=(9,)) == tokens(whole_model("llama"), lengths=(9,))
 
     def test_too_many_caches(self, host: Callable[..., Host]) -> None:
         ids_BS = torch.randint(3, VOCABULARY, (1, 4))
-        with speaker(host(link={"max_caches": 1}).client()) as said, torch.no_grad():
+        with speaker(host(link={"max_caches": 1}).client(), accept=True) as said, torch.no_grad():
             first = said.model(ids_BS, use_cache=True)
             with pytest.raises(Refused, match=r"link\.max_caches is 1"):
                 said.model(ids_BS, use_cache=True)
@@ -166,7 +166,7 @@ class TestDeclined:
 
     def test_a_cache_that_timed_out(self, host: Callable[..., Host]) -> None:
         ids_BS = torch.randint(3, VOCABULARY, (1, 4))
-        with speaker(host(link={"cache_timeout": 0.2}).client()) as said, torch.no_grad():
+        with speaker(host(link={"cache_timeout": 0.2}).client(), accept=True) as said, torch.no_grad():
             first = said.model(ids_BS, use_cache=True)
             time.sleep(1)
             with pytest.raises(Refused, match=r"link\.cache_timeout = 0\.2 s: begin the generation anew"):
@@ -176,7 +176,7 @@ class TestDeclined:
     def test_a_cache_of_a_session_that_ended(self, host: Callable[..., Host]) -> None:
         ids_BS = torch.randint(3, VOCABULARY, (1, 4))
         served = host()
-        with speaker(served.client()) as said, torch.no_grad():
+        with speaker(served.client(), accept=True) as said, torch.no_grad():
             first = said.model(ids_BS, use_cache=True)
             said.link.reconnect(SessionLost("as a test wants it"), resume_at=1)
             said.link.resume(held_round=0, step=0, commit_number=0, pending_step=0)
@@ -185,7 +185,7 @@ class TestDeclined:
             said.model(ids_BS, use_cache=True)
 
     def test_a_prompt_longer_than_the_context(self, host: Callable[..., Host]) -> None:
-        with speaker(host(whole_model("llama", max_position_embeddings=8)).client()) as said:
+        with speaker(host(whole_model("llama", max_position_embeddings=8)).client(), accept=True) as said:
             messages = sent(said)
             with pytest.raises(DataError, match="9 tokens, more than the 8"):
                 tokens(said.model)
@@ -193,7 +193,7 @@ class TestDeclined:
 
     def test_two_generations_at_once(self, host: Callable[..., Host]) -> None:
         errors: list[Exception] = []
-        with speaker(host().client()) as said:
+        with speaker(host().client(), accept=True) as said:
             under_way = threading.Event()
 
             class Slow(TextStreamer):
@@ -217,5 +217,5 @@ class TestDeclined:
             assert ["two generations at once" in str(error) for error in errors] == [True]
 
     def test_training_with_it(self, host: Callable[..., Host]) -> None:
-        with speaker(host().client()) as said, pytest.raises(ModelError, match="for generating"):
+        with speaker(host().client(), accept=True) as said, pytest.raises(ModelError, match="for generating"):
             said.model(torch.ones(1, 4, dtype=torch.long), use_cache=False)

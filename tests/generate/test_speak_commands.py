@@ -36,7 +36,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel) -> 
             tokenizer.chat_template = TEMPLATE if chats else None
             tokenizer.save_pretrained(folder / "model")
             host, path = Host(folder, folder / "model"), folder / "client.toml"
-            mine = host.client()
+            mine = host.client().client
             path.write_text(
                 f'[client]\nclient_id = "writer"\nserver_address = "{host.address}"\n'
                 f'output_dir = "{mine.output_dir}"\ncache_dir = "{mine.cache_dir}"\n'
@@ -59,10 +59,10 @@ def wanted(model: PreTrainedModel, prompt: str, num: int, **how: Any) -> str:
 
 
 def test_a_prompt(served: Any, model: PreTrainedModel, capsys: pytest.CaptureFixture[str]) -> None:
-    how = ["--config", str(served(False)), "--max-new-tokens", "8"]
-    assert run_one("generate", Generate(), [*how, "--prompt", "hello"]) == 0
+    how = ["--accept", "--config", str(served(False)), "--max-new-tokens", "8"]
+    assert run_one("generate", Generate(), ["--accept", *how, "--prompt", "hello"]) == 0
     assert capsys.readouterr().out == wanted(model, "hello", 8) + "\n"
-    assert run_one("generate", Generate(), [*how, "--prompt", "hello", "--num-beams", "2", "--json"]) == 0
+    assert run_one("generate", Generate(), ["--accept", *how, "--prompt", "hello", "--num-beams", "2", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"prompt": "hello", "text": wanted(model, "hello", 8, num_beams=2)}
 
@@ -71,7 +71,7 @@ def test_a_prompt_from_standard_input(
     served: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    assert run_one("generate", Generate(), ["--config", str(served(False)), "--max-new-tokens", "8"]) == 0
+    assert run_one("generate", Generate(), ["--accept", "--config", str(served(False)), "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out == wanted(model, "hello", 8) + "\n"
 
 
@@ -79,14 +79,14 @@ def test_a_chat_keeps_its_turns(
     served: Any, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nmore\n"))
-    assert run_one("chat", Chat(), ["--config", str(served(True)), "--max-new-tokens", "4"]) == 0
+    assert run_one("chat", Chat(), ["--accept", "--config", str(served(True)), "--max-new-tokens", "4"]) == 0
     first = wanted(model, "user:hi;assistant:", 4)
     second = wanted(model, f"user:hi;assistant:{first};user:more;assistant:", 4)
     assert capsys.readouterr().out == f"{first}\n{second}\n"
 
 
 def test_a_chat_without_a_template(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_one("chat", Chat(), ["--config", str(served(False))]) == 4
+    assert run_one("chat", Chat(), ["--accept", "--config", str(served(False))]) == 4
     assert "no chat template" in capsys.readouterr().err
 
 

@@ -104,6 +104,7 @@ def role(module: str, config: str, folder: Path, hub: str) -> subprocess.Popen[s
     (folder / "config.toml").write_text(config)
     own = {"HF_ENDPOINT": hub, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", module, "--config", str(folder / "config.toml")]
+    command += ["--accept"] if module == "client_edge" else []
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=os.environ | own, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
 

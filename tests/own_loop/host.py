@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import free_port, tiny_config, tiny_tokenizer
+from conftest import ALLOWS_ALL, free_port, tiny_config, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from served import ServedRun
@@ -65,7 +65,8 @@ class Host(ServedRun):
 
     def connect(self, client_id: str = "clinic", **more: Any) -> PreTrainedModel:
         folders = {"output_dir": self.folder / "clients", "cache_dir": self.folder / "cache" / "clients"}
-        return client_edge.connect(self.address, client_id=client_id, **folders, **more)
+        own = {"accept": True, "policy": ALLOWS_ALL, **folders, **more}
+        return client_edge.connect(self.address, client_id=client_id, **own)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Return what has been written, once nothing more comes: an event is written behind the answer it is about."""

@@ -36,8 +36,10 @@ def test_from_a_clients_file_with_settings_over_it(host: Start, tmp_path: Path) 
         f'[client]\nclient_id = "clinic"\nserver_address = "{server.address}"\noutput_dir = "{tmp_path}/out"\n',
         encoding="utf-8",
     )
-    client_edge.disconnect(client_edge.connect(config=file))
-    client_edge.disconnect(client_edge.connect(config=file, client_id="other", cache_dir=tmp_path / "cache"))
+    client_edge.disconnect(client_edge.connect(config=file, accept=True))
+    client_edge.disconnect(
+        client_edge.connect(config=file, client_id="other", cache_dir=tmp_path / "cache", accept=True)
+    )
     assert [event["client_id"] for event in server.events("client_joined")] == ["clinic", "other"]
 
 

@@ -1,0 +1,316 @@
+"""Consent is asked for once, remembered, asked for again when something changes, and can be withdrawn."""
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import free_port, write_text
+from served import ServedRun
+
+import client_edge
+from client_edge.check import check_client
+from client_edge.command import Client
+from client_edge.consent import CONSENT_FILE, Consent
+from client_edge.consent_command import ConsentCommand
+from splitfl.command_line import run_one
+from splitfl.config import RunConfig, ServerConfig
+from splitfl.errors import NotAccepted, NotAllowed
+from splitfl.training.forecast import READABLE
+
+
+def asked(key: str = "", **sections: Any) -> Consent:
+    run = RunConfig.from_tree({"model": {"model_name_or_path": "m"}, **sections}, source="test")
+    return Consent.asked_for(run, run_id="run", client_id="clinic", address="tcp://127.0.0.1:1", server_key=key)
+
+
+class TestRemembered:
+    """What a later start compares."""
+
+    def test_it_reads_what_it_wrote_and_only_its_owner_does(self, tmp_path: Path) -> None:
+        asked().write(tmp_path / "folder")
+        assert Consent.read(tmp_path / "folder") == asked()
+        assert (tmp_path / "folder" / CONSENT_FILE).stat().st_mode & 0o777 == 0o600
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"run_id": 1}', "\xff"])
+    def test_what_cannot_be_read_is_no_consent(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / CONSENT_FILE).write_text(content)
+        assert Consent.read(tmp_path) is None
+
+    def test_how_the_run_is_operated_may_change(self) -> None:
+        assert asked().covers(asked(link={"heartbeat_timeout": 9.0}, storage={"fsync": "never"}))
+
+    @pytest.mark.parametrize(
+        ("other", "says"),
+        [
+            ({"model": {"model_name_or_path": "m", "bottom_layers": 2}}, "model.bottom_layers was 1, and is 2"),
+            ({"optimizer": {"learning_rate": 0.5}}, "optimizer.learning_rate was 0.0002, and is 0.5"),
+            ({"evaluation": {"measures": ["accuracy"]}}, "evaluation.measures was []"),
+            ({"key": "k" * 40}, "the server's key was none, and is kkkk"),
+        ],
+    )
+    def test_what_it_was_given_for_may_not(self, other: dict[str, Any], says: str) -> None:
+        assert not asked().covers(asked(**other))
+        assert says in "; ".join(asked().changes(asked(**other)))
+
+    def test_what_was_withdrawn_covers_nothing(self) -> None:
+        assert not asked().withdrawn().covers(asked())
+
+    def test_values_of_a_server_cannot_steer_a_terminal(self) -> None:
+        (said,) = asked().changes(asked(lora={"target_modules": ["\x1b[2J" * 500]}))
+        assert said.isprintable()
+        assert len(said) < 500
+
+
+@pytest.fixture
+def serve(tmp_path: Path, make_model: Callable[..., Path]) -> Iterator[Callable[..., ServedRun]]:
+    """Start a server that waits for two clients, so that one alone never trains."""
+    served: list[ServedRun] = []
+
+    def start(run_id: str = "run", **sections: dict[str, Any]) -> ServedRun:
+        port = served[-1].config.server.address.rsplit(":", 1)[1] if served else free_port()
+        own = {"address": f"tcp://127.0.0.1:{port}", "runs_dir": tmp_path / "runs", "run_id": run_id}
+        tree = {
+            "server": own | {"cache_dir": tmp_path / "cache", "export_model": False},
+            "model": {"model_name_or_path": str(tmp_path / "model")} | sections.pop("model", {}),
+            "federation": {"num_rounds": 1, "local_steps": 1} | sections.pop("federation", {}),
+            **sections,
+        }
+        if not served:
+            make_model()
+        served.append(ServedRun(ServerConfig.from_tree(tree, source="test"), as_json=True))
+        served[-1].start()
+        return served[-1]
+
+    yield start
+    for each in served:
+        each.stop()
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Callable[..., Path]:
+    """Write a client's file."""
+
+    def write(served: ServedRun, **policy: Any) -> Path:
+        data = write_text(tmp_path / "text.txt", num_lines=20, seed=0)
+        lines = [
+            "[client]", 'client_id = "clinic"', f'server_address = "{served.config.server.address}"',
+            f'output_dir = "{tmp_path}/clients"', f'cache_dir = "{tmp_path}/client-cache"',
+            "[data]", f'path = "{data}"', "eval_fraction = 0.0", "[policy]",
+            *(f"{name} = {json.dumps(value)}" for name, value in policy.items()),
+        ]  # fmt: skip
+        (tmp_path / "client.toml").write_text("\n".join(lines) + "\n")
+        return tmp_path / "client.toml"
+
+    return write
+
+
+def started(capsys: pytest.CaptureFixture[str], file: Path, *more: str) -> tuple[int, str]:
+    code = run_one("client", Client(), ["--config", str(file), *more])
+    return code, capsys.readouterr().err
+
+
+def kinds(served: ServedRun) -> list[str]:
+    return [json.loads(line)["event"] for line in served.metrics_path.read_text().splitlines()]
+
+
+def test_without_a_terminal_nobody_has_accepted_until_accept(
+    serve: Callable[..., ServedRun], client: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = serve()
+    code, said = started(capsys, client(served))
+    assert code == 12
+    assert READABLE in said
+    assert "nobody here has accepted them" in said
+    assert "--accept" in said
+    assert "Traceback" not in said
+    assert list((tmp_path / "clients").rglob("*.json")) == []  # nothing was fetched, written or trained
+    assert not (tmp_path / "client-cache").exists()
+    assert "client_joined" not in kinds(served)
+
+    code, said = started(capsys, tmp_path / "client.toml", "--accept")
+    assert (code, READABLE in said) == (0, True)
+    consent = Consent.read(tmp_path / "clients" / "run" / "clinic")
+    assert consent is not None
+    assert (consent.run_id, consent.client_id, consent.how.split(",")[0]) == ("run", "clinic", "--accept")
+
+
+def test_once_is_enough_until_something_changes(
+    serve: Callable[..., ServedRun], client: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = serve()
+    assert started(capsys, client(served), "--accept")[0] == 0
+    served.stop()
+    shutil.rmtree(served.run_dir)
+
+    served = serve(link={"heartbeat_timeout": 9.0})  # operation
+    code, said = started(capsys, tmp_path / "client.toml", "--resume", "never")
+    assert (code, READABLE in said) == (0, False)
+    served.stop()
+    shutil.rmtree(served.run_dir)
+
+    served = serve(evaluation={"measures": ["accuracy"]})
+    code, said = started(capsys, tmp_path / "client.toml")
+    assert code == 12
+    assert "Changed since" in said
+    assert "evaluation.measures was [], and is ['accuracy']" in said
+    assert "have changed since they were accepted" in said
+
+
+def test_a_policy_is_before_consent(
+    serve: Callable[..., ServedRun], client: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = serve(model={"bottom_layers": 0})
+    code, said = started(capsys, client(served), "--accept")
+    assert code == 11
+    assert "model.bottom_layers = 0, and policy.min_bottom_layers = 1" in said
+    assert not (tmp_path / "client-cache").exists()
+    with pytest.raises(NotAllowed, match="min_bottom_layers"):
+        list(check_client(tmp_path / "client.toml", []))
+    assert started(capsys, client(served, min_bottom_layers=0), "--accept")[0] == 0
+
+
+def test_check_shows_what_would_be_accepted(serve: Callable[..., ServedRun], client: Callable[..., Path]) -> None:
+    found = {finding.topic: finding for finding in check_client(client(serve()), [])}
+    assert READABLE in found["consent"].sentences
+    assert found["consent"].numbers["accepted"] is False
+    assert "Your policy allows these settings." in found["policy"].sentences
+    assert len(str(found["policy"].numbers["hash_of_layers"])) == 64
+
+
+def test_known_weights_are_those_that_check_prints(
+    serve: Callable[..., ServedRun], client: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = serve()
+    found = {finding.topic: finding for finding in check_client(client(served), [])}
+    assert started(capsys, client(served, known_weights="0" * 64), "--accept")[0] == 11
+    assert "name it in client.model_name_or_path" in started(capsys, client(served, known_weights="own"), "--accept")[1]
+    pinned = client(served, known_weights=found["policy"].numbers["hash_of_layers"])
+    assert started(capsys, pinned, "--accept")[0] == 0
+
+
+def test_a_bound_of_the_policy_ends_the_client_and_what_it_has_learned_is_kept(
+    serve: Callable[..., ServedRun], client: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = serve(federation={"local_steps": 4, "num_rounds": 2, "step_timeout": 2.0, "wait_timeout": 60.0})
+    code, said = started(capsys, client(served, max_bytes_sent=20_000), "--accept")
+    assert code == 11
+    assert "policy.max_bytes_sent is reached" in said
+    assert "Traceback" not in said
+    spent = json.loads((tmp_path / "clients" / "run" / "clinic" / "spent.json").read_text())
+    assert spent["bytes_sent"] <= 21_000
+    assert started(capsys, tmp_path / "client.toml")[0] == 11  # a new start is no new allowance
+    assert started(capsys, client(served, max_bytes_sent=10**9))[0] == 0
+
+
+def test_a_program_gets_the_text_in_the_error(serve: Callable[..., ServedRun], tmp_path: Path) -> None:
+    served = serve(federation={"num_rounds": 0, "server_mode": "sequential"})
+    folders = {"output_dir": tmp_path / "clients", "cache_dir": tmp_path / "client-cache"}
+    with pytest.raises(NotAccepted) as refused:
+        client_edge.connect(served.config.server.address, client_id="clinic", **folders)
+    assert READABLE in str(refused.value)
+    model = client_edge.connect(served.config.server.address, client_id="clinic", accept=True, **folders)
+    client_edge.disconnect(model)
+    client_edge.disconnect(client_edge.connect(served.config.server.address, client_id="clinic", **folders))
+    with pytest.raises(NotAllowed, match="min_top_layers = 2"):
+        client_edge.connect(served.config.server.address, client_id="clinic", policy={"min_top_layers": 2}, **folders)
+
+
+class TestWithdrawing:
+    """`splitfl consent withdraw`."""
+
+    def withdraw(self, capsys: pytest.CaptureFixture[str], file: Path, *more: str) -> tuple[int, str]:
+        code = run_one("consent", ConsentCommand(), ["withdraw", "--config", str(file), *more])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    def test_the_server_is_told_and_all_is_removed(
+        self,
+        serve: Callable[..., ServedRun],
+        client: Callable[..., Path],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        served = serve(federation={"min_available_clients": 2, "wait_timeout": 60.0})
+        file = client(served)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "client_edge", "--config", str(file), "--accept"], stderr=subprocess.DEVNULL
+        )
+        folder = tmp_path / "clients" / "run" / "clinic"
+        try:
+            deadline = time.monotonic() + 60
+            while "client_joined" not in kinds(served):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            process.kill()
+            process.wait()
+        code, said = self.withdraw(capsys, file)
+        assert (code, "was told that this client does not come back" in said) == (0, True)
+        assert [path.name for path in folder.iterdir()] == [CONSENT_FILE]
+        deadline = time.monotonic() + 20
+        while "client_left" not in kinds(served):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        run_one("consent", ConsentCommand(), ["show", "--config", str(file)])
+        assert ": withdrawn 20" in capsys.readouterr().out
+        code, said = started(capsys, file)
+        assert (code, "was withdrawn at" in said) == (12, True)
+
+    def test_a_server_that_is_not_there(
+        self,
+        serve: Callable[..., ServedRun],
+        client: Callable[..., Path],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        served = serve()
+        file = client(served)
+        assert started(capsys, file, "--accept")[0] == 0
+        served.stop()
+        run_one("consent", ConsentCommand(), ["show", "--config", str(file), "--json"])
+        (shown,) = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (shown["run_id"], shown["withdrawn_at"]) == ("run", "")
+        code, said = self.withdraw(capsys, file, "--set", "client.connect_timeout=1")
+        assert (code, "could not be told" in said) == (0, True)
+        assert [path.name for path in (tmp_path / "clients" / "run" / "clinic").iterdir()] == [CONSENT_FILE]
+        code, said = self.withdraw(capsys, file)
+        assert (code, "has consented to 0 runs (none)" in said) == (2, True)
+
+
+@pytest.mark.parametrize(("said", "code"), [("y\n", 0), ("n\n", 12), ("\n", 12)])
+def test_on_a_terminal_it_asks(
+    serve: Callable[..., ServedRun], client: Callable[..., Path], said: str, code: int
+) -> None:
+    """Through a pseudo-terminal, answered after a while: the server has taken the silence for the end by then."""
+    file = client(serve())
+    terminal, other_end = pty.openpty()
+    command = [sys.executable, "-m", "client_edge", "--config", str(file)]
+    process = subprocess.Popen(command, stdin=other_end, stdout=other_end, stderr=other_end, start_new_session=True)
+    os.close(other_end)
+    shown = b""
+    try:
+        deadline = time.monotonic() + 100
+        while process.poll() is None and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.2)[0]:
+                try:
+                    shown += os.read(terminal, 4096)
+                except OSError:  # the other end is closed
+                    break
+            if b"[y/N]" in shown and said:
+                time.sleep(1.5)
+                os.write(terminal, said.encode())
+                said = ""
+        assert process.wait(timeout=20) == code, shown[-2000:]
+    finally:
+        process.kill()
+        os.close(terminal)
+    assert b"lets the server see" in shown or b"The server sees" in shown
