@@ -275,7 +275,7 @@ def _with(config: ServerConfig, section: str, **values: Any) -> ServerConfig:
 
 
 def _said_of_schedule(config: RunConfig, before: RunConfig | None = None) -> Iterator[str]:
-    """Say that a run goes on behind its schedule's end, where nothing is learned any more."""
+    """Say that a run goes on after its schedule's end, where nothing is learned any more."""
     steps, horizon = config.total_steps, config.num_training_steps
     if not config.optimizer.ends_at_zero or steps <= horizon:
         return

@@ -210,7 +210,7 @@ class OptimizerSection(Section):
     """Schedule over `num_training_steps`, as in transformers."""
 
     num_training_steps: Identity[int] = Field(0, ge=0)
-    """Steps of each client over which the schedule runs; behind them a linear or cosine one stays at 0. 0 means the
+    """Steps of each client over which the schedule runs; after them a linear or cosine one stays at 0. 0 means the
     `num_rounds * local_steps` that the run has when it begins: a run that is prolonged keeps what it began with."""
 
     warmup_steps: Identity[int] = Field(0, ge=0)

@@ -90,7 +90,7 @@ def export_model(
 ) -> Path:
     """Write config, tokenizer, model card and weights: what `AutoModelForCausalLM.from_pretrained` loads.
 
-    `replaces` what was exported there before, as when a run has gone on behind its end.
+    `replaces` what was exported there before, as when a run has gone on after its end.
     """
     card = _card(run_dir, config, "merged")
     with _appearing(output_dir, directory, DESCRIPTION_FILES, card, replaces=replaces) as folder:

@@ -82,7 +82,7 @@ class PartOptimizer:
             num_training_steps=num_training_steps,
         )
         self._curve = schedule.lr_lambdas[0] if hasattr(schedule, "lr_lambdas") else lambda _: 1.0
-        # behind its last step a cosine would rise again
+        # after its last step a cosine would rise again
         self._last = num_training_steps if section.ends_at_zero and num_training_steps else None
 
     def learning_rate(self, step: int) -> float:

@@ -67,19 +67,20 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 @pytest.fixture(scope="module")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Town]:
     """Return a run with nothing happening to it, made once for each number of rounds."""
-    made: dict[int, Town] = {}
+    made: dict[tuple[int, str], Town] = {}
 
-    def run(model: Path, num_rounds: int) -> Town:
-        if num_rounds not in made:
-            folder = tmp_path_factory.mktemp(f"quiet-{num_rounds}")
+    def run(model: Path, num_rounds: int, server_mode: str = "shared") -> Town:
+        if (num_rounds, server_mode) not in made:
+            folder = tmp_path_factory.mktemp(f"quiet-{num_rounds}-{server_mode}")
             settings = {name.replace("__", "."): value for name, value in SETTINGS.items()}
-            town = Town(folder, model, 2, {**settings, "federation.num_rounds": num_rounds})
+            other = {"federation.num_rounds": num_rounds, "federation.server_mode": server_mode}
+            town = Town(folder, model, 2, {**settings, **other})
             try:
                 all_end_well(town)
             finally:
                 town.end()
-            made[num_rounds] = town
-        return made[num_rounds]
+            made[num_rounds, server_mode] = town
+        return made[num_rounds, server_mode]
 
     return run
 
@@ -191,16 +192,24 @@ def test_another_model_under_the_same_name_is_refused_and_the_same_elsewhere_goe
     assert told["model.model_name_or_path"] == ("model", "llama")
 
 
-@pytest.mark.parametrize("when", ["in a round", "behind the end", "in the last evaluations"])
+@pytest.mark.parametrize(
+    ("when", "server_mode"),
+    [
+        ("in a round", "shared"),
+        ("after the end", "shared"),
+        ("after the end", "per_client"),
+        ("in the last evaluations", "shared"),
+    ],
+)
 def test_more_rounds_prolong_a_run_to_what_it_would_have_been_with_them(
-    town: Callable[..., Town], quiet: Callable[..., Town], tmp_path: Path, when: str
+    town: Callable[..., Town], quiet: Callable[..., Town], tmp_path: Path, when: str, server_mode: str
 ) -> None:
-    run = town(2, **SETTINGS)
+    run = town(2, **SETTINGS, federation__server_mode=server_mode)
     if when == "in a round":
         run.wait_for("merged", 1)
         run.wait_for("step", 26)
         stop(run)
-    elif when == "behind the end":
+    elif when == "after the end":
         all_end_well(run)
         assert (run.run_dir / "finished").exists()
     else:
@@ -213,7 +222,7 @@ def test_more_rounds_prolong_a_run_to_what_it_would_have_been_with_them(
         if run.processes[name].poll() is not None:
             run.start(name)
     all_end_well(run)
-    assert_same(weights(run), weights(quiet(tmp_path / "model", 4)))
+    assert_same(weights(run), weights(quiet(tmp_path / "model", 4, server_mode)))
     assert run.verdict().problems == []
     assert replay(run.run_dir).problems == []
     report = run.report()
