@@ -22,7 +22,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
@@ -35,6 +34,7 @@ from benchmarks.material import TINY, write_lines, write_model
 from splitfl.commands.fleet import free_port
 from splitfl.errors import Incomplete
 from splitfl.telemetry.units import format_bytes
+from splitfl.telemetry.versions import versions_of
 
 LIMIT = 0.05
 """How much of what it was a figure may differ by."""
@@ -334,8 +334,7 @@ def summary(soak: Soak, held: Sequence[Held], *, wall_seconds: float, begun: dat
         "date": begun.strftime("%Y-%m-%d"),
         "load": os.getloadavg(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("splitfl", "torch", "transformers", "pyzmq")},
+        "versions": {"python": platform.python_version()} | versions_of(("splitfl", "torch", "transformers", "pyzmq")),
     }
 
 

@@ -425,6 +425,10 @@ class Engine:
             for name in merge.uploaded
         ]
 
+    def generation_before_the_merge(self) -> int | None:
+        """Return the newest snapshot from before the merge whose layers are everyone's, None if none is kept."""
+        return self.ledger.generation_before(self.ledger.state.folded_round)
+
     def measured(self, client_id: str, round_number: int, measured: Mapping[str, float]) -> None:
         """Write what a client measured of a merge's layers."""
         self.ledger.note("evaluated", client_id=client_id, round=round_number, measured=dict(measured))

@@ -452,6 +452,13 @@ class Ledger:
         self._store.snapshot(Record(kind="snapshot", fields=self.state.to_fields(), tensors=tensors))
         self._commits_since_snapshot = 0
 
+    def generation_before(self, merge: int) -> int | None:
+        """Return the newest snapshot whose layers are of an earlier merge, None if none is kept."""
+        for generation in reversed(self._store.generations()):
+            if int(self._store.snapshot_of(generation).fields.get("folded_round", 0)) < merge:
+                return generation
+        return None
+
     # snapshots that clients' checkpoints name
 
     def keep(self, client_id: str, worker: Worker, limit: int) -> int:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 from server_backbone.admission import Admission
+from server_backbone.blame import Blame, Fault, Stage
 from server_backbone.caches import CacheBook
 from server_backbone.engine import Decided, Engine, MergedLayers, Spooled, Verdict
 from server_backbone.gates import Action, Apply, CloseStep, Compute, SitOut, TakeBack, gate_for
@@ -73,7 +74,7 @@ from splitfl.protocol.messages import (
     WentBack,
     Why,
 )
-from splitfl.protocol.tensors import realise
+from splitfl.protocol.tensors import OutOfBounds, realise
 from splitfl.session.limits import Limits
 from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.session.server import Applied, Phase, Reply, ServerSession
@@ -153,6 +154,9 @@ class Server:
             self._rounds = Rounds(federation, self.engine.merger.strategy.configure_train, time.monotonic())
         self._members = Members()
         self._caches = CacheBook(self.run.link)
+        self._blame = Blame()
+        self._stuck: dict[str, tuple[Stage, OutOfBounds]] = {}
+        """Clients that sent what may follow from the last merge, and wait for what the others show."""
         self._layers = self._layers_of_all(0)
         self._merge_number = 0
         self._have_rounds_ended = False
@@ -379,7 +383,8 @@ class Server:
             case Backward():
                 self._compute(member, message, self.engine.backward)
             case Commit():
-                _check_claims(message)
+                if not self._takes_claims(member, message):
+                    return
                 self._carry_out(self._gate.commit(client_id, message, now_s), now_s)
             case Upload():
                 self._shows_work(member)
@@ -973,6 +978,8 @@ class Server:
     def _merged(self, merge: Merge, merged: MergedLayers) -> None:
         self._layers = merged.layers
         self._merge_number = merge.round_number
+        if not merged.reason:
+            self._blame.merged()
         message = Merged(
             round_number=merge.round_number,
             accepted=not merged.reason,
@@ -1014,6 +1021,7 @@ class Server:
         member.idle_s = 0.0
         del self._mishaps[member.client_id]
         self._drop_unwanted(member)
+        self._stuck.pop(member.client_id, None)
         self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
         self._tell(member, message)
 
@@ -1037,11 +1045,15 @@ class Server:
     def _compute(self, member: Member, message: B, work: Callable[[str, B], ForwardDone | BackwardDone]) -> None:
         """Have a micro-batch computed and answer with the result; a tensor that cannot be taken ends the session."""
         connection, number = member.connection, message.request_id
+        is_evaluation = isinstance(message, Forward) and message.step == 0
+        stage = Stage.EVALUATION if is_evaluation else Stage.TRAINING
         member.waiting[number] = message
 
         def answer(reply: ForwardDone | BackwardDone | None) -> None:
             if reply is None or connection is None or member.connection is not connection:
                 return
+            if stage is Stage.EVALUATION:
+                self._went_on(member, stage)
             if member.session.answered(reply):
                 self._send(connection, reply)
 
@@ -1050,12 +1062,105 @@ class Server:
                 return None  # nobody waits for it any more
             return work(member.client_id, message)
 
-        self._jobs.submit(guarded, answer, partial(self._refuse_tensor, connection), asked_by=member.client_id)
+        def refuse(error: Exception) -> bool:
+            is_mine = connection is not None and member.connection is connection
+            if is_mine and isinstance(error, OutOfBounds) and self._is_excused(member, stage, error):
+                return True
+            return self._refuse_tensor(connection, error)
+
+        self._jobs.submit(guarded, answer, refuse, asked_by=member.client_id)
 
     def _drop_unwanted(self, member: Member) -> None:
         """Let go of micro-batches on the queue whose answer nobody waits for."""
         for number in [number for number in member.waiting if not member.session.awaits(number)]:
             member.waiting.pop(number, None)
+
+    # whose fault it is
+
+    def _takes_claims(self, member: Member, commit: Commit) -> bool:
+        """Check what a client says of its gradients; False if it may follow from the last merge that they are none."""
+        try:
+            _check_claims(commit)
+        except OutOfBounds as error:
+            if not self._is_excused(member, Stage.TRAINING, error):
+                raise
+            return False
+        return True
+
+    def _went_on(self, member: Member, stage: Stage) -> None:
+        self._blame.went_on(member.client_id, stage)
+        self._stuck.pop(member.client_id, None)
+
+    def _may_follow_from_a_merge(self, client_id: str) -> bool:
+        """Tell whether a client's layers are those of a merge still, or others are stuck with what it began with."""
+        state = self.engine.ledger.state
+        round_ = state.round_of(client_id)
+        has_learned = round_ is not None and bool(round_.finished.get(client_id))
+        return state.folded_round > 0 and (not has_learned or bool(self._stuck.keys() - {client_id}))
+
+    def _is_excused(self, member: Member, stage: Stage, error: OutOfBounds) -> bool:
+        """Tell whether what a client sent may follow from a merge: then it waits for what the others show.
+
+        It sits the round out meanwhile, so that nobody waits for it.
+        """
+        client_id, now_s = member.client_id, time.monotonic()
+        if not self._may_follow_from_a_merge(client_id):
+            return False
+        self._blame.stuck(client_id, stage)
+        if self._blame.fault(client_id, stage, self._at_work()) is Fault.ITS_OWN:
+            return False
+        if client_id not in self._stuck:
+            merge = self.engine.ledger.state.folded_round
+            self.metrics.emit("stuck", client_id=client_id, round=merge, reason=str(error))
+        self._stuck[client_id] = stage, error
+        self._settle_blame()
+        if client_id in self._stuck and stage is Stage.TRAINING:
+            self._jobs.submit(partial(self.engine.worker.discard, client_id), _nothing)
+            self._carry_out(self._gate.finished(client_id, now_s), now_s)
+            self._decide(self._rounds.gave_up(client_id), now_s)
+        return True
+
+    def _settle_blame(self) -> None:
+        """Punish those who wait for it where the others have gone on, or end the run where most cannot."""
+        for client_id, (stage, error) in list(self._stuck.items()):
+            fault, connection = (
+                self._blame.fault(client_id, stage, self._at_work()),
+                self._members[client_id].connection,
+            )
+            if fault is Fault.THE_MERGES:
+                self._stuck.clear()
+                self._jobs.submit(self.engine.generation_before_the_merge, partial(self._end_over_merge, str(error)))
+                return
+            if fault is Fault.ITS_OWN:
+                del self._stuck[client_id]
+                self._refuse_tensor(connection, error)
+
+    def _at_work(self) -> list[str]:
+        """Name the clients that train from everyone's layers, or are about to."""
+        round_ = self.engine.ledger.state.round
+        if round_ is None:
+            return [member.client_id for member in self._members if not member.is_out]
+        return [
+            client_id for client_id in round_.trainers if client_id not in round_.out or client_id in round_.uploaded
+        ]
+
+    def _end_over_merge(self, what: str, generation: int | None) -> None:
+        """Give up a run whose layers nobody can use; who moved them how far is in the sentence."""
+        state = self.engine.ledger.state
+        stuck = [client_id for client_id in self._at_work() if self._blame.is_stuck(client_id)]
+        farthest = sorted(state.folded.items(), key=lambda each: (-each[1], each[0]))
+        moves = ", ".join(f"{client_id} {share:.0%}" for client_id, share in farthest)
+        back = (
+            f"`splitfl rollback RUN_DIR --to {generation}` takes the run back to before that merge"
+            if generation is not None
+            else "no snapshot from before that merge is kept (storage.keep_snapshots)"
+        )
+        reason = (
+            f"the layers of merge {state.folded_round} are of no use: {', '.join(stuck)} got {what} from them. In it"
+            f" were, with how far each had moved its layers of what strategy.max_update allows: {moves}. Keep out whom"
+            f" you do not trust (`splitfl revoke`); {back}"
+        )
+        self._decide([End(reason=reason)], time.monotonic())
 
     def _decode(self, member: Member, message: Decode, now_s: float) -> None:
         """Have new positions of a generation computed, or decline; either way it is no violation."""
@@ -1093,6 +1198,8 @@ class Server:
                 self.metrics.emit("upload_dropped", client_id=member.client_id, reason=spooled.objection)
                 self._release(member.client_id, spooled.objection)
             else:
+                self._went_on(member, Stage.TRAINING)
+                self._settle_blame()  # before the round closes
                 self._decide(self._rounds.uploaded(member.client_id, spooled.name), time.monotonic())
 
         self._jobs.submit(
@@ -1161,6 +1268,7 @@ class Server:
             if member.absent_since_s is not None and now_s - member.absent_since_s > patience_s:
                 self._leave(member, f"was away for more than step_timeout = {patience_s:g} s")
         self._check_idle(now_s)
+        self._settle_blame()
         self._carry_out(self._gate.ticked(now_s), now_s)
         self._decide(self._rounds.ticked(now_s), now_s)
         self._say_what_is_waited_for(now_s)
@@ -1227,6 +1335,7 @@ class Server:
             return
         member.session.disconnected()
         member.waiting.clear()
+        self._stuck.pop(member.client_id, None)
         self._free_caches(member)
         self._jobs.submit(partial(self.engine.worker.discard, member.client_id), _nothing)
         self._rounds.lost(member.client_id)
@@ -1311,6 +1420,6 @@ def _payload(frames: Iterable[Buffer]) -> int:
 def _check_claims(commit: Commit) -> None:
     """Raise for what must not reach the others' step."""
     if not math.isfinite(commit.loss):
-        raise RemoteProtocolError("a loss that is not finite (NONFINITE_TENSOR)")
+        raise OutOfBounds("a loss that is not finite (NONFINITE_TENSOR)")
     if any(norm < 0 and norm != NO_GRADIENT for norm in realise(commit.norms_P).tolist()):
         raise RemoteProtocolError(f"a negative norm of a gradient (only {NO_GRADIENT:g} is one, for none)")

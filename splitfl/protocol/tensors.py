@@ -18,6 +18,10 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class OutOfBounds(RemoteProtocolError):  # noqa: N818  # the name is the finding
+    """Numbers that are not finite or far too large: of whoever sent them, or of the layers that it was given."""
+
+
 def wire_dtype(dtype: torch.dtype) -> str:
     """Return the name under which a dtype travels."""
     return _NAMES[dtype]
@@ -37,7 +41,7 @@ def describe(tensor: Tensor, frame_bytes: int) -> TensorFrames:
 def realise(frames: TensorFrames, device: torch.device | str = "cpu", *, max_rms: float = math.inf) -> Tensor:
     """Return a tensor of its own, aligned memory.
 
-    Raises `RemoteProtocolError` when a value is NaN or infinite, or the values' root mean square exceeds `max_rms`.
+    Raises `OutOfBounds` when a value is NaN or infinite, or the values' root mean square exceeds `max_rms`.
 
     The bytes are copied once: small frames arrive unaligned, several frames must be put together, and one path for all
     sizes costs less than it saves.
@@ -53,9 +57,9 @@ def realise(frames: TensorFrames, device: torch.device | str = "cpu", *, max_rms
     if tensor.is_floating_point() and tensor.numel():
         norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
         if not math.isfinite(norm):
-            raise RemoteProtocolError("a tensor with values that are not finite (NONFINITE_TENSOR)")
+            raise OutOfBounds("a tensor with values that are not finite (NONFINITE_TENSOR)")
         if (rms := norm / math.sqrt(tensor.numel())) > max_rms:
-            raise RemoteProtocolError(f"a tensor whose root mean square is {rms:.3g}, more than max_rms = {max_rms:g}")
+            raise OutOfBounds(f"a tensor whose root mean square is {rms:.3g}, more than max_rms = {max_rms:g}")
     return tensor.to(device)
 
 

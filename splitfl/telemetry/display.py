@@ -283,6 +283,9 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
                 "closing",
                 f"round {event['round']} waits for the finished steps of {', '.join(event['clients']) or 'nobody'}",
             )
+        case "stuck":
+            where = f"cannot go on from the layers of merge {event['round']}"
+            return "stuck", f"{event['client_id']} {where}: {event['reason']}"
         case "upload_dropped":
             return "dropped", f"{event['client_id']}: its layers, {event['reason']}"
         case "client_done":
