@@ -35,6 +35,7 @@ from splitfl.errors import (
     Refused,
     RemoteProtocolError,
     SplitflError,
+    StorageError,
 )
 from splitfl.models.foreign import foreign_tokenizer
 from splitfl.models.source import read_config
@@ -461,18 +462,22 @@ def _where_it_goes_on(step: int, run: RunConfig, *, resumes: bool) -> str:
 def _joined(config: ClientConfig, gate: Gate, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[Link]:
     """Join, and say why when we leave before the end."""
     link = Link(config.client, gate, stop, tell=tell)
-    link.leaving = "stopped without a reason"
+    link.leaving, link.comes_back = "stopped without a reason", True  # as if it were killed
     try:
         yield link
         link.leaving = ""
     except KeyboardInterrupt:
-        link.leaving, link.comes_back = "stopped by its operator", True
+        link.leaving = "stopped by its operator"
+        raise
+    except StorageError as error:  # which says to start it again
+        link.leaving = type(error).__name__
         raise
     except DataError:
-        link.leaving = "could not read its data"  # the reason names files, which are nobody else's affair
+        # the reason names files, which are nobody else's affair
+        link.leaving, link.comes_back = "could not read its data", False
         raise
     except SplitflError as error:
-        link.leaving = type(error).__name__
+        link.leaving, link.comes_back = type(error).__name__, False
         raise
     finally:
         link.close()
