@@ -53,13 +53,13 @@ _WARM_S = 10.0
 _SPECIAL = {"unk_token": "<unk>", "eos_token": "</s>"}
 # Sends some commits twice, as a network that repeats would; everything else is the client as it is.
 _TWICE = """
-import random, sys
+import os, random, sys
 from pathlib import Path
 from client_edge.command import Client
 from client_edge.link import Link
 from splitfl.command_line import run_one
 from splitfl.protocol.messages import Commit
-draw, count, send = random.Random(sys.argv.pop(1)), Path(sys.argv.pop(1)), Link._send
+draw, count, send = random.Random(f"{sys.argv.pop(1)} {os.getpid()}"), Path(sys.argv.pop(1)), Link._send
 def twice(self, message):
     send(self, message)
     if isinstance(message, Commit) and draw.random() < 0.2:
