@@ -1,7 +1,8 @@
 """Trains for thousands of steps and fails when a process, or what it sends for a step, grows meanwhile.
 
 `python -m benchmarks.soak --commits 3000 --json FILE`: a server and eight clients with keys, each a process of its own,
-train a tiny model in rounds of ten steps; `--minutes 2` stops that long after the first commit instead (`make soak`).
+train a tiny model in rounds of ten steps; `--minutes 2` stops that long after the first commit instead (`make soak`),
+but not before commit 150.
 Memory, descriptors and threads of every process are sampled once a second. Medians over the last tenth of the commits
 are held against medians over the second tenth: both must agree within 5 %, and so must the bytes of a client's step.
 What grows on disk by design is reported as bytes per commit.
@@ -39,6 +40,8 @@ from splitfl.telemetry.versions import versions_of
 LIMIT = 0.05
 """How much of what it was a figure may differ by."""
 _LOCAL_STEPS = 10
+# A tenth of fewer may hold no round.
+_FEWEST_COMMITS = 15 * _LOCAL_STEPS
 _SAMPLE_S = 1.0
 _START_S = 300.0
 _STALL_S = 120.0
@@ -192,7 +195,7 @@ class Soak:
             elif now_s - progress_s > (_STALL_S if self.commits else _START_S):
                 since = f"no commit for {now_s - progress_s:.0f} s after commit {self.commits}"
                 raise Incomplete(f"{since}: {self._last_words('server')}")
-            if self.commits >= self._num_commits or now_s > until_s:
+            if self.commits >= self._num_commits or (now_s > until_s and self.commits >= _FEWEST_COMMITS):
                 return
             time.sleep(_SAMPLE_S)
         for name, process in started.items():
