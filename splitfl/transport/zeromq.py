@@ -468,7 +468,7 @@ class Endpoint(_Socket):
                 self._may_not_close = True
                 raise ConnectionLost(f"{self.address}: the connection through the SOCKS proxy could not be made")
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._is_connected, self._finding = True, "connected"
+                self._is_connected, self._finding = True, "connected, and there is no answer yet"
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 raise Refused(
                     f"{self.address} does not let this client's key in: it is unknown there, or was revoked; send your"

@@ -71,7 +71,7 @@ def test_with_keys_they_train(locked_town: Callable[..., Town], office: Office) 
 
 
 def test_whoever_is_not_let_in_is_told_why(locked_town: Callable[..., Town], office: Office) -> None:
-    run = locked_town(5, federation__min_available_clients=1, federation__local_steps=100_000)
+    run = locked_town(5, federation__min_available_clients=1, federation__local_steps=40_000)
     stranger = keygen(office.folder / "keys-other").public
     office.enrol(run, "clinic-0")
     office.enrol(run, "clinic-1", admits=False)
