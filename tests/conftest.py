@@ -173,7 +173,8 @@ def federate(tmp_path: Path) -> Callable[..., Finished]:
         def client(name: str, data: Mapping[str, Any]) -> Callable[[], object]:
             mine = {"client_id": name, "server_address": client_address or address, "connect_timeout": 30.0}
             folders = {"output_dir": where / "clients", "cache_dir": tmp_path / "cache" / name}
-            tree = {"client": {**mine, **folders}, "data": data, "policy": ALLOWS_ALL}
+            own = {"client": {**mine, **folders, **data.get("client", {})}, "policy": ALLOWS_ALL}
+            tree = {**own, "data": {key: value for key, value in data.items() if key != "client"}}
             finished.folders[name] = where / "clients" / "run" / name
             return lambda: take_part(ClientConfig.from_tree(tree, source="test"), accept=True)
 

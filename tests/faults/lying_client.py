@@ -87,9 +87,9 @@ class Liar:
         self.say(Hello(wire_version=WIRE_VERSION, software="liar", client_id=self.name))
         self.welcome = self.wait_for(Welcome)
         self.run = RunConfig.model_validate_json(self.welcome.settings)
-        self.terms = terms_of(self.run, empty_cut(self._model, self.run)[0])
         self._pinging = threading.Thread(target=self._ping, daemon=True)
         self._pinging.start()
+        self.terms = terms_of(self.run, empty_cut(self._model, self.run)[0])
         return self
 
     def resume(self, **claims: int) -> Resumed:

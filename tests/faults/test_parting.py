@@ -70,10 +70,12 @@ def test_the_server_dies_before_its_farewell(town: Callable[..., Town]) -> None:
 
 def test_a_client_that_is_done_may_be_started_again(town: Callable[..., Town]) -> None:
     """The same command, while the run waits for another's goodbye: it evaluates, says goodbye, and ends with 0."""
-    run = town(1, federation__wait_timeout=4, federation__min_available_clients=1, **SHORT)
+    run = town(1, starts=False, federation__wait_timeout=4, federation__min_available_clients=1, **SHORT)
+    run.start("server")
     run.wait_for("waiting", 1)
     with Liar(run.port, "slow", run.model).join() as slow:
         slow.resume()
+        run.start("clinic-0")
         assert run.end_of("clinic-0")[0] == 0
         run.start("clinic-0")
         assert run.end_of("clinic-0")[0] == 0
