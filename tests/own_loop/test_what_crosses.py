@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from conftest import free_port
+from conftest import ALLOWS_ALL, free_port
 from own_loop.host import FULL, Host, adamw, batches, train
 from test_wire import Recorder, Secrets
 
@@ -16,7 +16,9 @@ def test_no_secret_crosses(host: Callable[..., Host]) -> None:
     secrets, activations = Secrets(), []
     with Recorder(port, int(server.address.rsplit(":", 1)[1])).running() as recorder:
         folders = {"output_dir": server.folder / "clients", "cache_dir": server.folder / "cache"}
-        model = client_edge.connect(f"tcp://127.0.0.1:{port}", client_id="clinic", accept=True, **folders)
+        model = client_edge.connect(
+            f"tcp://127.0.0.1:{port}", client_id="clinic", accept=True, policy=ALLOWS_ALL, **folders
+        )
         model.model.layers[1].register_forward_pre_hook(lambda _, args: activations.append(args[0].detach()))
         model.register_forward_hook(lambda *found: secrets.add_logits(found[-1].logits))
         given = batches(4, length=24)
