@@ -1304,6 +1304,7 @@ class Server:
         """Take note of work between two rounds, or behind the last, for which the run's end waits."""
         member.idle_s = 0.0
         if self._rounds.is_parting:
+            self._rounds.comes_back(member.client_id)  # it may have been late for a round
             self._wait_again(member)
 
     def _wait_again(self, member: Member) -> None:

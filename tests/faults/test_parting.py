@@ -4,14 +4,13 @@ import time
 from collections.abc import Callable
 
 import pytest
-from faults.lying_client import Liar
 from faults.town import HEARTBEAT_TIMEOUT_S, Town
 
 from client_edge import run as client_run
 from client_edge.link import Link
 from splitfl.config import ClientConfig
 from splitfl.errors import PeerGone
-from splitfl.protocol.messages import Farewell, Goodbye
+from splitfl.protocol.messages import Goodbye
 from splitfl.telemetry.metrics import read_events
 
 pytestmark = pytest.mark.slow
@@ -66,20 +65,3 @@ def test_the_server_dies_before_its_farewell(town: Callable[..., Town]) -> None:
     run.start("server")
     assert run.end_of("clinic-0")[0] == run.end_of("server")[0] == 0
     assert run.report()["complete"]
-
-
-def test_a_client_that_is_done_may_be_started_again(town: Callable[..., Town]) -> None:
-    """The same command, while the run waits for another's goodbye: it evaluates, says goodbye, and ends with 0."""
-    run = town(1, starts=False, federation__wait_timeout=4, federation__min_available_clients=1, **SHORT)
-    run.start("server")
-    run.wait_for("waiting", 1)
-    with Liar(run.port, "slow", run.model).join() as slow:
-        slow.resume()
-        run.start("clinic-0")
-        assert run.end_of("clinic-0")[0] == 0
-        run.start("clinic-0")
-        assert run.end_of("clinic-0")[0] == 0
-        slow.say(Goodbye(metrics={}))
-        slow.wait_for(Farewell)
-    assert run.end_of("server")[0] == 0
-    assert run.events("violation") == []
