@@ -155,13 +155,13 @@ class SharedGate:
         if not self._asked:
             self._deadline_s = now_s + self._step_timeout
         self._asked[client_id] = message
-        return self._apply_if_complete()
+        return self._apply_if_complete(now_s)
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
         self._expected.discard(client_id)
         self._guests.discard(client_id)
         self._asked.pop(client_id, None)
-        return self._apply_if_complete()
+        return self._apply_if_complete(now_s)
 
     def lost(self, client_id: str, now_s: float) -> list[Action]:
         self._asked.pop(client_id, None)  # its gradients go with its connection; the step still waits for it
@@ -184,7 +184,7 @@ class SharedGate:
             if self._patience.missed(client_id, now_s):
                 self._expected.discard(client_id)
                 actions.append(SitOut(client_id=client_id, reason=_MISSED))
-        return actions + self._apply()
+        return actions + self._apply(now_s)
 
     def waiting_for(self) -> Sequence[str]:
         return sorted(self._expected - set(self._asked)) if self._asked else []
@@ -192,16 +192,16 @@ class SharedGate:
     def _elsewhere(self, client_id: str) -> CloseStep:
         return CloseStep(client_id=client_id, next_step=self._step, reason=f"the others are at step {self._step}")
 
-    def _apply_if_complete(self) -> list[Action]:
-        return self._apply() if self._asked and self._expected <= set(self._asked) else []
+    def _apply_if_complete(self, now_s: float) -> list[Action]:
+        return self._apply(now_s) if self._asked and self._expected <= set(self._asked) else []
 
-    def _apply(self) -> list[Action]:
+    def _apply(self, now_s: float) -> list[Action]:
         members = tuple(sorted(self._asked.items()))
         too_late = sorted(self._guests - set(self._asked))
         self._asked, self._guests = {}, set()
         self._deadline_s = float("inf")
         self._step += 1
-        back = [client_id for client_id, _ in members if self._patience.made(client_id)]
+        back = [client_id for client_id, _ in members if self._patience.made(client_id, now_s)]
         self._expected |= set(back)
         return [
             *(self._elsewhere(client_id) for client_id in too_late),
@@ -261,7 +261,7 @@ class SequentialGate:
     def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
         if client_id != self._owner:
             return []  # the round closed before it came
-        back = [TakeBack(client_id=client_id)] if self._patience.made(client_id) else []
+        back = [TakeBack(client_id=client_id)] if self._patience.made(client_id, now_s) else []
         return [Apply(members=((client_id, message),)), *back, *self._next_turn(now_s)]
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:

@@ -17,7 +17,8 @@ class Patience:
     """What each client's misses have cost; one that sits out is waited for again when it begins a step.
 
     It is waited for at once the first time. After that only as long as all its misses are no more than a fifth of the
-    time that has passed, so that who begins steps and never ends them cannot hold the others up.
+    time that has passed, so that who begins steps and never ends them, or ends every other one, cannot hold the others
+    up. What it does in time counts all the while.
     """
 
     def __init__(self, max_missed_steps: int, step_timeout: float) -> None:
@@ -45,13 +46,16 @@ class Patience:
             self._out.add(client_id)
         return client_id in self._out
 
-    def made(self, client_id: str) -> bool:
-        """Take note that a client was in time; return whether it had sat out until now."""
-        if client_id in self._records:
-            self._records[client_id].in_a_row = 0
-        was_out = client_id in self._out
+    def made(self, client_id: str, now_s: float) -> bool:
+        """Take note that a client was in time; return whether it had sat out, and is waited for again from now on."""
+        record = self._records.get(client_id)
+        if record is None:
+            return False
+        record.in_a_row = 0
+        if client_id not in self._out or not self._can_be_borne(record, now_s):
+            return False
         self._out.discard(client_id)
-        return was_out
+        return True
 
     def may_return(self, client_id: str, now_s: float) -> bool:
         """Tell whether a client that sits out is waited for again; then one more miss is enough."""

@@ -53,7 +53,7 @@ def keygen(folder: Path) -> KeyPair:
     _check_system()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: name a folder for the keys")
-    public, secret = (key.decode() for key in zmq.curve_keypair())
+    public, secret = _new_pair()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
@@ -67,6 +67,14 @@ def keygen(folder: Path) -> KeyPair:
     except OSError as error:
         raise ConfigError(f"{folder}: no key could be written: {error.strerror}") from None
     return KeyPair(public=public, secret=secret)
+
+
+def _new_pair() -> tuple[str, str]:
+    """Return a public and a secret key; the public one is an argument of `splitfl authorize`, so no option's dash."""
+    while True:
+        public, secret = (key.decode() for key in zmq.curve_keypair())
+        if not public.startswith("-"):
+            return public, secret
 
 
 def read_key_pair(folder: Path) -> KeyPair:

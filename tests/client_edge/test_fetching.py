@@ -12,10 +12,11 @@ from served import ServedRun
 from transport.relay import Cutter, Lag
 
 from benchmarks.proxy import ChaosProxy
+from client_edge.gate import OpenGate
 from client_edge.link import Link
 from client_edge.partial import PartialFile
 from client_edge.progress import Progress
-from splitfl.config import ClientSection, ServerConfig
+from splitfl.config import ClientSection, PolicySection, ServerConfig
 from splitfl.errors import PeerGone, Refused
 from splitfl.models.source import WEIGHTS_FILE
 from splitfl.protocol.messages import Probe, TensorFrames
@@ -47,7 +48,8 @@ def port_of(run: ServedRun) -> int:
 def link_to(port: int, tmp_path: Path, **more: Any) -> Link:
     tell = more.pop("tell", lambda _: None)
     section = {"client_id": "clinic", "server_address": f"tcp://127.0.0.1:{port}", "output_dir": tmp_path, **more}
-    return Link(ClientSection(**section), tell=tell)
+    client = ClientSection(**section)
+    return Link(client, OpenGate(client, PolicySection()), tell=tell)
 
 
 def check(path: Path, link: Link) -> int:

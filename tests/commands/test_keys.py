@@ -10,7 +10,7 @@ import pytest
 from splitfl.command_line import run_one
 from splitfl.commands.keys import Authorize, Keygen, Revoke
 from splitfl.errors import ConfigError
-from splitfl.transport.keys import AllowList, authorize, keygen, read_enrolment, read_key_pair
+from splitfl.transport.keys import AllowList, _new_pair, authorize, keygen, read_enrolment, read_key_pair
 
 ADDRESS = "tcp://gpu-box:5555"
 
@@ -56,6 +56,11 @@ def test_a_key_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run_one("keygen", Keygen(), [str(tmp_path / "keys")]) == 2
     assert "exists: a key is never overwritten" in capsys.readouterr().err
     assert read_key_pair(tmp_path / "keys") == before
+
+
+def test_no_public_key_looks_like_an_option() -> None:
+    """One in 85 would, and `splitfl authorize` takes it as an argument."""
+    assert not any(_new_pair()[0].startswith("-") for _ in range(1000))
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o777])

@@ -30,5 +30,8 @@ class Host(ServedRun):
 
     def client(self, client_id: str = "writer", *, address: str = "") -> ClientConfig:
         folders = {"output_dir": str(self.folder / "clients"), "cache_dir": str(self.folder / "cache" / "clients")}
-        tree = {"client": {"client_id": client_id, "server_address": address or self.address, **folders}}
+        tree = {
+            "client": {"client_id": client_id, "server_address": address or self.address, **folders},
+            "policy": {"min_bottom_layers": 0, "min_top_layers": 0},
+        }
         return ClientConfig.from_tree(tree, source="test")

@@ -123,7 +123,7 @@ class TestTokens:
 def test_layers_are_those_of_the_last_merge(host: Callable[..., Host], tmp_path: Path) -> None:
     served = host(federation={"num_rounds": 3, "local_steps": 30})
     write_text(tmp_path / "text.txt", num_lines=20, seed=0)
-    trainer = served.client("trainer").model_copy(update={"reconnect_timeout": 0.1})
+    trainer = served.client("trainer").client.model_copy(update={"reconnect_timeout": 0.1})
     config = ClientConfig(client=trainer, data=DataSection(path=tmp_path / "text.txt", eval_fraction=0.0))
 
     def train() -> None:

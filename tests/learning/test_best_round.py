@@ -125,7 +125,7 @@ def test_patience_ends_the_run_early_with_the_last_merge(run: Callable[..., Fini
     assert judged[-1]["round"] == last
     assert judged[-1]["rounds_without_improvement"] == 1
     (ended,) = named(stopped, "rounds_ended")
-    assert ended["reason"].startswith("eval_loss has not improved for 1 rounds (early_stopping_patience = 1)")
+    assert ended["reason"].startswith("eval_loss has not improved for 1 round (early_stopping_patience = 1)")
     assert ended["best_round"] == 0
     report = json.loads((stopped.run_dir / "report.json").read_text())
     assert (report["complete"], report["num_rounds"], report["num_rounds_planned"]) == (True, last, 6)

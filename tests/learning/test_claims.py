@@ -149,7 +149,9 @@ def test_the_first_announcement_counts_over_a_restart(
             "cache_dir": tmp_path / "cache" / name,
         }
         config = ClientConfig.from_tree({"client": client, "data": {"path": text, "eval_fraction": 0.0}}, source="test")
-        threads.append(threading.Thread(target=take_part, args=(config,), name=name, daemon=True))
+        threads.append(
+            threading.Thread(target=take_part, args=(config,), kwargs={"accept": True}, name=name, daemon=True)
+        )
         threads[-1].start()
     deadline = time.monotonic() + 60
     while not merges(list(read_events(run.metrics_path))):

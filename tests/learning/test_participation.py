@@ -54,7 +54,9 @@ def clients(run: ServedRun, tmp_path: Path) -> list[threading.Thread]:
             "data": {"path": text, "eval_fraction": 0.0},
         }
         config = ClientConfig.from_tree(tree, source="test")
-        threads.append(threading.Thread(target=take_part, args=(config,), name=name, daemon=True))
+        threads.append(
+            threading.Thread(target=take_part, args=(config,), kwargs={"accept": True}, name=name, daemon=True)
+        )
         threads[-1].start()
     return threads
 

@@ -168,7 +168,7 @@ class TestJoin:
     def test_parts_of_different_splits(self) -> None:
         first, _ = splitfl.split(whole_model("llama"), bottom_layers=2, top_layers=1)
         _, second = splitfl.split(whole_model("llama"), bottom_layers=1, top_layers=1)
-        with pytest.raises(ModelError, match="needs 1 blocks below it and 1 above"):
+        with pytest.raises(ModelError, match="needs 1 block below it and 1 above"):
             splitfl.join(first, second)
 
     def test_a_whole_model_is_no_part(self) -> None:

@@ -12,10 +12,10 @@ def test_misses_in_a_row_are_counted_and_a_step_in_time_ends_the_row() -> None:
     patience = Patience(3, 10.0)
     patience.begin(0.0)
     assert [patience.missed("a", now) for now in (10, 20)] == [False, False]
-    assert not patience.made("a")
+    assert not patience.made("a", 25.0)
     assert [patience.missed("a", now) for now in (1030, 1040, 1050)] == [False, False, True]
     assert patience.is_out("a")
-    assert patience.made("a")
+    assert patience.made("a", 1051.0)
     assert not patience.is_out("a")
 
 
@@ -42,10 +42,22 @@ def test_nobody_costs_the_others_more_than_the_first_misses_and_a_fifth(acts: li
             lost_s += 10.0
             patience.missed("liar", now_s)
         elif act == "make":
-            patience.made("liar")
+            patience.made("liar", now_s)
         elif act == "come back" and not is_waited_for:
             patience.may_return("liar", now_s)
         assert lost_s <= 3 * 10.0 + 0.2 * now_s + 10.0
+
+
+def test_ending_every_other_step_holds_nobody_up_for_ever() -> None:
+    patience = Patience(3, 10.0)
+    patience.begin(0.0)
+    for now in (10, 20, 30):
+        patience.missed("a", now)
+    assert patience.may_return("a", 30.1)
+    assert patience.missed("a", 40.1)
+    assert not patience.made("a", 40.2)
+    assert patience.is_out("a")
+    assert patience.made("a", 60.0)
 
 
 def shared() -> SharedGate:
@@ -88,7 +100,7 @@ def test_shared_waits_again_for_who_begins_a_step_and_tells_it_where_the_others_
 
 
 def test_shared_takes_a_guests_step_that_is_in_time_and_no_other() -> None:
-    """Whoever has cost too much may still make steps: nobody waits for them, and one in time brings it back."""
+    """Whoever has cost too much may still make steps: nobody waits for them, until it has cost less than a fifth."""
     gate = shared()
     missed(gate, 1, 0.0)
     missed(gate, 2, 10.0)
@@ -101,9 +113,12 @@ def test_shared_takes_a_guests_step_that_is_in_time_and_no_other() -> None:
     assert (closed.client_id, closed.next_step) == ("b", 5)
     gate.forward("b", forward(3, 5), 32.5)
     assert gate.commit("b", commit(5), 32.6) == []
-    apply, back = gate.commit("a", commit(5), 32.7)
+    (apply,) = gate.commit("a", commit(5), 32.7)
     assert isinstance(apply, Apply)
     assert len(apply.members) == 2
+    assert gate.sits_out("b")
+    gate.commit("a", commit(6), 52.0)
+    back, _ = gate.forward("b", forward(4, 7), 52.1)
     assert back == TakeBack(client_id="b")
 
 
