@@ -188,14 +188,7 @@ class Rounds:
         """Wait no longer for a client that is there and shows nothing."""
         self._idle.add(client_id)
         self._trainers.discard(client_id)
-        match self._stage:
-            case Stage.GATHERING:
-                return self._open_if_complete()
-            case Stage.OPEN | Stage.LAST_CALL:
-                return self._close_if_complete()
-            case Stage.PARTING if self._connected <= self._idle:
-                return self._end("")
-        return []
+        return self._go_on_without()
 
     def comes_back(self, client_id: str) -> None:
         """Wait again for a client that has shown work, in the open round as well."""
@@ -225,14 +218,7 @@ class Rounds:
         self._ready.discard(client_id)
         self._trainers.discard(client_id)
         self._idle.discard(client_id)
-        match self._stage:
-            case Stage.GATHERING:
-                return self._open_if_complete()
-            case Stage.OPEN | Stage.LAST_CALL:
-                return self._close_if_complete()
-            case Stage.PARTING if self._connected <= self._idle:
-                return self._end("")
-        return []
+        return self._go_on_without()
 
     def merged(self, now_s: float, reason: str = "") -> list[Decision]:
         """Take note that the clients have been told of the merge; a `reason` means that there was none."""
@@ -311,6 +297,17 @@ class Rounds:
     def _fewest(self) -> int:
         """Clients that must be ready; for the verdict on the last merge, whoever is still there."""
         return min(1, len(self._connected)) if self._are_all_merged else self._federation.min_available_clients
+
+    def _go_on_without(self) -> list[Decision]:
+        """Return what follows from a client that is not waited for any more."""
+        match self._stage:
+            case Stage.GATHERING:
+                return self._open_if_complete()
+            case Stage.OPEN | Stage.LAST_CALL:
+                return self._close_if_complete()
+            case Stage.PARTING if self._connected <= self._idle:
+                return self._end("")
+        return []
 
     def _open_if_complete(self) -> list[Decision]:
         enough = len(self._ready) >= self._fewest
