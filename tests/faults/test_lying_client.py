@@ -137,7 +137,9 @@ class TestWhatIsWrittenDown:
         run.wait_for("step", 2)
         liar = lie(run)
         liar.resume()
-        liar.say_on_control(Leave(reason="\x1b]0;owned\x07\x1b[2J\n<script>alert(1)</script>" + "x" * 5000))
+        liar.say_on_control(
+            Leave(reason="\x1b]0;owned\x07\x1b[2J\n<script>alert(1)</script>" + "x" * 5000, comes_back=False)
+        )
         run.wait_for_client("mallory", "client_left", 1)
         all_end_well(run)
         (left,) = [event for event in run.events("client_left") if event["client_id"] == "mallory"]
