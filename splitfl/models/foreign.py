@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from splitfl.models.checkpoint import Entry
 from splitfl.models.cut import Cut
 from splitfl.models.source import Weights, empty_cut
 from splitfl.models.trainable import is_adapter
+from splitfl.protocol.tensors import norm_of
 from splitfl.telemetry.units import printable
 
 _MOST_CONFIG_BYTES = 1 << 20
@@ -109,7 +109,7 @@ def check_finite(name: str, values: Tensor) -> None:
     """Raise `ModelError` for weights that are NaN or infinite."""
     if not values.is_floating_point() or not values.numel():
         return
-    if not math.isfinite(float(torch.linalg.vector_norm(values, dtype=torch.float64))):
+    if not math.isfinite(norm_of(values)):
         raise ModelError(f"the server's tensor {name} has values that are not finite")
 
 

@@ -15,6 +15,7 @@ from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import TensorFrames
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8}
+_NORM_PIECE = 1 << 18
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -55,12 +56,22 @@ def realise(frames: TensorFrames, device: torch.device | str = "cpu", *, max_rms
             start += len(buffer)
     # a norm sees NaN and infinity ten times faster than isfinite().all() does; float64 so that large finite values pass
     if tensor.is_floating_point() and tensor.numel():
-        norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        norm = norm_of(tensor)
         if not math.isfinite(norm):
             raise OutOfBounds("a tensor with values that are not finite (NONFINITE_TENSOR)")
         if (rms := norm / math.sqrt(tensor.numel())) > max_rms:
             raise OutOfBounds(f"a tensor whose root mean square is {rms:.3g}, more than max_rms = {max_rms:g}")
     return tensor.to(device)
+
+
+def norm_of(tensor: Tensor) -> float:
+    """Return the Euclidean norm in float64; NaN and infinity come through.
+
+    A piece at a time: of a whole tensor torch would make a copy in float64 first, twice as large as itself. And no
+    tensor is kept from one piece to the next: it would lie where the last copy was, and the next would not fit there.
+    """
+    pieces = tensor.detach().reshape(-1).split(_NORM_PIECE)
+    return math.hypot(*(float(torch.linalg.vector_norm(piece, dtype=torch.float64)) for piece in pieces))
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
