@@ -4,6 +4,7 @@ Shapes: B micro-batch, S sequence, D hidden width.
 """
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from client_edge.proxies import Proxies, proxy_name
 from splitfl.errors import DataError, ModelError
 from splitfl.models.layout import Layout
 from splitfl.models.stand_in import StandIn
-from splitfl.protocol.tensors import DTYPES
+from splitfl.protocol.tensors import DTYPES, norm_of
 
 # The name in a model's state of the commit that the server's blocks are of.
 _COMMIT = "commit"
@@ -107,8 +108,8 @@ class FarBlocksOfServer:
         It is a copy only where it must be: nobody writes to activations and gradients again.
         """
         sent_BSD = tensor_BSD.detach().to("cpu", self._dtype).contiguous()
-        norm = torch.linalg.vector_norm(sent_BSD, dtype=torch.float64)
-        if not torch.isfinite(norm) or norm > self.backbone.run.link.max_rms * sent_BSD.numel() ** 0.5:
+        norm = norm_of(sent_BSD)
+        if not math.isfinite(norm) or norm > self.backbone.run.link.max_rms * sent_BSD.numel() ** 0.5:
             raise DataError(
                 f"{what} with values that are not finite, or larger than link.max_rms"
                 f" = {self.backbone.run.link.max_rms:g} allows: lower the learning rate, or look at this batch"
