@@ -79,6 +79,8 @@ class MemberState:
     """What it announced first; what it says later does not count. 0 before that."""
     counted_round: int = 0
     """The last merge that its layers are in."""
+    num_label_tokens: int = 0
+    """Label tokens in its last step that was committed."""
 
     @property
     def applied(self) -> Applied:
@@ -105,6 +107,8 @@ class RunState:
     """Last step of the last merged round: what `durability = "snapshot"` keeps."""
     held_round: int = 0
     """What clients hold: the number of the last merge, or the one above it once the run ends with an earlier one's."""
+    last_merge: dict[str, Any] = field(default_factory=dict)
+    """What the log says of the last merge: accepted, reason, and weights by upload."""
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     """What clients measured of the last merge's layers, by client."""
     folded: dict[str, float] = field(default_factory=dict)
@@ -219,6 +223,7 @@ class RunState:
             case "merge":
                 self.durable_step = self.round.first_step + self.round.num_steps - 1 if self.round else 0
                 self.num_merged = self.held_round = entry["round"]
+                self.last_merge = {name: entry[name] for name in ("accepted", "reason", "weights")}
                 self.measured = {}
                 self.round = None
                 if entry["accepted"]:
@@ -252,6 +257,7 @@ class RunState:
             member = self.members[client_id]
             member.step, member.next_step = step, step + 1
             member.commit_number, member.clip_coefficient = entry["number"], entry["clip_coefficient"]
+            member.num_label_tokens = num_tokens
             round_ = self.round if self.round is not None else self.turns.get(client_id)
             if round_ is not None:
                 round_.step = max(round_.step, step + 1)

@@ -24,6 +24,7 @@ from server_backbone.provisions import prepare
 from server_backbone.room import room_for
 from server_backbone.run_folder import STATE_DIR, RunFolder, search
 from server_backbone.server import Server
+from server_backbone.untold import untold
 from server_backbone.worker import Worker
 from splitfl.config import RunConfig, ServerConfig, default_cache_dir
 from splitfl.durability.crash import crash_point
@@ -37,6 +38,7 @@ from splitfl.models.cut import Cut
 from splitfl.models.export import export_model
 from splitfl.models.origin import Origin, locate
 from splitfl.models.source import Weights, empty_cut, read_config, server_weights
+from splitfl.protocol.tensors import digest_of
 from splitfl.session.limits import limits_of, messages_queued
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
@@ -178,6 +180,10 @@ def _go_on(server: Server, metrics: MetricsLog, notes: list[str], begun_s: float
         engine.merger.forget_other_bests(0)  # it may have ended before that
     if state.round is None and state.num_merged:
         engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
+    layers = engine.merger.layers()
+    digest = digest_of(layers.values())
+    for name, fields in untold(state, read_events(metrics.path), num_tensors=len(layers), digest=digest):
+        metrics.emit(name, **fields)
     server.recover()
     metrics.emit(
         "resumed",

@@ -24,6 +24,10 @@ def settle(run: Town, *, all_steps: bool = True) -> None:
     assert (verdict.steps_lost, verdict.steps_twice) == (0, 0)
     if all_steps:  # outages shorter than step_timeout change nothing
         assert verdict.steps_acknowledged == 16 * len(run.names)
+        # and the report tells of all, also of what a server had written down and not told of when it died
+        report = run.report()
+        assert [client["steps"] for client in report["clients"]] == [16] * len(run.names)
+        assert report["num_rounds"] == 2
     assert run.differs_from_replay() == []
 
 

@@ -198,13 +198,16 @@ def test_another_model_under_the_same_name_is_refused_and_the_same_elsewhere_goe
         ("in a round", "shared"),
         ("after the end", "shared"),
         ("after the end", "per_client"),
-        ("in the last evaluations", "shared"),
+        ("at the last merge", "shared"),
+        ("at the last goodbye", "shared"),
     ],
 )
 def test_more_rounds_prolong_a_run_to_what_it_would_have_been_with_them(
     town: Callable[..., Town], quiet: Callable[..., Town], tmp_path: Path, when: str, server_mode: str
 ) -> None:
-    run = town(2, **SETTINGS, federation__server_mode=server_mode)
+    points = {"at the last merge": "merge-after-record:2", "at the last goodbye": "goodbye-before-farewell:1"}
+    crash = {"server": points[when]} if when in points else {}
+    run = town(2, crash=crash, **SETTINGS, federation__server_mode=server_mode)
     if when == "in a round":
         run.wait_for("merged", 1)
         run.wait_for("step", 26)
@@ -213,9 +216,7 @@ def test_more_rounds_prolong_a_run_to_what_it_would_have_been_with_them(
         all_end_well(run)
         assert (run.run_dir / "finished").exists()
     else:
-        run.wait_for("merged", 2)
-        run.processes["server"].kill()
-        run.processes["server"].wait()
+        assert run.end_of("server")[0] == 137
     change(run, "server", federation__num_rounds=4)
     run.start("server")
     for name in run.names:

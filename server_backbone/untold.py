@@ -1,0 +1,66 @@
+"""Records of a run's log that no event tells of: a server may be killed after it has written one.
+
+At most the last merge and the last step of each client can be missing: the next one waits for the answer, and the event
+is written where the answer is given.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from server_backbone.ledger import RunState
+from splitfl.telemetry.metrics import Event
+
+Untold = tuple[str, dict[str, Any]]
+
+
+def untold(state: RunState, events: Sequence[Event], *, num_tensors: int, digest: str) -> Iterator[Untold]:
+    """Give the missing events, a name and fields each; of a step, its loss was in the client's message and is None.
+
+    `num_tensors` and `digest` are of everyone's layers.
+    """
+    yield from _steps(state, events)
+    told = {event["round"] for event in events if event["event"] == "merged"}
+    if state.last_merge and state.num_merged not in told:
+        yield (
+            "merged",
+            {
+                "round": state.num_merged,
+                "accepted": state.last_merge["accepted"],
+                "reason": state.last_merge["reason"],
+                "clients": _by_client(state.last_merge["weights"]),
+                "absent": [],
+                "num_tensors": num_tensors,
+                "digest": digest,
+            },
+        )
+
+
+def _steps(state: RunState, events: Sequence[Event]) -> Iterator[Untold]:
+    told = {(event["client_id"], event["commit_number"]) for event in events if event["event"] == "step"}
+    for client_id, member in sorted(state.members.items()):
+        round_ = state.round_of(client_id)
+        if round_ is None or member.step < round_.first_step or (client_id, member.commit_number) in told:
+            continue
+        yield (
+            "step",
+            {
+                "client_id": client_id,
+                "round": round_.number,
+                "step": member.step,
+                "commit_number": member.commit_number,
+                "loss": None,
+                "num_label_tokens": member.num_label_tokens,
+                "clip_coefficient": member.clip_coefficient,
+                "bytes_sent": 0,  # counted anew by each process
+                "bytes_received": 0,
+            },
+        )
+
+
+def _by_client(weights: dict[str, float]) -> dict[str, float]:
+    """Add up what uploads weighed; a buffer's have names of their own, which begin with the client's."""
+    summed: dict[str, float] = {}
+    for name, weight in weights.items():
+        client_id = name.partition("@")[0]
+        summed[client_id] = summed.get(client_id, 0.0) + weight
+    return summed
