@@ -13,7 +13,7 @@ from torch import Tensor
 from client_edge.edge import Edge
 from splitfl.config import StorageSection
 from splitfl.durability.crash import crash_point
-from splitfl.durability.record import Record
+from splitfl.durability.record import Damaged, Record
 from splitfl.durability.store import Store
 from splitfl.telemetry.history import History
 
@@ -54,6 +54,10 @@ class Journal:
         self._keeps_records = keeps_records
         self._snapshot_steps = snapshot_steps
         self._steps_since_snapshot = 0
+        self._saved: Place | None = None
+        """Where the last snapshot was taken."""
+        self._merge_generation: int | None = None
+        """The first snapshot with the layers of the last merge, to which a server without records goes back."""
         self.place = Place()
         self.pending: Pending | None = None
         self.is_new = True
@@ -71,6 +75,7 @@ class Journal:
         else:
             self.is_new = False
             self._go_to(recovered.snapshot)
+            self._find_merge_generation()
             for entry in recovered.entries:
                 self._redo(entry)
         self._history.note("started", resumed=not self.is_new, step=self.place.step)
@@ -167,15 +172,23 @@ class Journal:
         self._snapshot(with_pending=self._keeps_records)
 
     def _snapshot(self, *, with_pending: bool) -> None:
-        self._store.snapshot(Record(kind="snapshot", fields=asdict(self.place), tensors=self._edge.state()))
+        is_of_new_merge = self._saved is None or self._saved.held_round != self.place.held_round
+        record = Record(kind="snapshot", fields=asdict(self.place), tensors=self._edge.state())
+        number = self._store.snapshot(record, holds=None if is_of_new_merge else self._merge_generation)
+        if is_of_new_merge and not self._keeps_records:
+            self._merge_generation = number
+        self._saved = self.place
         self._steps_since_snapshot = 0
         if self.pending is not None and with_pending:  # it is in no log yet
             fields = {name: getattr(self.pending, name) for name in ("step", "num_label_tokens", "loss")}
             self._store.append(Record(kind="step", fields=fields, tensors=self.pending.gradients), durable=True)
 
     def stopped(self) -> None:
-        """Write this moment down for a client that is stopped in order and whose steps are in no log."""
-        if self._keeps_records:
+        """Write this moment down, where steps are in no log: this client, or the server, is stopped in order.
+
+        The server has done so as well, and goes back to this moment if it is killed before the next merge.
+        """
+        if self._keeps_records or (self.pending is None and self._saved == self.place):
             return
         if self.pending is not None:  # the server may have applied it before it hears that we go
             self.pending = replace(self.pending, gradients=self._edge.gradients())
@@ -205,8 +218,21 @@ class Journal:
         )
         return pending
 
+    def _find_merge_generation(self) -> None:
+        """Look for the oldest snapshot with the layers held now."""
+        if self._keeps_records:
+            return
+        for generation in reversed(self._store.generations()):
+            try:
+                then = Place(**self._store.snapshot_of(generation).fields)
+            except Damaged:
+                continue
+            if then.held_round != self.place.held_round:
+                return
+            self._merge_generation = generation
+
     def _go_to(self, snapshot: Record) -> None:
-        self.place = Place(**snapshot.fields)
+        self.place = self._saved = Place(**snapshot.fields)
         self.pending = None
         self._steps_since_snapshot = 0
         self._edge.restore(snapshot.tensors)

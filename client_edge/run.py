@@ -19,7 +19,7 @@ from client_edge.evaluation import Answerer, Evaluator, Exam, Tokenizer
 from client_edge.gate import Gate, answers_for, folder_of
 from client_edge.generation import FarGenerator
 from client_edge.journal import Journal
-from client_edge.link import Link
+from client_edge.link import Link, ServerStops
 from client_edge.loop import Step, report_layers, train
 from client_edge.received import fetch_description, fetch_layers, first_layers
 from client_edge.run_folder import RUN_FILE, STATE_DIR, check_run, write_run
@@ -278,6 +278,8 @@ class Participation:
                 return
             except PeerGone as gone:
                 is_lost = True
+                if isinstance(gone, ServerStops):
+                    self._journal.stopped()
                 self._edge.forget_step(keeps_gradients=self._journal.pending is not None)
                 patience_s = 2 * self._link.run.link.heartbeat_timeout if self._has_said_goodbye else None
                 self._link.reconnect(gone, resume_at=self._journal.place.step + 1, within_s=patience_s)

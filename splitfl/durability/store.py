@@ -256,8 +256,11 @@ class Store:
             log.sync()
             self._synced_s = now_s
 
-    def snapshot(self, record: Record) -> None:
-        """Begin a new generation with this snapshot; if that fails, the one before it goes on."""
+    def snapshot(self, record: Record, *, holds: int | None = None) -> int:
+        """Begin a new generation with this snapshot and return its number; if that fails, the one before it goes on.
+
+        The generation `holds` stays, however many have come since.
+        """
         generations = self.generations()
         number = generations[-1] + 1 if generations else 0
         # its log first: a snapshot whose log could not be opened would hide what goes on being written behind the last
@@ -274,7 +277,9 @@ class Store:
         crash_point("snapshot-before-clean")
         if self._keep:
             for old in [*generations, number][: -self._keep]:
-                self._remove(old)
+                if old != holds:
+                    self._remove(old)
+        return number
 
     def keep(self, number: int, record: Record, limit: int) -> None:
         """Keep a record by number, apart from generations and log; of more than `limit` the lowest numbers go."""

@@ -196,6 +196,17 @@ def test_generations_are_bounded_and_the_last_two_stay(tmp_path: Path) -> None:
     assert len(list((tmp_path / "state").iterdir())) == 6  # two of each, the lock, and the form
 
 
+def test_a_generation_that_is_held_stays_while_later_ones_go(tmp_path: Path) -> None:
+    with open_store(tmp_path / "state") as store:
+        held = store.snapshot(entry(0))
+        for number in range(1, 5):
+            store.snapshot(entry(number), holds=held)
+        assert store.generations() == [0, 3, 4]
+        assert numbers(store) == [4]
+        store.snapshot(entry(5))
+        assert store.generations() == [4, 5]
+
+
 def test_rewinding(filled: Path) -> None:
     with open_store(filled) as store:
         store.rewind(0)
