@@ -15,11 +15,11 @@ _FORMAT = 2
 _FIELDS: dict[type[Any], str] = {
     RunState: (
         "fingerprint commit_number weights_of num_merged round turns buffer members durable_step held_round "
-        "measured folded folded_round standing has_ended end_reason ends_with"
+        "last_merge measured folded folded_round standing has_ended end_reason ends_with"
     ),
     RoundState: "number first_step num_steps clients trainers step uploaded out rates finished tokens paths moved",
     BufferedUpload: "client_id begun weight moved",
-    MemberState: "step commit_number clip_coefficient next_step has_finished num_examples counted_round",
+    MemberState: "step commit_number clip_coefficient next_step has_finished num_examples counted_round num_label_tokens",
     Standing: "judged_round value best_round best_value rounds_without_improvement",
     Place: "held_round step commit_number round_tokens evaluated",
 }
