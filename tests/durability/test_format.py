@@ -19,7 +19,9 @@ _FIELDS: dict[type[Any], str] = {
     ),
     RoundState: "number first_step num_steps clients trainers step uploaded out rates finished tokens paths moved",
     BufferedUpload: "client_id begun weight moved",
-    MemberState: "step commit_number clip_coefficient next_step has_finished num_examples counted_round num_label_tokens",
+    MemberState: (
+        "step commit_number clip_coefficient next_step has_finished num_examples counted_round num_label_tokens"
+    ),
     Standing: "judged_round value best_round best_value rounds_without_improvement",
     Place: "held_round step commit_number round_tokens evaluated",
 }
