@@ -36,7 +36,7 @@ import tomlkit
 import torch
 from rich.console import Console
 
-from benchmarks.history import HISTORY_FILE, check
+from benchmarks.history import HISTORY_FILE, check, last_digests
 from benchmarks.keyed import KeyRing
 from benchmarks.proxy import ChaosProxy
 from benchmarks.replay import quiet_replay
@@ -126,7 +126,15 @@ class Chaos:
     """A run, and what is done to it."""
 
     def __init__(
-        self, folder: Path, material: Material, *, num_clients: int, seed: int, has_keys: bool, server_mode: str
+        self,
+        folder: Path,
+        material: Material,
+        *,
+        num_clients: int,
+        seed: int,
+        has_keys: bool,
+        server_mode: str,
+        durability: str = "redo",
     ) -> None:
         self.folder = folder
         self.material = material
@@ -140,6 +148,7 @@ class Chaos:
         self.proxies = {name: ChaosProxy(self._port, seed=seed) for name in self.names}
         self._has_keys = has_keys
         self._server_mode = server_mode
+        self._durability = durability
         self._write_material()
         self.processes = {name: self._begin(name, self._command(name)) for name in ("server", *self.names)}
 
@@ -170,7 +179,7 @@ class Chaos:
                 "min_available_clients": len(self.names),
                 **given.get("federation", {}),
             },
-            "storage": {"keep_snapshots": 0, **given.get("storage", {})},
+            "storage": {"keep_snapshots": 0, "durability": self._durability, **given.get("storage", {})},
             "server": {
                 "address": f"tcp://127.0.0.1:{self._port}",
                 "runs_dir": str(self.folder / "runs"),
@@ -344,6 +353,13 @@ class Chaos:
             self.processes[name].process.send_signal(signal.SIGTERM)
         for each in self.processes.values():
             each.process.wait(timeout=self.material.parts_within_s)
+
+    def end(self) -> None:
+        """End whatever still runs."""
+        for each in self.processes.values():
+            if each.process.poll() is None:
+                each.process.kill()
+                each.process.wait()
         for proxy in self.proxies.values():
             proxy.close()
 
@@ -384,7 +400,7 @@ class Chaos:
     def results(self) -> dict[str, Any]:
         """Count what was lost, and train the run again."""
         histories = {name: self.folder / "clients" / "chaos" / name / HISTORY_FILE for name in self.names}
-        verdict = check(self.run_dir / HISTORY_FILE, histories)
+        verdict = check(self.run_dir / HISTORY_FILE, histories, keeps_records=self._durability == "redo")
         different = self._differences(histories)
         duplicates = self.folder / "duplicates"
         counted = {name: self.counts[name] for name in ("kills_server", "kills_client", "partitions")}
@@ -396,6 +412,7 @@ class Chaos:
             "steps_acknowledged": verdict.steps_acknowledged,
             "steps_lost": verdict.steps_lost,
             "steps_twice": verdict.steps_twice,
+            "steps_undone": verdict.steps_undone,
             "replay_bit_identical": not different,
             "max_detect_seconds": round(self.max_detect_seconds(), 2),
             "rss_growth_bytes": max(each.growth_bytes for each in self.processes.values()),
@@ -406,19 +423,16 @@ class Chaos:
         }
 
     def _differences(self, histories: dict[str, Path]) -> list[str]:
-        replayed = quiet_replay(self.run_dir, [ClientConfig.load(self.config(name)) for name in self.names])
+        clients = [ClientConfig.load(self.config(name)) for name in self.names]
+        replayed = quiet_replay(self.run_dir, clients, histories)
         different = list(replayed.problems)
-        for event in read_events(self.run_dir / HISTORY_FILE):
-            if event["event"] in ("applied", "redone"):
-                number = event["commit_number"]
-                if replayed.server.get(number) != event["digest"]:
-                    different.append(f"server: commit {number} has other weights than in the replay")
+        for number, digests in last_digests(self.run_dir / HISTORY_FILE, "commit_number").items():
+            if digests != {replayed.server.get(number)}:
+                different.append(f"server: commit {number} has other weights than in the replay")
         for name, path in histories.items():
-            for event in read_events(path):
-                if event["event"] in ("applied", "redone"):
-                    step = event["step"]
-                    if replayed.clients[name].get(step) != event["digest"]:
-                        different.append(f"{name}: step {step} has other weights than in the replay")
+            for step, digests in last_digests(path, "step").items():
+                if digests != {replayed.clients[name].get(step)}:
+                    different.append(f"{name}: step {step} has other weights than in the replay")
         return different
 
 
@@ -556,6 +570,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=3, metavar="N")
     parser.add_argument("--model", choices=tuple(MATERIALS), default="tiny")
     parser.add_argument("--server-mode", choices=("shared", "sequential", "per_client", "frozen"), default="shared")
+    parser.add_argument("--durability", choices=("redo", "snapshot"), default="redo")
     parser.add_argument("--plain", action="store_true", help="without keys: a checksum instead of encryption")
     parser.add_argument("--folder", type=Path, help="where everything is kept; a new one by default")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -573,16 +588,14 @@ def main(argv: list[str] | None = None) -> int:
         seed=arguments.seed,
         has_keys=not arguments.plain,
         server_mode=arguments.server_mode,
+        durability=arguments.durability,
     )
     begun = datetime.now(UTC)
     try:
         chaos.harm(arguments.minutes)
         chaos.settle()
     finally:
-        for each in chaos.processes.values():
-            if each.process.poll() is None:
-                each.process.kill()
-                each.process.wait()
+        chaos.end()
     results = chaos.results() | {
         "minutes": arguments.minutes,
         "seed": arguments.seed,
@@ -592,6 +605,7 @@ def main(argv: list[str] | None = None) -> int:
         "load": os.getloadavg(),
         "keys": not arguments.plain,
         "server_mode": arguments.server_mode,
+        "durability": arguments.durability,
         "date": begun.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "versions": versions_of(("splitfl", "torch", "transformers", "pyzmq")),

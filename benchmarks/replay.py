@@ -3,9 +3,13 @@
 `python -m benchmarks.replay RUN_DIR CLIENT.toml ...` needs the model and every client's text, and a run whose log is
 whole (`storage.keep_snapshots = 0`). It takes order and membership from the log and nothing else: activations,
 gradients and weights are computed anew from the texts.
+
+With `storage.durability = "snapshot"` what the server lost in a crash is left out. A client that crashed begins the
+next round with older moments of its optimizer, which the server's log does not say: its own history does.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.history import begun_anew
 from client_edge.data import TrainBatches
 from client_edge.edge import Edge
 from client_edge.run import read_text
@@ -51,7 +56,9 @@ class Replayed:
 class _Quiet:
     """Server and clients of a run, side by side in this process."""
 
-    def __init__(self, run_dir: Path, clients: Sequence[ClientConfig], scratch: Path) -> None:
+    def __init__(
+        self, run_dir: Path, clients: Sequence[ClientConfig], anew: Mapping[str, Mapping[int, int]], scratch: Path
+    ) -> None:
         config = ServerConfig.load(run_dir / "config.toml")
         self.run: RunConfig = config.run_config()
         model = load(config, _CPU)
@@ -70,6 +77,13 @@ class _Quiet:
         self.uploads: dict[str, tuple[dict[str, Tensor], int]] = {}
         """And the uploads by name, with the merge that each began with."""
         self.replayed = Replayed(clients={name: {} for name in self.edges})
+        self.anew = anew
+        """By client: steps at which it began anew, and the step whose state it then had."""
+        self.steps = dict.fromkeys(self.edges, 0)
+        self.states: dict[tuple[str, int], dict[str, Tensor]] = {}
+        """Of a client after a step, where it began anew with that."""
+        for name in self.edges:
+            self._keep_state(name)
 
     def _edge(self, config: ClientConfig, directory: Path, files: Mapping[str, Path]) -> Edge:
         cut, _ = empty_cut(directory, self.run)
@@ -109,6 +123,20 @@ class _Quiet:
             self.edges[client_id].step(step, coefficient)
             self.rates[client_id] += self.edges[client_id].optimizer.learning_rate(step) * coefficient
             self.replayed.clients[client_id][step] = self.edges[client_id].digest()
+            self._stepped(client_id, step)
+
+    def _stepped(self, client_id: str, step: int) -> None:
+        self.steps[client_id] = step
+        before = self.anew.get(client_id, {}).get(step)
+        if before is not None:
+            self.edges[client_id].restore(self.states[client_id, before])
+        self._keep_state(client_id)
+
+    def _keep_state(self, client_id: str) -> None:
+        step = self.steps[client_id]
+        if step in self.anew.get(client_id, {}).values():
+            state = self.edges[client_id].state()
+            self.states[client_id, step] = {name: tensor.clone() for name, tensor in state.items()}
 
     def _compute(self, client_id: str, step: int) -> Contribution:
         edge, batches = self.edges[client_id], self.batches[client_id].at(step)
@@ -168,6 +196,7 @@ class _Quiet:
             controls = self.strategy.controls(layers, self.merged.state)
             for name, edge in self.edges.items():
                 edge.load([*layers.values(), *controls], counted=name in entry.fields["weights"])
+                self._keep_state(name)
             self.rates = dict.fromkeys(self.edges, 0.0)
         self.worker.merged(backbone)
 
@@ -179,23 +208,43 @@ class _Quiet:
         return Rebased(layers, self.versions[begun], self.merged.layers, number - 1 - begun)
 
 
-def quiet_replay(run_dir: Path, clients: Sequence[ClientConfig]) -> Replayed:
+def quiet_replay(
+    run_dir: Path, clients: Sequence[ClientConfig], histories: Mapping[str, Path] | None = None
+) -> Replayed:
     """Train a run again from its log's order; the number of threads must be that of the run."""
+    anew = {name: begun_anew(path) for name, path in (histories or {}).items()}
     with tempfile.TemporaryDirectory() as scratch:
-        quiet = _Quiet(run_dir, clients, Path(scratch))
-        for entry in entries(run_dir):
+        quiet = _Quiet(run_dir, clients, anew, Path(scratch))
+        for entry in entries(run_dir, keeps_records=quiet.run.storage.durability == "redo"):
             quiet.follow(entry)
         return quiet.replayed
 
 
-def entries(run_dir: Path) -> Iterator[Record]:
-    """Yield the whole log of a run, over all its generations."""
+def entries(run_dir: Path, *, keeps_records: bool = True) -> Iterator[Record]:
+    """Yield the whole log of a run, over all its generations; without records, but for what a crash has undone."""
     store = Store.reading(run_dir / STATE_DIR)
     generations = store.generations()
     if not generations or generations[0] != 0:
         raise SystemExit(f"{run_dir}: its log does not begin at the first step: storage.keep_snapshots was not 0")
-    for generation in generations:
-        yield from store.entries_of(generation)
+    for generation, later in itertools.zip_longest(generations, generations[1:]):
+        if keeps_records or later is None or _leads_to(store, generation, later):
+            yield from store.entries_of(generation)
+
+
+def _leads_to(store: Store, generation: int, later: int) -> bool:
+    """Tell whether a generation's entries lead to the next snapshot, which else is where they began."""
+    commit_number, num_merged = _place(store, generation)
+    for entry in store.entries_of(generation):
+        if entry.kind == "commit":
+            commit_number = entry.fields["number"]
+        elif entry.kind == "merge":
+            num_merged = entry.fields["round"]
+    return (commit_number, num_merged) == _place(store, later)
+
+
+def _place(store: Store, generation: int) -> tuple[int, int]:
+    fields = store.snapshot_of(generation).fields
+    return int(fields["commit_number"]), int(fields["num_merged"])
 
 
 def main(argv: list[str] | None = None) -> int:

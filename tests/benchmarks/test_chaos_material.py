@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import MATERIALS
+from benchmarks.chaos import MATERIALS, Chaos
 from benchmarks.keyed import KeyRing
 from splitfl.config import LinkSection, ServerConfig
 from splitfl.transport.keys import AllowList, read_enrolment, read_key_pair
@@ -23,6 +23,17 @@ def test_the_settings_hold(name: str) -> None:
 def test_the_real_model_has_the_link_as_it_is_shipped() -> None:
     assert "link" not in MATERIALS["smollm2"].settings
     assert MATERIALS["smollm2"].heartbeat_timeout_s == LinkSection().heartbeat_timeout
+
+
+@pytest.mark.parametrize("durability", ["redo", "snapshot"])
+def test_the_run_is_as_the_switches_say(tmp_path: Path, durability: str) -> None:
+    switches = {"server_mode": "per_client", "durability": durability}
+    chaos = Chaos(tmp_path, MATERIALS["tiny"], num_clients=1, seed=1, has_keys=True, **switches)
+    try:
+        config = ServerConfig.load(chaos.config("server"))
+        assert (config.storage.durability, config.federation.server_mode) == (durability, "per_client")
+    finally:
+        chaos.end()
 
 
 def test_texts_are_of_each_client_its_own(tmp_path: Path) -> None:

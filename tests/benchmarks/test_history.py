@@ -31,12 +31,12 @@ def client(steps: int = 4) -> list[Line]:
     return lines
 
 
-def verdict(tmp_path: Path, server_lines: list[Line], client_lines: list[Line]) -> Verdict:
+def verdict(tmp_path: Path, server_lines: list[Line], client_lines: list[Line], *, redo: bool = True) -> Verdict:
     paths = []
     for name, lines in (("s", server_lines), ("c", client_lines)):
         paths.append(tmp_path / f"{name}.jsonl")
         paths[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return check(paths[0], {"a": paths[1]})
+    return check(paths[0], {"a": paths[1]}, keeps_records=redo)
 
 
 def test_a_good_history(tmp_path: Path) -> None:
@@ -69,6 +69,42 @@ def test_what_is_broken_is_found(
     found = verdict(tmp_path, server_lines, client_lines)
     assert found.problems
     assert getattr(found, count) >= 1
+
+
+def snapshot_at(number: int) -> Line:
+    return {"event": "snapshot", "commit_number": number}
+
+
+def started(**at: int) -> Line:
+    return {"event": "started", "resumed": True, **at}
+
+
+# killed after commit 4, back at the snapshot of commit 2, and on to 4 again
+KILLED = [*server()[:5], snapshot_at(2), *server()[5:], started(commit_number=2), *server()[5:]]
+BACK = [*client(), {"event": "rewound", "step": 2}, *client()[5:]]
+
+
+def test_where_only_snapshots_are_durable_a_server_goes_back_to_the_last(tmp_path: Path) -> None:
+    found = verdict(tmp_path, KILLED, BACK, redo=False)
+    assert found.problems == []
+    assert (found.steps_acknowledged, found.steps_undone, found.commits) == (4, 2, 4)
+    assert verdict(tmp_path, KILLED, BACK).problems != []  # with records nothing may be undone
+
+
+def test_a_client_that_was_killed_alone_begins_anew(tmp_path: Path) -> None:
+    lines = [*client()[:7], started(step=0), {"event": "rejoined", "step": 3, "reason": ""}, *client()[7:]]
+    found = verdict(tmp_path, server(), lines, redo=False)
+    assert (found.problems, found.steps_undone) == ([], 3)
+    assert verdict(tmp_path, server(), lines[:-1], redo=False).steps_lost == 1  # what came later counts
+
+
+def test_a_server_that_goes_back_further_than_its_snapshot_has_lost_something(tmp_path: Path) -> None:
+    lines = [*KILLED[:6], *server()[5:], started(commit_number=1), *server()[3:]]
+    assert verdict(tmp_path, lines, BACK, redo=False).steps_lost == 1
+
+
+def test_a_client_that_goes_on_without_its_server_is_found(tmp_path: Path) -> None:
+    assert verdict(tmp_path, KILLED[:-2], BACK, redo=False).problems != []
 
 
 @pytest.mark.parametrize("breaks", ["twice", "skipped"])

@@ -1,5 +1,6 @@
 """With `durability = "snapshot"` steps are in no log: after a kill all go back together, and end with the same bits."""
 
+import random
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -101,3 +102,22 @@ def test_all_are_killed_at_once(town: Callable[..., Town], undisturbed: Callable
         run.wait_for("step", at)
         kill(run, "server", *run.names)
     settle(run, undisturbed(run, mode))
+
+
+@pytest.mark.parametrize("mode", [*MODES, "sequential"])
+def test_kills_at_random(town: Callable[..., Town], mode: str) -> None:
+    """Also of one client alone, which begins anew with the next round: the histories and a quiet replay agree."""
+    draw = random.Random(mode)
+    settings = {**SETTINGS, "federation__server_mode": mode, "federation__num_rounds": 4, "storage__keep_snapshots": 0}
+    run = town(3, **settings, storage__durability="snapshot")
+    for victims in (["clinic-1"], ["server"], ["clinic-0"], ["server", "clinic-2"], ["clinic-2"]):
+        before = len(run.events("step"))
+        run.wait_for("step", before + draw.randint(2, 9))
+        kill(run, *victims)
+    run.keep_alive()
+    verdict = run.verdict()
+    assert verdict.problems == []
+    assert (verdict.steps_lost, verdict.steps_twice) == (0, 0)
+    assert verdict.steps_undone > 0
+    assert run.events("client_rejoins") != []
+    assert run.differs_from_replay() == []

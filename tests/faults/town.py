@@ -10,7 +10,7 @@ from typing import Any
 from conftest import free_port, write_text
 from forked import Forked
 
-from benchmarks.history import Verdict, check
+from benchmarks.history import Verdict, check, last_digests
 from benchmarks.replay import quiet_replay
 from splitfl.config import ClientConfig
 from splitfl.telemetry.history import HISTORY_FILE
@@ -49,6 +49,7 @@ class Town:
         self.names = [f"clinic-{number}" for number in range(clients)]
         self._crash = crash or {}
         self._pause = pause or {}
+        self._keeps_records = settings.get("storage.durability", "redo") == "redo"
         self._write(
             "server",
             {
@@ -177,17 +178,21 @@ class Town:
 
     def verdict(self) -> Verdict:
         """What the histories say; nothing was lost if it has no problems."""
-        return check(self.run_dir / HISTORY_FILE, {name: self.client_dir(name) / HISTORY_FILE for name in self.names})
+        return check(self.run_dir / HISTORY_FILE, self._histories(), keeps_records=self._keeps_records)
+
+    def _histories(self) -> dict[str, Path]:
+        return {name: self.client_dir(name) / HISTORY_FILE for name in self.names}
 
     def differs_from_replay(self) -> list[str]:
         """Train the run again from its log, and name what differs."""
-        replayed = quiet_replay(self.run_dir, [ClientConfig.load(self.config(name)) for name in self.names])
+        clients = [ClientConfig.load(self.config(name)) for name in self.names]
+        replayed = quiet_replay(self.run_dir, clients, self._histories())
         problems = list(replayed.problems)
-        for number, digests in _digests(self.run_dir / HISTORY_FILE, "commit_number").items():
+        for number, digests in last_digests(self.run_dir / HISTORY_FILE, "commit_number").items():
             if digests != {replayed.server.get(number)}:
                 problems.append(f"server: commit {number} has other weights than in the replay")
         for name in self.names:
-            for number, digests in _digests(self.client_dir(name) / HISTORY_FILE, "step").items():
+            for number, digests in last_digests(self.client_dir(name) / HISTORY_FILE, "step").items():
                 if digests != {replayed.clients[name].get(number)}:
                     problems.append(f"{name}: step {number} has other weights than in the replay")
         return problems
@@ -198,15 +203,3 @@ class Town:
             if process.poll() is None:
                 process.kill()
             process.wait()
-
-
-def _digests(history: Path, counter: str) -> dict[int, set[str]]:
-    """Return the weights after each step of a history, without what a rollback has undone."""
-    found: dict[int, set[str]] = {}
-    for event in read_events(history):
-        match event["event"]:
-            case "applied" | "redone":
-                found.setdefault(event[counter], set()).add(event["digest"])
-            case "started" | "rewound":
-                found = {number: digests for number, digests in found.items() if number <= event[counter]}
-    return found
