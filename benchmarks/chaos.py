@@ -20,6 +20,7 @@ import platform
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,10 +37,10 @@ import tomlkit
 import torch
 from rich.console import Console
 
-from benchmarks.history import HISTORY_FILE, check, last_digests
+from benchmarks.history import HISTORY_FILE, check
 from benchmarks.keyed import KeyRing
 from benchmarks.proxy import ChaosProxy
-from benchmarks.replay import quiet_replay
+from benchmarks.replay import differences
 from splitfl.commands.demo import prepare_model
 from splitfl.commands.hpo import write_clinics
 from splitfl.config import ClientConfig, LinkSection, default_cache_dir
@@ -144,7 +145,7 @@ class Chaos:
         self._seed = seed
         self.names = [f"clinic-{number}" for number in range(num_clients)]
         self._injected: list[_Injected] = []
-        self._port = _free_port()
+        self._port = free_port()
         self.proxies = {name: ChaosProxy(self._port, seed=seed) for name in self.names}
         self._has_keys = has_keys
         self._server_mode = server_mode
@@ -223,7 +224,7 @@ class Chaos:
     def _begin(self, name: str, command: list[str]) -> _Process:
         log = self.folder / f"{name}.log"
         folder = self.run_dir if name == "server" else self.folder / "clients" / "chaos" / name
-        process = _start(command, log)
+        process = start(command, log)
         return _Process(
             name=name,
             command=command,
@@ -277,7 +278,7 @@ class Chaos:
                 print(f"{each.name} ended with {code}; see {each.log}", flush=True)
             each.restart_at_s = each.restart_at_s or now_s + self._draw.uniform(0.0, 2.0)
             if now_s >= each.restart_at_s:
-                each.process, each.started_s = _start(each.command, each.log), now_s
+                each.process, each.started_s = start(each.command, each.log), now_s
                 each.restart_at_s, each.rss_bytes, each.thaw_at_s = 0.0, 0, 0.0
 
     def _victim(self, *, is_server: bool) -> _Process:
@@ -401,7 +402,8 @@ class Chaos:
         """Count what was lost, and train the run again."""
         histories = {name: self.folder / "clients" / "chaos" / name / HISTORY_FILE for name in self.names}
         verdict = check(self.run_dir / HISTORY_FILE, histories, keeps_records=self._durability == "redo")
-        different = self._differences(histories)
+        clients = [ClientConfig.load(self.config(name)) for name in self.names]
+        different = differences(self.run_dir, clients, histories)
         duplicates = self.folder / "duplicates"
         counted = {name: self.counts[name] for name in ("kills_server", "kills_client", "partitions")}
         others = {name: count for name, count in sorted(self.counts.items()) if name not in counted}
@@ -422,28 +424,16 @@ class Chaos:
             "problems": (verdict.problems + different)[:20],
         }
 
-    def _differences(self, histories: dict[str, Path]) -> list[str]:
-        clients = [ClientConfig.load(self.config(name)) for name in self.names]
-        replayed = quiet_replay(self.run_dir, clients, histories)
-        different = list(replayed.problems)
-        for number, digests in last_digests(self.run_dir / HISTORY_FILE, "commit_number").items():
-            if digests != {replayed.server.get(number)}:
-                different.append(f"server: commit {number} has other weights than in the replay")
-        for name, path in histories.items():
-            for step, digests in last_digests(path, "step").items():
-                if digests != {replayed.clients[name].get(step)}:
-                    different.append(f"{name}: step {step} has other weights than in the replay")
-        return different
 
-
-def _start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
+def start(command: list[str], log: Path, **environment: str) -> "subprocess.Popen[bytes]":
+    """Start a role as a process; what it says is added to the log."""
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment},
         )
 
 
@@ -476,9 +466,8 @@ def _last_commit(run_dir: Path) -> int:
     return max((event.get("commit_number", 0) for event in read_events(path)), default=0)
 
 
-def _free_port() -> int:
-    import socket
-
+def free_port() -> int:
+    """Return a port of loopback that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.history import begun_anew
+from benchmarks.history import HISTORY_FILE, begun_anew, last_digests
 from client_edge.data import TrainBatches
 from client_edge.edge import Edge
 from client_edge.run import read_text
@@ -218,6 +218,20 @@ def quiet_replay(
         for entry in entries(run_dir, keeps_records=quiet.run.storage.durability == "redo"):
             quiet.follow(entry)
         return quiet.replayed
+
+
+def differences(run_dir: Path, clients: Sequence[ClientConfig], histories: Mapping[str, Path]) -> list[str]:
+    """Train a run again, and name what has other weights than its histories say."""
+    replayed = quiet_replay(run_dir, clients, histories)
+    found = list(replayed.problems)
+    for number, digests in last_digests(run_dir / HISTORY_FILE, "commit_number").items():
+        if digests != {replayed.server.get(number)}:
+            found.append(f"server: commit {number} has other weights than in the replay")
+    for name, path in histories.items():
+        for step, digests in last_digests(path, "step").items():
+            if digests != {replayed.clients[name].get(step)}:
+                found.append(f"{name}: step {step} has other weights than in the replay")
+    return found
 
 
 def entries(run_dir: Path, *, keeps_records: bool = True) -> Iterator[Record]:

@@ -10,8 +10,8 @@ from typing import Any
 from conftest import free_port, write_text
 from forked import Forked
 
-from benchmarks.history import Verdict, check, last_digests
-from benchmarks.replay import quiet_replay
+from benchmarks.history import Verdict, check
+from benchmarks.replay import differences
 from splitfl.config import ClientConfig
 from splitfl.telemetry.history import HISTORY_FILE
 from splitfl.telemetry.metrics import Event, read_events
@@ -186,16 +186,7 @@ class Town:
     def differs_from_replay(self) -> list[str]:
         """Train the run again from its log, and name what differs."""
         clients = [ClientConfig.load(self.config(name)) for name in self.names]
-        replayed = quiet_replay(self.run_dir, clients, self._histories())
-        problems = list(replayed.problems)
-        for number, digests in last_digests(self.run_dir / HISTORY_FILE, "commit_number").items():
-            if digests != {replayed.server.get(number)}:
-                problems.append(f"server: commit {number} has other weights than in the replay")
-        for name in self.names:
-            for number, digests in last_digests(self.client_dir(name) / HISTORY_FILE, "step").items():
-                if digests != {replayed.clients[name].get(number)}:
-                    problems.append(f"{name}: step {number} has other weights than in the replay")
-        return problems
+        return differences(self.run_dir, clients, self._histories())
 
     def end(self) -> None:
         """End whatever still runs."""
