@@ -1,8 +1,8 @@
 """Trains a finished run again in one process, quietly, in the order that its log holds, and compares every bit.
 
 `python -m benchmarks.replay RUN_DIR CLIENT.toml ...` needs the model and every client's text, and a run whose log is
-whole (`storage.keep_snapshots = 0`). It takes order and membership from the log and nothing else: activations,
-gradients and weights are computed anew from the texts.
+whole (`storage.keep_snapshots = 0`). It takes order and membership from the log, the schedule's horizon of each start
+from the run's events, and nothing else: activations, gradients and weights are computed anew from the texts.
 
 With `storage.durability = "snapshot"` what the server lost in a crash is left out. A client that crashed begins the
 next round with older moments of its optimizer, which the server's log does not say: its own history does.
@@ -37,8 +37,11 @@ from splitfl.federation.strategy import Folded
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, empty_cut, weights_of
 from splitfl.protocol.tensors import digest_of
+from splitfl.telemetry.metrics import read_events
+from splitfl.training.optimizer import PartOptimizer
 
 _CPU = torch.device("cpu")
+_EVENTS_FILE = "metrics.jsonl"
 
 
 @dataclass(slots=True)
@@ -51,6 +54,36 @@ class Replayed:
     """Digest of each client's weights after each of its steps."""
     merges: dict[int, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Horizon:
+    """The steps that the learning rate's schedule runs over, from one start of the server to the next."""
+
+    after_commit: int
+    num_training_steps: int
+
+
+def horizons(run_dir: Path, run: RunConfig) -> list[Horizon]:
+    """Return what each start has had, in order; that of the settings alone where no events are left."""
+    found: list[Horizon] = []
+    num_steps = run.num_training_steps
+    events = run_dir / _EVENTS_FILE
+    for event in read_events(events) if events.exists() else ():
+        match event["event"]:
+            case "run_started":
+                num_steps = event["settings"]["optimizer"]["num_training_steps"]
+                if not event["resumed"]:
+                    found.append(Horizon(after_commit=0, num_training_steps=num_steps))
+            case "resumed":
+                found.append(Horizon(after_commit=event["commit_number"], num_training_steps=num_steps))
+    return found or [Horizon(after_commit=0, num_training_steps=num_steps)]
+
+
+def horizon_of(commit_number: int, found: Sequence[Horizon]) -> int:
+    """Return the steps of the schedule that a commit was made with: those of the last start before it."""
+    behind = [each.num_training_steps for each in found if each.after_commit < commit_number]
+    return behind[-1] if behind else found[0].num_training_steps
 
 
 class _Quiet:
@@ -84,6 +117,11 @@ class _Quiet:
         """Of a client after a step, where it began anew with that."""
         for name in self.edges:
             self._keep_state(name)
+        self.horizons = horizons(run_dir, self.run)
+        self.schedules = {
+            each.num_training_steps: PartOptimizer({}, self.run.optimizer, each.num_training_steps)
+            for each in self.horizons
+        }
 
     def _edge(self, config: ClientConfig, directory: Path, files: Mapping[str, Path]) -> Edge:
         cut, _ = empty_cut(directory, self.run)
@@ -114,14 +152,18 @@ class _Quiet:
 
     def _commit(self, fields: Mapping[str, Any]) -> None:
         contributions = [self._compute(client_id, step) for client_id, step in fields["members"]]
-        coefficient, _ = self.worker.reduce(contributions)
+        coefficient, gradients = self.worker.reduce(contributions)
         if coefficient != fields["clip_coefficient"]:
             self.replayed.problems.append(f"commit {fields['number']}: another clip coefficient")
-        self.worker.apply()
-        self.replayed.server[fields["number"]] = self.worker.digest(contributions[0].slot)
+        schedule = self.schedules[horizon_of(fields["number"], self.horizons)]
+        slot, first = contributions[0].slot, contributions[0].step
+        self.worker.redo(slot, first, coefficient, gradients, schedule.learning_rate(first))
+        self.worker.withdraw()
+        self.replayed.server[fields["number"]] = self.worker.digest(slot)
         for client_id, step in fields["members"]:
-            self.edges[client_id].step(step, coefficient)
-            self.rates[client_id] += self.edges[client_id].optimizer.learning_rate(step) * coefficient
+            rate = schedule.learning_rate(step)
+            self.edges[client_id].step(step, coefficient, rate)
+            self.rates[client_id] += rate * coefficient
             self.replayed.clients[client_id][step] = self.edges[client_id].digest()
             self._stepped(client_id, step)
 

@@ -268,6 +268,28 @@ def test_a_schedule_that_has_ended_is_said_and_can_be_set_anew(town: Callable[..
     rates = [event["learning_rate"] for event in run.events("step")][30:]
     assert rates == pytest.approx([0.01 * (40 - at) / 40 for at in range(30, 40)])
     assert replay(run.run_dir).problems == []
+    assert run.differs_from_replay() == []
+
+
+def test_a_schedule_that_is_set_anew_in_the_middle_of_a_round_can_be_trained_again(town: Callable[..., Town]) -> None:
+    """The replay knows the horizon of each start; SCAFFOLD's controls divide by the learning rates of a round."""
+    scaffold = {"federation__strategy": "SCAFFOLD", "federation__weight_by": "uniform", "optimizer__optim": "sgd"}
+    run = town(
+        1, **SETTINGS, **scaffold, federation__server_mode="sequential", pause={"server": "commit-after-apply:14:60"}
+    )
+    run.wait_until_it_says("server", "paused at commit-after-apply")
+    run.processes["server"].kill()
+    run.processes["server"].wait()
+    stop(run, "clinic-0")
+    change(run, "server", optimizer__num_training_steps=60)
+    run.start("server")
+    run.start("clinic-0")
+    all_end_well(run)
+    rates = [event["learning_rate"] for event in run.events("step")]
+    assert rates[:13] == pytest.approx([0.01 * (40 - at) / 40 for at in range(13)])
+    assert rates[-6:] == pytest.approx([0.01 * (60 - at) / 60 for at in range(14, 20)])
+    assert run.verdict().problems == []
+    assert run.differs_from_replay() == []
 
 
 def test_fewer_rounds_than_were_merged_are_refused_and_as_many_end_it(town: Callable[..., Town]) -> None:
