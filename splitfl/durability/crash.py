@@ -1,8 +1,9 @@
 """Ends or holds up the process at a named point: how the tests put a crash, or a signal, where it hurts most.
 
 `SPLITFL_CRASH=commit-after-record:3` ends it, as a kill would, the third time it comes by that point.
-`SPLITFL_PAUSE=optimizer-tensor:3:2.5` says on standard error that it pauses there, and sleeps for 2.5 s. Several of
-either are separated by commas.
+`SPLITFL_PAUSE=optimizer-tensor:3:2.5` says on standard error that it pauses there, and sleeps for 2.5 s, or until the
+file is there that `SPLITFL_GO` names: so a test holds a process up for as long as it needs, and no longer. Several
+points are separated by commas.
 """
 
 import functools
@@ -10,10 +11,12 @@ import os
 import re
 import time
 from collections import Counter
+from pathlib import Path
 
 from splitfl.errors import ConfigError
 
-_CRASH, _PAUSE = "SPLITFL_CRASH", "SPLITFL_PAUSE"
+_CRASH, _PAUSE, _GO = "SPLITFL_CRASH", "SPLITFL_PAUSE", "SPLITFL_GO"
+_LOOK_EVERY_S = 0.02
 _EXIT_CODE = 137  # what a shell reports of a process that was killed by SIGKILL
 _passed: Counter[str] = Counter()
 
@@ -28,7 +31,14 @@ def crash_point(name: str) -> None:
     pause_s = _wanted(_PAUSE, os.environ.get(_PAUSE, "")).get((name, _passed[name]))
     if pause_s:
         os.write(2, f"paused at {name}\n".encode())
-        time.sleep(pause_s)
+        _pause(pause_s)
+
+
+def _pause(seconds: float) -> None:
+    go = Path(os.environ[_GO]) if _GO in os.environ else None
+    ends_s = time.monotonic() + seconds
+    while (left_s := ends_s - time.monotonic()) > 0 and not (go and go.exists()):
+        time.sleep(min(left_s, _LOOK_EVERY_S))
 
 
 @functools.lru_cache(maxsize=2)

@@ -373,6 +373,18 @@ def crashing(point: str) -> Callable[[], int]:
     return lambda: subprocess.run([sys.executable, "-c", code], env=environment, timeout=30, check=False).returncode
 
 
+def test_a_pause_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    """Either by its time, or by a file: then at once, the pauses after it too."""
+    code = "from splitfl.durability.crash import crash_point\nfor _ in range(3): crash_point('here')"
+    environment = {**os.environ, "SPLITFL_PAUSE": "here:1:0.1,here:2:60,here:3:60", "SPLITFL_GO": str(tmp_path / "go")}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert [process.stderr.readline() for _ in range(2)] == [b"paused at here\n"] * 2
+        assert process.poll() is None
+        (tmp_path / "go").touch()
+        assert process.wait(30.0) == 0
+
+
 @pytest.mark.parametrize(("point", "code"), [("here:5", 137), ("here:6", 0), ("there:1", 0), ("a:1,here:2", 137)])
 def test_crash_points(point: str, code: int) -> None:
     assert crashing(point)() == code

@@ -75,14 +75,13 @@ def test_a_server_with_a_copy_for_each_client_that_dies_at_a_point(
 
 def test_nobody_waits_for_a_client_with_a_copy_of_its_own(town: Callable[..., Town]) -> None:
     """One is frozen in the middle of a round; the other goes on to the round's end, and the merge has both."""
-    run = town(2, **SMALL, **PER_CLIENT)
-    run.wait_for("step", 2)
+    run = town(2, **SMALL, **PER_CLIENT, pause={"clinic-1": "step-before-record:4:60"})
+    run.wait_until_it_pauses("clinic-1")
     run.processes["clinic-1"].send_signal(signal.SIGSTOP)
-    time.sleep(0.5)  # what it had sent is done by then
-    frozen_at = [event["client_id"] for event in run.events("step")].count("clinic-1")
-    assert frozen_at < 8
+    run.wait_for_client("clinic-1", "step", 3)
     run.wait_for_client("clinic-0", "step", 8)
-    assert [event["client_id"] for event in run.events("step")].count("clinic-1") == frozen_at
+    assert [event["client_id"] for event in run.events("step")].count("clinic-1") == 3
+    run.go_on("clinic-1")
     run.processes["clinic-1"].send_signal(signal.SIGCONT)
     settle(run)
     assert [sorted(merge["clients"]) for merge in run.events("merged")] == [run.names] * 2

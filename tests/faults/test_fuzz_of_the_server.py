@@ -57,7 +57,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 QUICK: dict[str, Any] = {
     "federation__num_rounds": 2,
-    "federation__local_steps": 30,
+    "federation__local_steps": 100,
     "federation__min_available_clients": 1,
     "federation__step_timeout": 2,
     "federation__wait_timeout": 5,

@@ -96,12 +96,14 @@ def test_whoever_is_not_let_in_is_told_why(locked_town: Callable[..., Town], off
 
 
 def test_a_client_that_is_revoked_in_the_middle(locked_town: Callable[..., Town], office: Office) -> None:
-    run = locked_town(2, federation__num_rounds=1, federation__local_steps=120)
+    run = locked_town(
+        2, federation__num_rounds=1, federation__local_steps=20, pause={"clinic-0": "step-before-record:10:60"}
+    )
     for name in run.names:
         office.enrol(run, name)
     for name in ("server", *run.names):
         run.start(name)
-    run.wait_for("step", 10)
+    run.wait_until_it_pauses("clinic-0")  # so that the run is not over meanwhile
     revoke(office.server, "clinic-1")
     begun = time.monotonic()
     code, said = run.end_of("clinic-1", timeout_s=10)
@@ -109,6 +111,7 @@ def test_a_client_that_is_revoked_in_the_middle(locked_town: Callable[..., Town]
     assert time.monotonic() - begun < 10
     (left,) = [event for event in run.events("client_left") if event["client_id"] == "clinic-1"]
     assert left["reason"] == "its key was revoked"
+    run.go_on("clinic-0")
     assert [run.end_of(name)[0] for name in ("server", "clinic-0")] == [0, 0]
 
 

@@ -100,7 +100,7 @@ def test_a_message_without_end_is_cut_off(town: Callable[..., Town]) -> None:
     assert sent < 1 << 30  # it was ended, not we
     assert peak[0] - before < 400 << 20
     count = len(run.events("step"))
-    run.wait_for("step", count + 5, timeout_s=5)
+    run.wait_for("step", count + 5, timeout_s=15)
 
 
 def pour(port: int) -> int:
@@ -141,7 +141,7 @@ def test_poison_is_applied_nowhere(town: Callable[..., Town], monkeypatch: pytes
     from client_edge import run as client_run
     from client_edge.link import Link
 
-    run = town(2, starts=False, federation__num_rounds=1, federation__local_steps=6, federation__step_timeout=3)
+    run = town(2, starts=False, federation__num_rounds=1, federation__local_steps=6, federation__step_timeout=6)
     send = Link.send_forward
 
     def poisoned(self: Link, hidden_BSD: torch.Tensor, layout: Layout, **more: int) -> int:

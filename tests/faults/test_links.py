@@ -53,7 +53,7 @@ def test_two_megabits_carry_the_largest_tensor_without_a_reconnection(
 
 
 def test_cuts_silence_and_damage_lose_nothing(proxied: Callable[..., tuple[Town, ChaosProxy]]) -> None:
-    run, proxy = proxied(federation__num_rounds=2, federation__local_steps=40)
+    run, proxy = proxied(federation__num_rounds=2, federation__local_steps=60)
     run.start("server")
     run.wait_for("waiting", 1)
     run.start("clinic-0")
@@ -72,5 +72,5 @@ def test_cuts_silence_and_damage_lose_nothing(proxied: Callable[..., tuple[Town,
     assert proxy.connections > 6
     verdict = run.verdict()
     assert verdict.problems == []
-    assert verdict.steps_acknowledged == 80
+    assert verdict.steps_acknowledged == 120
     assert run.differs_from_replay() == []

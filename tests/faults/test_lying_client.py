@@ -54,8 +54,17 @@ def lie(town: Callable[..., Town]) -> Iterator[Callable[..., Liar]]:
         yield join
 
 
+def at_work(town: Callable[..., Town]) -> Town:
+    """Return a run whose honest client works, and is not through with its round before `all_end_well`."""
+    run = town(1, **LONG, pause={"clinic-0": "step-before-record:40:60"})
+    run.wait_for("step", 2)
+    return run
+
+
 def all_end_well(run: Town) -> None:
     """The honest ones finish, and nothing of theirs was lost."""
+    for name in run.names:
+        run.go_on(name)
     for name in ("server", *run.names):
         code, said = run.end_of(name)
         assert code == 0, f"{name}: {said}"
@@ -78,8 +87,7 @@ class TestWhatIsWrittenDown:
     """2.5 of the issue: `Goodbye(metrics={"client_id": 1.0})` ended the server; R33."""
 
     def test_totals_that_are_none(self, town: Callable[..., Town], lie: Callable[..., Liar]) -> None:
-        run = town(1, **LONG)
-        run.wait_for("step", 2)
+        run = at_work(town)
         for number, totals in enumerate(TOTALS.values()):
             liar = lie(run, f"mallory-{number}")
             liar.resume()
@@ -93,8 +101,7 @@ class TestWhatIsWrittenDown:
     def test_no_totals_at_all_are_a_goodbye_and_the_report_is_written(
         self, town: Callable[..., Town], lie: Callable[..., Liar]
     ) -> None:
-        run = town(1, **LONG)
-        run.wait_for("step", 2)
+        run = at_work(town)
         liar = lie(run)
         liar.resume()
         liar.say(Goodbye(metrics={}))
@@ -104,8 +111,7 @@ class TestWhatIsWrittenDown:
         assert mallory["num_examples"] is None
 
     def test_measures_digests_and_words(self, town: Callable[..., Town], lie: Callable[..., Liar]) -> None:
-        run = town(1, **LONG)
-        run.wait_for("step", 2)
+        run = at_work(town)
         usual = {"topic": "evaluated", "phase": "before", "round_number": 0, "metrics": {}, "digest": ""}
         lies: list[dict[str, Any]] = [
             {"metrics": {"also:\x1b[2J": 1.0}},
@@ -133,8 +139,7 @@ class TestWhatIsWrittenDown:
     def test_words_of_parting_steer_no_terminal_and_no_page(
         self, town: Callable[..., Town], lie: Callable[..., Liar]
     ) -> None:
-        run = town(1, **LONG)
-        run.wait_for("step", 2)
+        run = at_work(town)
         liar = lie(run)
         liar.resume()
         liar.say_on_control(
@@ -181,8 +186,7 @@ class TestQueues:
 
     @pytest.mark.parametrize("kind", AT_ANY_TIME)
     def test_of_what_is_legal_at_any_time(self, town: Callable[..., Town], lie: Callable[..., Liar], kind: str) -> None:
-        run = town(1, **LONG)
-        run.wait_for("step", 2)
+        run = at_work(town)
         liar = lie(run)
         liar.resume()
         before = memory_of(run)
@@ -205,8 +209,7 @@ class TestQueues:
         assert memory_of(run) - before < 64 << 20
 
     def test_resume_before_resuming(self, town: Callable[..., Town], lie: Callable[..., Liar]) -> None:
-        run = town(1, **LONG)
-        run.wait_for("step", 2)
+        run = at_work(town)
         liar = lie(run)
         before = memory_of(run)
         refusal = flood(liar, lambda _: Resume(held_round=0, step=0, commit_number=0, pending_step=0))
@@ -216,8 +219,7 @@ class TestQueues:
 
     def test_a_resume_that_cannot_be(self, town: Callable[..., Town], lie: Callable[..., Liar]) -> None:
         """It is told to go back three times, which a server that has lost its log would; then it is struck."""
-        run = town(1, **LONG)
-        run.wait_for("step", 2)
+        run = at_work(town)
         lies = Resume(held_round=0, step=1 << 40, commit_number=1 << 40, pending_step=0)
         liar = lie(run)
         for _ in range(3):
@@ -234,8 +236,7 @@ class TestQueues:
 
     def test_sessions_without_end(self, town: Callable[..., Town], lie: Callable[..., Liar]) -> None:
         """Hello on new connections: four may be open, and sixty begun in short order."""
-        run = town(1, **LONG)
-        run.wait_for("step", 2)
+        run = at_work(town)
         with ExitStack() as stack:
             liars = [stack.enter_context(Liar(run.port, "mallory", run.model)) for _ in range(80)]
             answers = []
@@ -285,7 +286,8 @@ class TestMishaps:
         assert run.events("violation") == []
 
     def test_a_file_that_cannot_be_read(self, town: Callable[..., Town]) -> None:
-        run = town(2, starts=False, federation__min_available_clients=1, federation__num_rounds=1)
+        paused = {"clinic-0": "step-before-record:40:60"}
+        run = town(2, starts=False, federation__min_available_clients=1, federation__num_rounds=1, pause=paused)
         run.config("clinic-1").write_text(
             run.config("clinic-1").read_text().replace(str(run.folder / "cache"), str(run.folder / "other-cache"))
         )
@@ -299,6 +301,7 @@ class TestMishaps:
         assert str(run.run_dir) not in said
         (run.run_dir / "gone").rename(run.run_dir / "adapters.safetensors")
         run.start("clinic-1")
+        run.wait_for_client("clinic-1", "client_joined", 1)
         all_end_well(run)
         assert run.events("violation") == []
 
@@ -374,7 +377,8 @@ class TestWhoOnlyPings:
     def test_it_is_taken_back_when_it_has_work_to_show(
         self, town: Callable[..., Town], lie: Callable[..., Liar]
     ) -> None:
-        run = town(1, federation__server_mode="shared", **{**self.SETTINGS, "federation__local_steps": 100})
+        paused = {"clinic-0": "step-before-record:10:60"}
+        run = town(1, federation__server_mode="shared", pause=paused, **self.SETTINGS)
         run.wait_for("waiting", 1)
         liar = lie(run)
         liar.resume()

@@ -17,11 +17,17 @@ pytestmark = pytest.mark.slow
 PATIENT = {"link__heartbeat_timeout": 120, "federation__step_timeout": 60}
 
 
+AT_STEP_4 = {"clinic-1": "step-before-record:4:60"}
+
+
 def freeze(run: Town, name: str) -> None:
+    """Freeze a process at its point."""
+    run.wait_until_it_pauses(name)
     os.kill(run.processes[name].pid, signal.SIGSTOP)
 
 
 def thaw(run: Town, name: str) -> None:
+    run.go_on(name)
     os.kill(run.processes[name].pid, signal.SIGCONT)
 
 
@@ -47,14 +53,14 @@ def steps_of(run: Town, name: str) -> list[int]:
 
 def test_a_late_joiner_gets_the_merged_layers_and_trains_from_the_next_round_on(town: Callable[..., Town]) -> None:
     settings = {"federation__num_rounds": 3, "federation__local_steps": 8, "federation__min_available_clients": 1}
-    run = town(2, starts=False, **settings, **PATIENT)
+    in_the_second_round = {"clinic-0": "step-before-record:11:60"}
+    run = town(2, starts=False, pause=in_the_second_round, **settings, **PATIENT)
     for name in ("server", "clinic-0"):
         run.start(name)
-    wait_for_steps(run, "clinic-0", 9)
-    freeze(run, "clinic-0")  # in the middle of the second round
+    run.wait_until_it_pauses("clinic-0")
     run.start("clinic-1")
     run.wait_for("client_joined", 2)
-    thaw(run, "clinic-0")
+    run.go_on("clinic-0")
     assert_all_end_well(run)
     assert trainers(run) == [["clinic-0"], ["clinic-0"], ["clinic-0", "clinic-1"]]
     assert steps_of(run, "clinic-1") == list(range(17, 25))  # of the run's schedule
@@ -66,14 +72,13 @@ def test_a_late_joiner_gets_the_merged_layers_and_trains_from_the_next_round_on(
 
 def test_one_that_comes_in_the_last_round_gets_its_merge_and_ends(town: Callable[..., Town]) -> None:
     settings = {"federation__num_rounds": 1, "federation__local_steps": 8, "federation__min_available_clients": 1}
-    run = town(2, starts=False, **settings, **PATIENT)
+    run = town(2, starts=False, pause={"clinic-0": "step-before-record:3:60"}, **settings, **PATIENT)
     for name in ("server", "clinic-0"):
         run.start(name)
-    wait_for_steps(run, "clinic-0", 2)
-    freeze(run, "clinic-0")
+    run.wait_until_it_pauses("clinic-0")
     run.start("clinic-1")
     run.wait_for("client_joined", 2)
-    thaw(run, "clinic-0")
+    run.go_on("clinic-0")
     assert_all_end_well(run)
     assert trainers(run) == [["clinic-0"]]
     assert sorted(run.report()["merges"][0]["client_digests"]) == ["clinic-0", "clinic-1"]
@@ -95,8 +100,7 @@ def test_what_a_leaver_has_done_in_the_round_is_not_merged(town: Callable[..., T
 def straggling(town: Callable[..., Town], **settings: Any) -> Town:
     """Two clients that need not wait for each other, of which one stops in the middle of the first round."""
     independent = {"federation__server_mode": "frozen", "federation__num_rounds": 2, "federation__local_steps": 8}
-    run = town(2, **{**independent, **PATIENT, **settings}, federation__round_timeout=10)
-    wait_for_steps(run, "clinic-1", 2)
+    run = town(2, **{**independent, **PATIENT, **settings}, pause=AT_STEP_4, federation__round_timeout=10)
     freeze(run, "clinic-1")
     return run
 
@@ -177,8 +181,7 @@ def uploads(run: Town) -> list[list[tuple[str, int]]]:
 def with_a_slow_client(town: Callable[..., Town], num_merges: int, **settings: Any) -> Town:
     """FedBuff with a client that stops in its first turn while the other goes on, on a backbone that does not learn."""
     independent = {**BUFFERED, "federation__server_mode": "frozen", "federation__num_rounds": num_merges}
-    run = town(2, **{**independent, **PATIENT, **settings})
-    wait_for_steps(run, "clinic-1", 1)
+    run = town(2, **{**independent, **PATIENT, **settings}, pause={"clinic-1": "step-before-record:3:60"})
     freeze(run, "clinic-1")
     return run
 
@@ -236,9 +239,11 @@ def test_fed_buff_goes_on_after_a_crash_with_the_same_bits(town: Callable[..., T
 
 @pytest.mark.parametrize("buffer_size", [2, 3])  # 3: uploads wait in the buffer when a merge is made
 def test_fed_buff_goes_on_after_a_rollback(town: Callable[..., Town], buffer_size: int) -> None:
-    run = town(2, **{**BUFFERED, "strategy__buffer_size": buffer_size}, federation__num_rounds=8)
-    run.wait_for("merged", 4)
-    run.processes["server"].send_signal(signal.SIGTERM)
+    after_the_fourth = {"server": "merge-before-record:5:60"}
+    buffered = {**BUFFERED, "strategy__buffer_size": buffer_size}
+    run = town(2, **buffered, pause=after_the_fourth, federation__num_rounds=8)
+    run.wait_until_it_pauses("server")
+    run.stop("server")
     assert run.end_of("server")[0] == 0
     (first, *_) = run.events("merged")
     rollback(run.run_dir, first["round"])

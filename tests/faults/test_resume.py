@@ -1,7 +1,6 @@
 """Where clients go on: after lost disks, old copies, second processes, rollbacks and snapshots alone."""
 
 import shutil
-import signal
 from collections.abc import Callable
 
 import pytest
@@ -61,14 +60,14 @@ def test_rolling_back_takes_the_clients_along(
 ) -> None:
     run = town(
         2,
+        pause={"server": f"commit-after-apply:{commits_in_round + 3}:60"},
         federation__num_rounds=3,
         federation__local_steps=8,
         federation__server_mode=server_mode,
         storage__durability=durability,
     )
-    run.wait_for("merged", 1)
-    run.wait_for("step", 22)
-    run.processes["server"].send_signal(signal.SIGTERM)
+    run.wait_until_it_pauses("server")
+    run.stop("server")
     assert run.end_of("server")[0] == 0
     assert replay(run.run_dir).problems == []
     generation, commit = rollback(run.run_dir, 1)
@@ -80,17 +79,19 @@ def test_rolling_back_takes_the_clients_along(
     assert all(merge["equal"] for merge in run.report()["merges"])
 
 
-@pytest.mark.parametrize("server_mode", ["shared", "per_client"])
-def test_snapshots_alone_go_back_to_the_last_merge_together(town: Callable[..., Town], server_mode: str) -> None:
+@pytest.mark.parametrize(("server_mode", "commits_in_round"), [("shared", 12), ("per_client", 24)])
+def test_snapshots_alone_go_back_to_the_last_merge_together(
+    town: Callable[..., Town], server_mode: str, commits_in_round: int
+) -> None:
     run = town(
         2,
+        pause={"server": f"commit-after-apply:{commits_in_round + 3}:60"},
         federation__num_rounds=2,
         federation__local_steps=12,
         federation__server_mode=server_mode,
         storage__durability="snapshot",
     )
-    run.wait_for("merged", 1)
-    run.wait_for("step", 30)
+    run.wait_until_it_pauses("server")
     kill(run, "server")
     run.start("server")
     run.wait_for("client_rewinds", 2)
@@ -98,9 +99,10 @@ def test_snapshots_alone_go_back_to_the_last_merge_together(town: Callable[..., 
 
 
 def test_purging(town: Callable[..., Town], capsys: pytest.CaptureFixture[str]) -> None:
-    run = town(1, federation__num_rounds=1, federation__local_steps=3)
-    run.wait_for("step", 1)
+    run = town(1, pause={"clinic-0": "step-before-record:2:60"}, federation__num_rounds=1, federation__local_steps=3)
+    run.wait_until_it_pauses("clinic-0")
     assert run_one("purge", Purge(), [str(run.run_dir), "--yes"]) == 2  # at work
+    run.go_on("clinic-0")
     assert [run.end_of(name)[0] for name in ("server", "clinic-0")] == [0, 0]
     for folder in (run.run_dir, run.client_dir("clinic-0")):
         assert run_one("purge", Purge(), [str(folder)]) == 0

@@ -49,6 +49,18 @@ def stop(run: Town, name: str = "server") -> None:
     assert run.end_of(name)[0] == 0
 
 
+def at_commit(number: int) -> dict[str, str]:
+    """Have the server pause after a commit, so that it is stopped there however fast the machine is."""
+    return {"server": f"commit-after-apply:{number}:60"}
+
+
+def stop_there(run: Town) -> None:
+    """Stop the server where it pauses."""
+    run.wait_until_it_pauses("server")
+    run.stop("server")
+    assert run.end_of("server")[0] == 0
+
+
 def all_end_well(run: Town) -> None:
     for name in ("server", *run.names):
         code, said = run.end_of(name, 90.0)
@@ -111,9 +123,8 @@ def test_every_operation_changes_at_once_and_the_run_is_the_undisturbed_one(
     town: Callable[..., Town], quiet: Callable[..., Town], tmp_path: Path
 ) -> None:
     """One client stays, and reconnects; the other is started again."""
-    run = town(2, **SETTINGS)
-    run.wait_for("step", 8)
-    stop(run)
+    run = town(2, **SETTINGS, pause=at_commit(5))
+    stop_there(run)
     stop(run, "clinic-1")
     change(run, "server", **OPERATION)
     run.start("server")
@@ -139,9 +150,8 @@ IDENTITY: list[tuple[str, Any, str]] = [
 def test_another_identity_is_refused_by_name_and_the_run_goes_on_with_its_own(
     town: Callable[..., Town], quiet: Callable[..., Town], tmp_path: Path
 ) -> None:
-    run = town(2, **SETTINGS)
-    run.wait_for("step", 8)
-    stop(run)
+    run = town(2, **SETTINGS, pause=at_commit(5))
+    stop_there(run)
     own = run.config("server").read_text()
     for setting, value, told in IDENTITY:
         if setting == "seed":
@@ -160,9 +170,8 @@ def test_another_identity_is_refused_by_name_and_the_run_goes_on_with_its_own(
 def test_another_model_under_the_same_name_is_refused_and_the_same_elsewhere_goes_on(
     town: Callable[..., Town], make_model: Callable[..., Path], quiet: Callable[..., Town], tmp_path: Path
 ) -> None:
-    run = town(2, **SETTINGS)
-    run.wait_for("step", 8)
-    stop(run)
+    run = town(2, **SETTINGS, pause=at_commit(5))
+    stop_there(run)
     before = (run.run_dir / "config.toml").read_text()
     other = make_model(seed=1, name="v2/model")
     change(run, "server", model__model_name_or_path=str(other))
@@ -207,11 +216,10 @@ def test_more_rounds_prolong_a_run_to_what_it_would_have_been_with_them(
 ) -> None:
     points = {"at the last merge": "merge-after-record:2", "at the last goodbye": "goodbye-before-farewell:1"}
     crash = {"server": points[when]} if when in points else {}
-    run = town(2, crash=crash, **SETTINGS, federation__server_mode=server_mode)
+    pause = at_commit(13) if when == "in a round" else {}
+    run = town(2, crash=crash, pause=pause, **SETTINGS, federation__server_mode=server_mode)
     if when == "in a round":
-        run.wait_for("merged", 1)
-        run.wait_for("step", 26)
-        stop(run)
+        stop_there(run)
     elif when == "after the end":
         all_end_well(run)
         assert (run.run_dir / "finished").exists()
@@ -293,10 +301,8 @@ def test_a_schedule_that_is_set_anew_in_the_middle_of_a_round_can_be_trained_aga
 
 
 def test_fewer_rounds_than_were_merged_are_refused_and_as_many_end_it(town: Callable[..., Town]) -> None:
-    run = town(2, **{**SETTINGS, "federation__num_rounds": 5})
-    run.wait_for("merged", 2)
-    run.wait_for("step", 44)
-    stop(run)
+    run = town(2, **{**SETTINGS, "federation__num_rounds": 5}, pause=at_commit(22))
+    stop_there(run)
     before = (run.run_dir / "config.toml").read_text()
     change(run, "server", federation__num_rounds=2)
     run.start("server")
@@ -329,9 +335,8 @@ def test_a_run_that_was_stopped_early_is_not_prolonged(town: Callable[..., Town]
 
 
 def test_another_run_under_the_same_name_finds_no_old_part_of_a_client(town: Callable[..., Town]) -> None:
-    run = town(1, **SETTINGS)
-    run.wait_for("step", 4)
-    stop(run)
+    run = town(1, **SETTINGS, pause=at_commit(4))
+    stop_there(run)
     stop(run, "clinic-0")
     shutil.rmtree(run.run_dir)
     change(run, "server", lora__r=4)
@@ -346,9 +351,8 @@ def test_another_run_under_the_same_name_finds_no_old_part_of_a_client(town: Cal
 
 def test_what_leaves_a_client_is_not_changed_under_its_hands(town: Callable[..., Town]) -> None:
     """A client that is there ends, by name; it takes part again when it is started again."""
-    run = town(1, **SETTINGS)
-    run.wait_for("step", 4)
-    stop(run)
+    run = town(1, **SETTINGS, pause=at_commit(4))
+    stop_there(run)
     change(run, "server", federation__evaluate="rounds")
     run.start("server")
     code, said = run.end_of("clinic-0")

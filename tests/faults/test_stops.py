@@ -18,6 +18,7 @@ STOPS = [signal.SIGINT, signal.SIGTERM]
 EXIT = {signal.SIGINT: 130, signal.SIGTERM: 0}
 AT_ONCE = 137
 SOON_S = 5.0
+MICRO_BATCHES = 2
 MODES = {
     "shared": {},
     "sequential": {"federation__server_mode": "sequential"},
@@ -26,9 +27,19 @@ MODES = {
 }
 
 
+def stop_there(run: Town, name: str, number: signal.Signals) -> str:
+    """Stop a process that pauses; return what it has said."""
+    run.stop(name, number)
+    return ended(run, name, number)
+
+
 def stop(run: Town, name: str, number: signal.Signals, *, within_s: float = 15.0) -> str:
     """Stop a process in order; return what it has said."""
     run.processes[name].send_signal(number)
+    return ended(run, name, number, within_s=within_s)
+
+
+def ended(run: Town, name: str, number: signal.Signals, *, within_s: float = 15.0) -> str:
     code = run.processes[name].wait(within_s)
     said = run.processes[name].said()
     assert code == EXIT[number], said
@@ -58,12 +69,24 @@ def settle(run: Town, *, steps: int = 16) -> None:
 def test_a_stopped_client_is_waited_for_and_so_is_a_stopped_server(
     town: Callable[..., Town], server_mode: str, durability: str
 ) -> None:
-    run = town(2, **SMALL, **MODES[server_mode], storage__durability=durability)
-    victims = [("clinic-0", 4), ("server", 9), ("clinic-1", 14), ("server", 20)]
-    for number, (victim, at) in zip(STOPS * 2, victims, strict=True):
-        run.wait_for("step", at)
+    in_a_round = 8 * len(("clinic-0", "clinic-1")) * MICRO_BATCHES
+    run = town(
+        2,
+        **{**SMALL, "federation__num_rounds": 3},
+        **MODES[server_mode],
+        storage__durability=durability,
+        pause={
+            "clinic-0": "step-acknowledged:3:60",
+            "server": f"forward:{in_a_round + 3}:60",  # in the second round
+            "clinic-1": "step-acknowledged:13:60",
+        },
+    )
+    in_the_third = f"forward:{in_a_round + 12}:60"  # counted from that start on, and some are sent again
+    victims = [("clinic-0", ""), ("server", in_the_third), ("clinic-1", ""), ("server", "")]
+    for number, (victim, pause) in zip(STOPS * 2, victims, strict=True):
+        run.wait_until_it_pauses(victim)
         lost, returned = (len(of(run, kind, victim)) for kind in ("client_lost", "client_returned"))
-        said = stop(run, victim, number)
+        said = stop_there(run, victim, number)
         if victim != "server":
             place = said.partition("to resume at step ")[2].partition(".")[0]
             assert "Its place in the round is kept for 20 s (federation.step_timeout)" in said
@@ -74,8 +97,9 @@ def test_a_stopped_client_is_waited_for_and_so_is_a_stopped_server(
             back = of(run, "client_returned", victim)[-1]
             assert back["step"] + 1 in (int(place), int(place) + 1)  # what was asked for may have been applied
         else:
+            run.pauses_next(victim, pause)
             run.start(victim)
-    settle(run)
+    settle(run, steps=24)
 
 
 CLIENT_POINTS = [
@@ -95,32 +119,34 @@ def test_a_client_that_is_stopped_in_the_middle_of_something(
     """What it is at, such as an optimizer step of many tensors, is finished first, and nothing half done is kept."""
     number = STOPS[len(point) % 2]
     evaluates = {"data.eval_fraction": 0.2}
-    run = town(2, **SMALL, storage__durability=durability, own=evaluates, pause={"clinic-1": f"{point}:1"})
-    run.wait_until_it_says("clinic-1", "paused at")
-    assert "to resume at step" in stop(run, "clinic-1", number)
+    run = town(2, **SMALL, storage__durability=durability, own=evaluates, pause={"clinic-1": f"{point}:60"})
+    run.wait_until_it_pauses("clinic-1")
+    assert "to resume at step" in stop_there(run, "clinic-1", number)
     run.start("clinic-1")
     settle(run)
 
 
 def test_a_client_that_is_stopped_while_it_waits_for_a_step_of_others(town: Callable[..., Town]) -> None:
     """With snapshots alone it keeps the step that it has asked for, which the server applies when the other asks."""
-    run = town(2, **SMALL, storage__durability="snapshot", pause={"clinic-0": "optimizer-tensor:40:4"})
-    run.wait_until_it_says("clinic-0", "paused at")
+    run = town(2, **SMALL, storage__durability="snapshot", pause={"clinic-0": "optimizer-tensor:40:60"})
+    run.wait_until_it_pauses("clinic-0")
     run.wait_for_client("clinic-1", "step", 2)
     begun = time.monotonic()
     stop(run, "clinic-1", signal.SIGINT)
     assert time.monotonic() - begun < SOON_S
     run.start("clinic-1")
+    run.go_on("clinic-0")
     settle(run)
 
 
 def test_clients_that_are_stopped_while_their_layers_are_merged(town: Callable[..., Town]) -> None:
-    run = town(2, **SMALL, pause={"server": "merge-before-record:1:6"})
-    run.wait_until_it_says("server", "paused at")
+    run = town(2, **SMALL, pause={"server": "merge-before-record:1:60"})
+    run.wait_until_it_pauses("server")
     begun = time.monotonic()
     for name, number in zip(run.names, STOPS, strict=True):
         stop(run, name, number)
     assert time.monotonic() - begun < 2 * SOON_S
+    run.go_on("server")
     for name in run.names:
         run.start(name)
     settle(run)
@@ -142,9 +168,9 @@ def test_a_server_that_is_stopped_in_the_middle_of_something(
     town: Callable[..., Town], durability: str, point: str
 ) -> None:
     number = STOPS[len(point) % 2]
-    run = town(2, **SMALL, storage__durability=durability, pause={"server": f"{point}:1"})
-    run.wait_until_it_says("server", "paused at")
-    said = stop(run, "server", number)
+    run = town(2, **SMALL, storage__durability=durability, pause={"server": f"{point}:60"})
+    run.wait_until_it_pauses("server")
+    said = stop_there(run, "server", number)
     assert "stopping where nothing is half done" in said
     report = run.report()
     assert report["complete"] is False
@@ -167,7 +193,7 @@ def test_a_server_that_is_stopped_in_the_middle_of_something(
 )
 def test_a_second_signal_ends_it_at_once(town: Callable[..., Town], name: str, point: str) -> None:
     run = town(2, **SMALL, pause={name: f"{point}:60"})
-    run.wait_until_it_says(name, "paused at")
+    run.wait_until_it_pauses(name)
     run.processes[name].send_signal(signal.SIGTERM)
     time.sleep(1.0)
     assert run.processes[name].poll() is None
@@ -195,10 +221,11 @@ def test_a_client_goes_back_to_the_first_layers_where_its_records_do_not_reach(t
 
     shutil.rmtree(run.client_dir("clinic-0"))
     restore(run)
+    run.pauses_next("server", "commit-after-apply:17:60")
     for name in ("server", "clinic-0"):
         run.start(name)
-    run.wait_for("step", 30 + 17)
-    stop(run, "server", signal.SIGTERM)
+    run.wait_until_it_pauses("server")
+    stop_there(run, "server", signal.SIGTERM)
     restore(run)
     run.start("server")
     run.wait_for("client_rewinds", 1)
@@ -216,7 +243,7 @@ def restore(run: Town) -> None:
 def test_a_server_that_is_stopped_while_it_exports(town: Callable[..., Town]) -> None:
     exports = {"server__export_model": "true", "federation__num_rounds": 1, "federation__local_steps": 3}
     run = town(1, **exports, pause={"server": "export-before:1:60"})
-    run.wait_until_it_says("server", "paused at")
+    run.wait_until_it_pauses("server")
     assert run.end_of("clinic-0")[0] == 0
     stop(run, "server", signal.SIGTERM)
     assert run.report()["complete"] is False
@@ -234,7 +261,7 @@ def test_stops_in_a_run_that_merges_as_uploads_come_in(town: Callable[..., Town]
         "federation__local_steps": 4,
         "strategy__buffer_size": 2,
     }
-    run = town(2, **buffered, federation__num_rounds=8)
+    run = town(2, **buffered, federation__num_rounds=12)
     for number, (victim, at) in zip(
         STOPS * 2, [("clinic-1", 6), ("server", 14), ("clinic-0", 22), ("server", 30)], strict=True
     ):
@@ -242,7 +269,7 @@ def test_stops_in_a_run_that_merges_as_uploads_come_in(town: Callable[..., Town]
         stop(run, victim, number)
         run.start(victim)
     run.keep_alive()
-    assert {event["round"] for event in run.events("merged")} == set(range(1, 9))
+    assert {event["round"] for event in run.events("merged")} == set(range(1, 13))
     assert {event["reason"] for event in run.events("client_left")} == {"done"}
     verdict = run.verdict()
     assert (verdict.problems, verdict.steps_lost, verdict.steps_twice) == ([], 0, 0)

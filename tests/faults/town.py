@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Town:
         ports: dict[str, int] | None = None,
     ) -> None:
         """`own` are settings of every client, `crash` and `pause` the points at which a process ends, or sleeps in, its
-        first life.
+        first life; `pauses_next` is for later ones.
 
         `ports` are where a client finds the server if not at its own.
         """
@@ -47,8 +48,8 @@ class Town:
         self.processes: dict[str, Forked] = {}
         self._numbers = itertools.count()
         self.names = [f"clinic-{number}" for number in range(clients)]
-        self._crash = crash or {}
-        self._pause = pause or {}
+        self._crash = dict(crash or {})
+        self._pause = dict(pause or {})
         self._keeps_records = settings.get("storage.durability", "redo") == "redo"
         self._write(
             "server",
@@ -107,14 +108,30 @@ class Town:
     def start(self, name: str) -> None:
         """Start a process, or start it again with the same command."""
         module = "server_backbone" if name == "server" else "client_edge"
+        self._go(name).unlink(missing_ok=True)
         harm = {"SPLITFL_CRASH": self._crash.pop(name, ""), "SPLITFL_PAUSE": self._pause.pop(name, "")}
         self.processes[name] = Forked(
             module,
             "--config",
             str(self.config(name)),
             said=self.folder / f"{name}-{next(self._numbers)}.said",
-            env={**os.environ, **{variable: points for variable, points in harm.items() if points}},
+            env={
+                **os.environ,
+                **{variable: points for variable, points in harm.items() if points},
+                "SPLITFL_GO": str(self._go(name)),
+            },
         )
+
+    def pauses_next(self, name: str, points: str) -> None:
+        """Have a process pause at these points when it is started the next time."""
+        self._pause[name] = points
+
+    def go_on(self, name: str) -> None:
+        """End the pause that a process is in, and let it come by the next ones as if there were none."""
+        self._go(name).touch()
+
+    def _go(self, name: str) -> Path:
+        return self.folder / f"{name}.go"
 
     def events(self, kind: str) -> list[Event]:
         path = self.run_dir / "metrics.jsonl"
@@ -132,11 +149,21 @@ class Town:
             assert time.monotonic() < deadline, f"no {count} events of {kind} of {name} within {timeout_s} s"
             time.sleep(0.05)
 
+    def wait_until_it_pauses(self, name: str) -> None:
+        """Wait until a process has come to its point; it stays there until `go_on`, or for as long as was asked."""
+        self.wait_until_it_says(name, "paused at")
+
     def wait_until_it_says(self, name: str, text: str, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
         while text not in self.processes[name].said():
             assert time.monotonic() < deadline, f"{name} has not said {text!r} within {timeout_s} s"
             time.sleep(0.02)
+
+    def stop(self, name: str, number: int = signal.SIGTERM) -> None:
+        """Stop a process in order that pauses: the signal is noted there, and acted on when it goes on."""
+        self.processes[name].send_signal(number)
+        self.wait_until_it_says(name, "stopping where nothing is half done")
+        self.go_on(name)
 
     def end_of(self, name: str, timeout_s: float = 60.0) -> tuple[int, str]:
         """Return a process's exit code and the last line of what it said."""
