@@ -60,7 +60,7 @@ def test_a_check_says_it_at_once(tmp_path: Path, case: Callable[[Path], tuple[Cl
     begun_s = time.monotonic()
     with pytest.raises(PeerGone, match=says) as caught:
         Link(section, gate(section), is_patient=False)
-    assert time.monotonic() - begun_s < 2.5
+    assert time.monotonic() - begun_s < 10.0  # and not client.connect_timeout, a minute
     assert caught.value.exit_code == 7
     assert "is the server running, and is this its address?" in str(caught.value)
 
@@ -73,9 +73,9 @@ def test_a_client_says_what_it_is_trying(tmp_path: Path, case: Callable[[Path], 
     patient = section.model_copy(update={"connect_timeout": 4.0})
     with pytest.raises(PeerGone, match=says):
         Link(patient, gate(patient), tell=lambda text: said.append((time.monotonic() - begun_s, text)))
-    assert 3.5 < time.monotonic() - begun_s < 8.0
+    assert 3.5 < time.monotonic() - begun_s < 15.0
     ((at_s, text),) = said  # and again after ten seconds
-    assert 0.9 < at_s < 3.0
+    assert 0.9 < at_s < 4.0
     assert "trying for up to 4 s" in text
     assert says.replace("there", f"at {section.server_address} yet") in text
 
@@ -90,7 +90,7 @@ def test_the_command_ends_with_7(tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     begun_s = time.monotonic()
     assert main(["check", "--config", str(config)]) == 7
-    assert time.monotonic() - begun_s < 5.0
+    assert time.monotonic() - begun_s < 20.0
     assert f"no answer from {address} (nobody listens there)" in capsys.readouterr().err
 
 

@@ -86,6 +86,18 @@ def until_it_listens(address: str) -> None:
         time.sleep(0.05)
 
 
+def hold(monkeypatch: pytest.MonkeyPatch, step: int, until: threading.Event) -> None:
+    """Have the clients of this process wait before a step, so that the run is not over before it was looked at."""
+    send = Link.send_forward
+
+    def held(self: Link, *hidden_and_layout: Any, **more: Any) -> int:
+        if more["step"] == step:
+            until.wait(50)
+        return send(self, *hidden_and_layout, **more)
+
+    monkeypatch.setattr(Link, "send_forward", held)
+
+
 def is_in_middle(name: str) -> bool:
     return ".layers.1." in name or ".layers.2." in name
 
@@ -249,8 +261,14 @@ class TestServer:
 
 class TestClient:
     def test_a_look_at_a_run_that_goes_on_disturbs_nobody(
-        self, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+        self,
+        make_model: Callable[..., Path],
+        federate: Callable[..., Finished],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        has_looked = threading.Event()
+        hold(monkeypatch, 60, has_looked)
         address = f"tcp://127.0.0.1:{free_port()}"
         data = write_text(tmp_path / "text.txt", num_lines=8, seed=1, lengths=(5, 5))
         found: dict[str, dict[str, Any]] = {}
@@ -264,6 +282,8 @@ class TestClient:
                     found[name] = {finding.topic: finding for finding in findings}
             except Exception as error:  # noqa: BLE001  # the test's to see
                 errors.append(error)
+            finally:
+                has_looked.set()
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -297,17 +317,23 @@ class TestClient:
         assert not (tmp_path / "clients").exists()
 
     def test_one_who_only_looks_is_not_waited_for(
-        self, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+        self,
+        make_model: Callable[..., Path],
+        federate: Callable[..., Finished],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A client that has said hello and nothing else is open during the whole run."""
         address = f"tcp://127.0.0.1:{free_port()}"
-        is_over = threading.Event()
+        is_there, is_over = threading.Event(), threading.Event()
+        hold(monkeypatch, 20, is_there)
         seen: list[str] = []
 
         def look() -> None:
             client = ClientSection(client_id="looker", server_address=address)
             link = Link(client, OpenGate(client, PolicySection()))
             seen.append(link.welcome.run_id)
+            is_there.set()
             is_over.wait(60)
             link.close()
 
@@ -331,17 +357,26 @@ class TestClient:
 
     @pytest.mark.parametrize("packing", [True, False])
     def test_rows_and_padding_are_those_of_the_run(
-        self, packing: bool, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+        self,
+        packing: bool,
+        make_model: Callable[..., Path],
+        federate: Callable[..., Finished],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        has_looked = threading.Event()
+        hold(monkeypatch, 1, has_looked)
         address = f"tcp://127.0.0.1:{free_port()}"
         data = write_text(tmp_path / "text.txt", num_lines=60, seed=1, lengths=(2, 16))
         found: dict[str, Any] = {}
 
         def look() -> None:
             until_it_listens(address)
-            found.update(
-                {each.topic: each for each in check_client(client_file(tmp_path, address, data, "clinic"), ())}
-            )
+            try:
+                findings = check_client(client_file(tmp_path, address, data, "clinic"), ())
+                found.update({each.topic: each for each in findings})
+            finally:
+                has_looked.set()
 
         thread = threading.Thread(target=look)
         thread.start()

@@ -20,8 +20,9 @@ from client_edge.link import SessionLost
 from client_edge.run import take_part
 from client_edge.speak import Speaker, speaker
 from splitfl.config import ClientConfig, DataSection
-from splitfl.errors import DataError, ModelError, PeerGone, Refused
+from splitfl.errors import DataError, ModelError, Refused
 from splitfl.protocol.messages import Decode, EndCache
+from splitfl.stopping import Stopped, StopRequest
 
 FAMILIES = [
     *("llama", "mistral", "gpt2", "gemma2", "qwen3"),
@@ -121,19 +122,23 @@ class TestTokens:
 
 
 def test_layers_are_those_of_the_last_merge(host: Callable[..., Host], tmp_path: Path) -> None:
-    served = host(federation={"num_rounds": 3, "local_steps": 30})
+    served = host(federation={"num_rounds": 100, "local_steps": 30})
     write_text(tmp_path / "text.txt", num_lines=20, seed=0)
     trainer = served.client("trainer").client.model_copy(update={"reconnect_timeout": 0.1})
     config = ClientConfig(client=trainer, data=DataSection(path=tmp_path / "text.txt", eval_fraction=0.0))
 
+    stop = StopRequest()
+
     def train() -> None:
-        with contextlib.suppress(PeerGone):  # it is not let come to its end
-            take_part(config, accept=True)
+        with contextlib.suppress(Stopped):  # it is not let come to its end
+            take_part(config, accept=True, stop=stop)
 
     thread = threading.Thread(target=train)
     thread.start()
     while not (served.folder / "run" / "trained.safetensors").exists():
         time.sleep(0.05)
+    stop.ask()  # so that no further merge comes while this one's layers are looked at
+    thread.join()
     with speaker(served.client(), accept=True) as said:
         merged = load_file(served.folder / "run" / "trained.safetensors")
         here = {name: p for name, p in said.model.named_parameters() if ".lora_" in name}
@@ -142,7 +147,6 @@ def test_layers_are_those_of_the_last_merge(host: Callable[..., Host], tmp_path:
         assert all(torch.equal(here[name], merged[name]) for name in first)
         assert any(here[name].any() for name in first if ".lora_B." in name), "what it began with is zero"
     served.stop()
-    thread.join()
 
 
 class TestDeclined:
@@ -194,24 +198,28 @@ class TestDeclined:
     def test_two_generations_at_once(self, host: Callable[..., Host]) -> None:
         errors: list[Exception] = []
         with speaker(host().client(), accept=True) as said:
-            under_way = threading.Event()
+            under_way, is_refused = threading.Event(), threading.Event()
+            pieces: list[Any] = []
 
-            class Slow(TextStreamer):
+            class Held(TextStreamer):
                 def put(self, value: Any) -> None:
-                    under_way.set()
-                    time.sleep(0.1)
+                    pieces.append(value)
+                    if len(pieces) == 3:  # the prompt comes before anything is asked for
+                        under_way.set()
+                        is_refused.wait(20)
 
             def second() -> None:
-                under_way.wait(10)
-                time.sleep(0.15)
+                under_way.wait(20)
                 try:
                     tokens(said.model, lengths=(9,))
                 except ModelError as error:
                     errors.append(error)
+                finally:
+                    is_refused.set()
 
             thread = threading.Thread(target=second)
             thread.start()
-            first = tokens(said.model, lengths=(9,), streamer=Slow(said.tokenizer))
+            first = tokens(said.model, lengths=(9,), streamer=Held(said.tokenizer))
             thread.join()
             assert first == tokens(whole_model("llama"), lengths=(9,))
             assert ["two generations at once" in str(error) for error in errors] == [True]

@@ -28,7 +28,7 @@ def train(make_model: Callable[..., Path], federate: Callable[..., Finished], tm
     model = make_model("llama")
 
     def run(*names: str, **federation: Any) -> Finished:
-        usual = {"num_rounds": 1, "local_steps": 2, "per_device_train_batch_size": 2, "step_timeout": 1.0}
+        usual = {"num_rounds": 1, "local_steps": 2, "per_device_train_batch_size": 2, "step_timeout": 2.0}
         settings = {
             "model": {"model_name_or_path": str(model)},
             "federation": {**usual, "min_available_clients": len(names), **federation},
@@ -131,9 +131,9 @@ def test_all_clients_go(train: Callable[..., Finished], monkeypatch: pytest.Monk
         return send(self, hidden_BSD, lengths_B, **more)
 
     monkeypatch.setattr(Link, "send_forward", gone)
-    finished = train("ash", "birch", num_rounds=2, wait_timeout=1.0)
+    finished = train("ash", "birch", num_rounds=2, wait_timeout=5.0)
     assert isinstance(finished.errors["server"], Incomplete)
-    assert "ended before its last round: waited 1 s (federation.wait_timeout) for 2 clients; ready: none" in str(
+    assert "ended before its last round: waited 5 s (federation.wait_timeout) for 2 clients; ready: none" in str(
         finished.errors["server"]
     )
     merged = [event for event in read_events(finished.run_dir / "metrics.jsonl") if event["event"] == "merged"]

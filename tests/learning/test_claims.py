@@ -129,7 +129,7 @@ def test_the_first_announcement_counts_over_a_restart(
     tree = {
         "model": {"model_name_or_path": str(make_model("llama"))},
         "federation": {
-            "num_rounds": 3,
+            "num_rounds": 8,
             "local_steps": 2,
             "min_available_clients": 3,
             "per_device_train_batch_size": 2,
@@ -158,11 +158,12 @@ def test_the_first_announcement_counts_over_a_restart(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     run.stop()
+    assert len(merges(list(read_events(run.metrics_path)))) < 8, "it was over before it was stopped"
     run.start()
     for thread in threads:
         thread.join(timeout=60)
     events = list(read_events(run.metrics_path))
-    assert [merge["clients"] for merge in merges(events)] == [NUM_LINES] * 3
+    assert [merge["clients"] for merge in merges(events)] == [NUM_LINES] * 8
     notes = [event["text"] for event in events if event["event"] == "note" and "examples" in event["text"]]
     assert set(notes) == {
         f"mallory says that it has {HUGE} examples; in a merge it weighs by the 9 that it announced when it joined this"

@@ -15,15 +15,16 @@ from splitfl.federation.strategies.fed_avg import FedAvg
 from splitfl.telemetry.metrics import Event, read_events
 
 NAMES = [f"clinic-{number}" for number in range(4)]
+NUM_ROUNDS = 10  # more than are over before the test has stopped the server
 
 
 @pytest.fixture
 def run(tmp_path: Path, make_model: Callable[..., Path]) -> ServedRun:
-    """A server of four rounds in which half of the clients train."""
+    """A server of ten rounds in which half of the clients train."""
     tree = {
         "model": {"model_name_or_path": str(make_model("llama"))},
         "federation": {
-            "num_rounds": 4,
+            "num_rounds": NUM_ROUNDS,
             "local_steps": 3,
             "fraction_train": 0.5,
             "min_available_clients": 4,
@@ -69,12 +70,12 @@ def test_who_is_drawn_to_train_follows_from_the_seed_over_a_restart(run: ServedR
         assert time.monotonic() < deadline
         time.sleep(0.05)
     run.stop()
-    assert len(events(run, "merged")) < 4, "it was over before it was stopped"
+    assert len(events(run, "merged")) < NUM_ROUNDS, "it was over before it was stopped"
     run.start()
     for thread in threads:
         thread.join(timeout=100)
-    assert len(events(run, "merged")) == 4
+    assert len(events(run, "merged")) == NUM_ROUNDS
     draw = FedAvg(FederationSection(fraction_train=0.5), StrategySection(), seed=run.config.seed).configure_train
     drawn = {event["round"]: event["trainers"] for event in events(run, "round_opened")}
-    assert drawn == {number: draw(number, NAMES) for number in (1, 2, 3, 4)}
+    assert drawn == {number: draw(number, NAMES) for number in range(1, NUM_ROUNDS + 1)}
     assert len({tuple(trainers) for trainers in drawn.values()}) > 1

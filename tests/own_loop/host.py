@@ -73,7 +73,7 @@ class Host(ServedRun):
         size = -1
         while (now := self.metrics_path.stat().st_size) != size:
             size = now
-            time.sleep(0.1)
+            time.sleep(0.25)
         return self._events(kind)
 
     def _events(self, kind: str) -> list[dict[str, Any]]:

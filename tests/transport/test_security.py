@@ -164,7 +164,7 @@ def test_a_server_hears_after_its_test_what_a_client_said_during_it(office: Offi
     with office.endpoint(office.client("clinic-a")) as endpoint:
         endpoint.send([b"hello"])
         office.listener.self_test(1.0)
-        arrived = hears(office.listener, 0.2)
+        arrived = hears(office.listener)
         assert arrived is not None
         assert bytes(arrived.frames[0]) == b"hello"
 
@@ -254,7 +254,7 @@ def test_hundreds_of_reconnections_leave_nothing_behind(office: Office) -> None:
     for _ in range(300):
         connect()
     _until(lambda: process.num_fds() <= descriptors + 4)
-    assert process.num_threads() <= threads
+    _until(lambda: process.num_threads() <= threads)
     assert process.memory_info().rss - rss < 16 << 20
 
 
