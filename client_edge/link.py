@@ -22,7 +22,7 @@ from torch import Tensor
 from client_edge.gate import Gate
 from client_edge.heard import heard
 from client_edge.partial import PartialFile
-from client_edge.progress import Progress
+from client_edge.progress import Arriving, Progress
 from client_edge.setbacks import Setbacks
 from client_edge.welcome import check_welcome, settings_of
 from splitfl import __version__
@@ -780,6 +780,8 @@ class Link:
 
     def _next(self, what: str) -> Message:
         say_at_s = time.monotonic() + _WAITING_AFTER_S
+        wire = self._endpoint.on_the_wire()
+        arriving = Arriving(wire.received if wire is not None else None, self.on_waiting)
         while True:
             self.stop.check()
             asked_s = time.monotonic()
@@ -800,7 +802,10 @@ class Link:
                 )
             if not self._check_progress(self._heartbeat.pong, wire, what):
                 self._setbacks.waited(time.monotonic() - asked_s)
-            if self._heartbeat.pong.waiting_for and time.monotonic() >= say_at_s:
+            coming = self._heartbeat.pong.bytes_sent - self._data_received
+            if coming >= _LARGE_BYTES and wire is not None:
+                arriving.at(coming, wire.received, now_s=time.monotonic())
+            elif self._heartbeat.pong.waiting_for and time.monotonic() >= say_at_s:
                 self.on_waiting(self._heartbeat.pong.waiting_for)
                 say_at_s = time.monotonic() + _WAITING_EVERY_S
 
