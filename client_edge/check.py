@@ -7,8 +7,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from client_edge.consent import Consent, sentences_of
 from client_edge.data import TrainBatches, padding_share
 from client_edge.gate import OpenGate, folder_of
@@ -16,6 +14,7 @@ from client_edge.link import Link
 from client_edge.policy import check_policy
 from client_edge.received import fetch_description
 from client_edge.run import Text, check_files, describe, read_text
+from client_edge.screen import screen
 from splitfl.config import ClientConfig, ClientSection, RunConfig
 from splitfl.models.foreign import foreign_cut
 from splitfl.models.source import WEIGHTS_FILE
@@ -55,7 +54,7 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
 
 
 def _tell(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+    screen().print(text, markup=False, highlight=False)
 
 
 def _server(link: Link) -> Finding:

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeAlias
 from splitfl.config import RunConfig, differences
 from splitfl.durability.disk import RealDisk, make_private_dir
 from splitfl.errors import NotAccepted
-from splitfl.telemetry.units import printable
+from splitfl.telemetry.units import counted, printable
 from splitfl.training.forecast import sight_of
 
 # Within a client's folder (client-runs/RUN/CLIENT), readable by its owner alone.
@@ -39,6 +39,8 @@ class Consent:
     exposure: dict[str, Any]
     agreed_at: str = ""
     how: str = ""
+    shown: tuple[str, ...] = ()
+    """The sentences that were accepted."""
     withdrawn_at: str = ""
 
     @classmethod
@@ -64,9 +66,9 @@ class Consent:
         names = {field.name for field in fields(cls)}
         if not isinstance(found, dict) or found.keys() != names:
             return None
-        trees = ("identity", "exposure")
-        is_sound = all(isinstance(found[name], dict if name in trees else str) for name in names)
-        return cls(**found) if is_sound else None
+        kinds = {"identity": dict, "exposure": dict, "shown": list}
+        is_sound = all(isinstance(found[name], kinds.get(name, str)) for name in names)
+        return cls(**found | {"shown": tuple(map(str, found["shown"]))}) if is_sound else None
 
     def write(self, folder: Path) -> None:
         """Remember it, for this user's eyes only."""
@@ -103,33 +105,36 @@ def require_consent(asked: Consent, run: RunConfig, folder: Path, answer: Answer
     how = answer(shown)
     if not how:
         changed = before is not None and not before.withdrawn_at
-        what = "the settings have changed since they were accepted" if changed else "nobody here has accepted them"
+        what = "it is not what was accepted earlier" if changed else "nobody here has accepted that"
         raise NotAccepted(
             f"run {asked.run_id} at {asked.server_address} lets the server see what is said above, and {what}: read it,"
-            " then start again with --accept, or answer y on a terminal. Nothing but this client's name was sent"
+            " then start again with --accept, or on a terminal, where you are asked. Nothing but this client's name was"
+            " sent"
         )
-    replace(asked, agreed_at=_now(), how=how).write(folder)
+    replace(asked, agreed_at=_now(), how=how, shown=tuple(shown)).write(folder)
 
 
 def sentences_of(asked: Consent, run: RunConfig, before: Consent | None = None) -> Iterator[str]:
     """Say in plain words what is to be accepted; what has changed comes first."""
-    key = f"the server's key is {asked.server_public_key}" if asked.server_public_key else "no keys, this machine alone"
+    key = f"the server's key is {asked.server_public_key}" if asked.server_public_key else "without keys"
     yield (
-        f"Run {asked.run_id} at {asked.server_address} ({key}) trains {run.model.model_name_or_path} with this client"
-        f" as {asked.client_id}. Fingerprint of what is agreed to: {asked.fingerprint:.16}."
+        f"Run {asked.run_id} at {asked.server_address} ({key}) trains {run.model.model_name_or_path} on this machine's"
+        f" text, with this client as {asked.client_id}."
     )
     if before is not None and before.withdrawn_at:
         yield f"An earlier consent to this run was withdrawn at {before.withdrawn_at}."
     elif before is not None:
         yield f"Changed since {before.agreed_at}: {'; '.join(before.changes(asked)) or 'the name of the run'}."
     yield (
-        f"Blocks on this machine: {run.model.bottom_layers} below the first cut and {run.model.top_layers} above the"
-        " last; the server computes the others."
+        "This machine computes the embedding and the head of the model,"
+        f" {counted(run.model.bottom_layers, 'block')} below the first cut and"
+        f" {counted(run.model.top_layers, 'block')} above the last. The server computes the blocks in between."
     )
     yield from sight_of(run).sentences
     yield (
         "Accepting bounds what this client does: other settings of this kind, or another key, are refused until they"
-        " are accepted too. It hides nothing from the server."
+        " are accepted too. It hides nothing from the server. `splitfl consent show` shows later what was accepted"
+        f" (fingerprint {asked.fingerprint:.16}), and `splitfl consent withdraw` ends it."
     )
 
 

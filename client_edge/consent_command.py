@@ -60,6 +60,9 @@ def _consents(config: "ClientConfig") -> Iterator[tuple[Path, "Consent"]]:
 
 
 def _show(found: dict[Path, "Consent"], *, as_json: bool) -> None:
+    from client_edge.consent import CONSENT_FILE
+    from splitfl.telemetry.units import printable
+
     if as_json:
         sys.stdout.write(json.dumps([asdict(consent) for consent in found.values()]) + "\n")
         return
@@ -69,8 +72,9 @@ def _show(found: dict[Path, "Consent"], *, as_json: bool) -> None:
         sys.stdout.write(
             f"run {consent.run_id} at {consent.server_address} ({key}): {state}\n"
             f"  agreed {consent.agreed_at} ({consent.how}), as {consent.client_id}\n"
-            f"  fingerprint {consent.fingerprint}\n  settings in {folder}\n"
+            f"  fingerprint {consent.fingerprint}\n  settings in {folder / CONSENT_FILE}\n"
         )
+        sys.stdout.writelines(f"  - {printable(sentence)}\n" for sentence in consent.shown)
     if not found:
         sys.stdout.write("no consent was given here\n")
 

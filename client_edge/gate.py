@@ -82,12 +82,29 @@ def answers_for(accept: bool | str, tell: Callable[[str], None]) -> Answer:
             return accepts_with(accept if isinstance(accept, str) else "accept=True")(sentences)
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             return ""
-        sys.stderr.write("Take part, and let the server see this? [y/N] ")
-        sys.stderr.flush()
-        said = sys.stdin.readline().strip().lower() in ("y", "yes")
-        return f"asked on the terminal, by {_user()}" if said else ""
+        if not _says_yes():
+            raise NotAccepted(
+                "not accepted, so this client takes no part. Nothing but its name was sent this time; the same command"
+                " asks again"
+            )
+        return f"asked on the terminal, by {_user()}"
 
     return answer
+
+
+def _says_yes() -> bool:
+    """Ask on the terminal, and leave it at the beginning of a line whatever comes: an answer, Ctrl-D or Ctrl-C."""
+    sys.stderr.write("Take part, and let the server see this? [y/N] ")
+    sys.stderr.flush()
+    said = ""
+    try:
+        said = sys.stdin.readline()
+    except UnicodeDecodeError:  # typed in another encoding, and no y in ours
+        said = "?\n"
+    finally:
+        if not said.endswith("\n"):
+            sys.stderr.write("\n")
+    return said.strip().lower() in ("y", "yes")
 
 
 def _user() -> str:

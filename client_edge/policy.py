@@ -16,16 +16,19 @@ from splitfl.protocol.messages import Welcome
 # Within a client's folder: what it has given to the run so far, over all its starts.
 SPENT_FILE = "spent.json"
 _WRITE_EVERY_S = 10.0
-_OTHERWISE = "set it so in your file if you want to take part, or ask the server's operator for other settings"
+_OTHERWISE = (
+    "To take part all the same, change [policy] in your own file (docs/consent.md); or ask the server's operator for"
+    " other settings"
+)
 
 
 def check_policy(policy: PolicySection, run: RunConfig, welcome: Welcome) -> None:
     """Raise `NotAllowed` for settings or files that this client does not take part with."""
     objections = policy.objections_to(run)
     if (size := sum(welcome.file_sizes)) > policy.max_file_bytes:
-        objections.append(f"{size} bytes of files, and policy.max_file_bytes = {policy.max_file_bytes}")
+        objections.append(f"{size:,} bytes of files (policy.max_file_bytes = {policy.max_file_bytes:,})")
     if objections:
-        raise NotAllowed(f"your policy does not allow this run: {'; '.join(objections)}: {_OTHERWISE}")
+        raise NotAllowed(f"your policy does not allow this run: {'; '.join(objections)}. {_OTHERWISE}")
 
 
 def check_known(policy: PolicySection, digest: str, own_digest: Callable[[], str], adapters: TensorFile | None) -> None:
@@ -39,7 +42,8 @@ def check_known(policy: PolicySection, digest: str, own_digest: Callable[[], str
     if digest != wanted:
         raise NotAllowed(
             f"the server's layers have SHA-256 {digest:.16}..., and policy.known_weights wants {wanted:.16}...: they"
-            " are not those of the checkpoint that you know, or the model is cut elsewhere"
+            " are not those of the checkpoint that you know, or the model is cut elsewhere (`splitfl check` prints the"
+            " server's). Ask the server's operator, or set policy.known_weights anew"
         )
     for name in adapters or ():
         if ".lora_B." in name and adapters is not None and bool(torch.count_nonzero(adapters[name])):

@@ -23,6 +23,7 @@ from client_edge.link import Link, ServerStops
 from client_edge.loop import Step, report_layers, train
 from client_edge.received import fetch_description, fetch_layers, first_layers
 from client_edge.run_folder import RUN_FILE, STATE_DIR, check_run, write_run
+from client_edge.screen import screen
 from client_edge.totals import Totals, totals_before
 from splitfl.config import ClientConfig, RunConfig, differences
 from splitfl.durability.disk import make_private_dir
@@ -77,7 +78,7 @@ def take_part(
     if config.client.num_threads:
         torch.set_num_threads(config.client.num_threads)
     device = open_device(config.client.device, "client.device")
-    console = Console(stderr=True, soft_wrap=True)
+    console = screen()
     with ExitStack() as stack:
 
         def tell(text: str) -> None:

@@ -14,6 +14,7 @@ from client_edge.gate import Gate, answers_for, folder_of
 from client_edge.generation import FarGenerator
 from client_edge.link import Link
 from client_edge.received import fetch_description, fetch_layers
+from client_edge.screen import screen
 from splitfl.config import ClientConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import DataError, ModelError
@@ -133,7 +134,7 @@ def speaker(config: ClientConfig, *, accept: bool | str = False) -> Iterator[Spe
 
 
 def _tell(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    screen().print(text, markup=False, highlight=False)
 
 
 def _take_merged_layers(link: Link, cut: Cut) -> None:

@@ -767,11 +767,11 @@ class PolicySection(Section):
         federation = run.federation
         for name in ("bottom_layers", "top_layers"):
             if (found := getattr(run.model, name)) < (least := getattr(self, f"min_{name}")):
-                yield f"model.{name} = {found}, and policy.min_{name} = {least}"
+                yield f"model.{name} = {found} (policy.min_{name} = {least})"
         if run.train.embeddings and not self.allow_embeddings:
-            yield "train.embeddings = true, and policy.allow_embeddings = false"
+            yield "train.embeddings = true (policy.allow_embeddings = false)"
         if run.evaluation.generates and not self.allow_answers:
-            yield "evaluation.measures answers prompts through the server, and policy.allow_answers = false"
+            yield "evaluation.measures has prompts answered through the server (policy.allow_answers = false)"
         bounds = {
             "federation.num_rounds": (federation.num_rounds, "max_rounds"),
             "federation.num_rounds * local_steps": (run.total_steps, "max_steps"),
@@ -780,7 +780,7 @@ class PolicySection(Section):
         }
         for name, (value, bound) in bounds.items():
             if value > (most := getattr(self, bound)):
-                yield f"{name} = {value:,}, and policy.{bound} = {most:,}"
+                yield f"{name} = {value:,} (policy.{bound} = {most:,})"
 
 
 class Config(Section):

@@ -77,7 +77,8 @@ class Authorize:
             return
         sys.stdout.write(
             f"{arguments.client_id} is let in from now on, by running servers with these keys within a second.\n"
-            f"Send {path} to it (nothing in it is secret, but it must come from you): it sets client.enrolment to it.\n"
+            f"Send {path} to that client, which sets client.enrolment to it. Nothing in it is secret, but it must come"
+            " from you.\n"
         )
 
 

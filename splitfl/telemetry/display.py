@@ -392,7 +392,7 @@ def _header(progress: RunProgress, elapsed_s: float) -> Text:
 
 def _client_table(progress: RunProgress) -> Table:
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-    table.add_column("client", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("client", ratio=1, min_width=8, no_wrap=True, overflow="ellipsis")
     table.add_column("state", no_wrap=True)
     for name in ("round", "step", "loss", "tokens/s", "sent", "received"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,12 +1,15 @@
 """Consent is asked for once, remembered, asked for again when something changes, and can be withdrawn."""
 
+import fcntl
 import json
 import os
 import pty
 import select
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,7 +132,7 @@ def test_without_a_terminal_nobody_has_accepted_until_accept(
     code, said = started(capsys, client(served))
     assert code == 12
     assert READABLE in said
-    assert "nobody here has accepted them" in said
+    assert "nobody here has accepted that" in said
     assert "--accept" in said
     assert "Traceback" not in said
     assert list((tmp_path / "clients").rglob("*.json")) == []  # nothing was fetched, written or trained
@@ -162,7 +165,7 @@ def test_once_is_enough_until_something_changes(
     assert code == 12
     assert "Changed since" in said
     assert "evaluation.measures was [], and is ['accuracy']" in said
-    assert "have changed since they were accepted" in said
+    assert "it is not what was accepted earlier" in said
 
 
 def test_a_policy_is_before_consent(
@@ -171,7 +174,7 @@ def test_a_policy_is_before_consent(
     served = serve(model={"bottom_layers": 0})
     code, said = started(capsys, client(served), "--accept")
     assert code == 11
-    assert "model.bottom_layers = 0, and policy.min_bottom_layers = 1" in said
+    assert "model.bottom_layers = 0 (policy.min_bottom_layers = 1)" in said
     assert not (tmp_path / "client-cache").exists()
     with pytest.raises(NotAllowed, match="min_bottom_layers"):
         list(check_client(tmp_path / "client.toml", []))
@@ -286,31 +289,129 @@ class TestWithdrawing:
         assert (code, "has consented to 0 runs (none)" in said) == (2, True)
 
 
-@pytest.mark.parametrize(("said", "code"), [("y\n", 0), ("n\n", 12), ("\n", 12)])
-def test_on_a_terminal_it_asks(
-    serve: Callable[..., ServedRun], client: Callable[..., Path], said: str, code: int
-) -> None:
-    """Through a pseudo-terminal, answered after a while: the server has taken the silence for the end by then."""
-    file = client(serve())
-    terminal, other_end = pty.openpty()
-    command = [sys.executable, "-m", "client_edge", "--config", str(file)]
-    process = subprocess.Popen(command, stdin=other_end, stdout=other_end, stderr=other_end, start_new_session=True)
-    os.close(other_end)
-    shown = b""
-    try:
+# A shell gives its commands the terminal, so that Ctrl-C there is a signal to them.
+_ON_A_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+class Terminal:
+    """A client that is started on a terminal of so many columns."""
+
+    def __init__(self, file: Path, *, columns: int = 80) -> None:
+        self._end, its_end = pty.openpty()
+        fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        command = [sys.executable, "-c", _ON_A_TERMINAL, sys.executable, "-m", "client_edge", "--config", str(file)]
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            command,
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+            start_new_session=True,
+            env=environment | {"TERM": "xterm"},
+        )
+        os.close(its_end)
+        self.shown = ""
+
+    def answer(self, said: str, *, after_s: float = 0.0) -> tuple[int, list[str]]:
+        """Answer the question when it comes; return the exit code and the lines on the screen."""
         deadline = time.monotonic() + 100
-        while process.poll() is None and time.monotonic() < deadline:
-            if select.select([terminal], [], [], 0.2)[0]:
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if select.select([self._end], [], [], 0.2)[0]:
                 try:
-                    shown += os.read(terminal, 4096)
+                    self.shown += os.read(self._end, 4096).decode()
                 except OSError:  # the other end is closed
                     break
-            if b"[y/N]" in shown and said:
-                time.sleep(1.5)
-                os.write(terminal, said.encode())
+            if said and "[y/N] " in self.shown:
+                time.sleep(after_s)
+                os.write(self._end, said.encode())
                 said = ""
-        assert process.wait(timeout=20) == code, shown[-2000:]
-    finally:
-        process.kill()
-        os.close(terminal)
-    assert b"lets the server see" in shown or b"The server sees" in shown
+        return self.process.wait(timeout=20), self.shown.replace("\r", "").splitlines()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._end)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    started: list[Terminal] = []
+
+    def start(file: Path, **more: int) -> Terminal:
+        started.append(Terminal(file, **more))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def test_a_yes_on_a_terminal_that_takes_a_while(
+    serve: Callable[..., ServedRun], client: Callable[..., Path], terminal: Callable[..., Terminal]
+) -> None:
+    """The server has taken the silence for the end by then."""
+    code, lines = terminal(client(serve())).answer("y\n", after_s=1.5)
+    assert code == 0, lines
+    assert "Take part, and let the server see this? [y/N] y" in lines
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "ends"),
+    [
+        ("n\n", 12, "not accepted, so this client takes no part"),
+        ("\n", 12, "not accepted"),
+        ("yes, if it is safe\n", 12, "not accepted"),
+        ("\x04", 12, "not accepted"),  # Ctrl-D
+        ("\x03", 130, "interrupted"),  # Ctrl-C
+    ],
+)
+def test_anything_but_a_yes_on_a_terminal(
+    serve: Callable[..., ServedRun],
+    client: Callable[..., Path],
+    terminal: Callable[..., Terminal],
+    tmp_path: Path,
+    said: str,
+    code: int,
+    ends: str,
+) -> None:
+    served = serve()
+    ended, lines = terminal(client(served), columns=60).answer(said)
+    assert ended == code, lines
+    (question,) = [at for at, line in enumerate(lines) if line.startswith("Take part, ")]
+    assert lines[question + 1].startswith(f"splitfl client: {ends}")
+    assert list((tmp_path / "clients").rglob("*.json")) == []
+    assert "client_joined" not in kinds(served)
+    # what is to be accepted is broken between words, and each part begins with whose it is
+    text = lines[:question]
+    assert all(len(line) <= 60 for line in text), text
+    assert READABLE in " ".join(" ".join(text).split())
+    assert sum(line.startswith("clinic: ") for line in text) == 5
+
+
+def test_on_a_terminal_a_change_is_shown_as_a_difference(
+    serve: Callable[..., ServedRun],
+    client: Callable[..., Path],
+    terminal: Callable[..., Terminal],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    served = serve()
+    file = client(served)
+    assert started(capsys, file, "--accept")[0] == 0
+    served.stop()
+    shutil.rmtree(served.run_dir)
+    serve(evaluation={"measures": ["accuracy"]})
+    code, lines = terminal(file, columns=1000).answer("n\n")
+    assert code == 12
+    assert lines[1].startswith("clinic: Changed since 20")
+    assert lines[1].endswith(": evaluation.measures was [], and is ['accuracy'].")
+
+
+def test_what_was_accepted_is_shown_later(
+    serve: Callable[..., ServedRun], client: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = client(serve())
+    assert started(capsys, file, "--accept")[0] == 0
+    run_one("consent", ConsentCommand(), ["show", "--config", str(file)])
+    assert f"  - {READABLE}\n" in capsys.readouterr().out

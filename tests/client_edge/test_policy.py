@@ -29,8 +29,8 @@ def test_the_shipped_settings_pass_the_shipped_policy() -> None:
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"model": {"bottom_layers": 0}}, "model.bottom_layers = 0, and policy.min_bottom_layers = 1"),
-        ({"model": {"top_layers": 0}}, "model.top_layers = 0, and policy.min_top_layers = 1"),
+        ({"model": {"bottom_layers": 0}}, "model.bottom_layers = 0 (policy.min_bottom_layers = 1)"),
+        ({"model": {"top_layers": 0}}, "model.top_layers = 0 (policy.min_top_layers = 1)"),
         ({"train": {"embeddings": True}}, "policy.allow_embeddings = false"),
         ({"evaluation": {"measures": ["exact_match"]}}, "policy.allow_answers = false"),
         ({"evaluation": {"measures": ["rouge_l"]}}, "policy.allow_answers = false"),

@@ -63,6 +63,12 @@ def test_a_line_is_never_wrapped(events):
     assert shown(events, width=30) == shown(events, width=300)
 
 
+def test_a_narrow_panel_keeps_the_clients_names(events):
+    joined = [event | {"client_id": event["client_id"] * 5} for event in events[1:3]]
+    text = shown([events[0], *joined], terminal=True, width=50)
+    assert "clinic-" in text.splitlines()[-3]
+
+
 def test_step_lines_come_at_most_every_two_seconds(events):
     step = next(event for event in events if event["event"] == "step")
     steps = [step | {"elapsed_s": 6.0 + number / 2} for number in range(9)]  # 6.0 to 10.0
