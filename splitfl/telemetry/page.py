@@ -3,6 +3,7 @@
 import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
 
@@ -38,6 +39,7 @@ def render_page(report: Report) -> str:
         _measure_section(report),
         _client_section(report),
         _merge_section(report),
+        _changes_section(report),
         _limits_section(),
         _settings_section(report),
     ]
@@ -66,6 +68,8 @@ def _unfinished(report: Report) -> str:
     if report["complete"]:
         return ""
     why = f" It was {_text(report['stopped'])}." if report.get("stopped") else ""
+    if report.get("reason"):
+        why = f" Why: {_text(_without_paths(report['reason']))}."
     known = "The numbers below are what was known when it stopped."
     return f'<p class="banner">This run did not finish.{why} {known}</p>'
 
@@ -323,6 +327,23 @@ def _equal(merge: Mapping[str, Any]) -> Cell:
     same = sum(digest == merge["digest"] for digest in digests.values())
     answer = '<span class="good">yes</span>' if merge["equal"] else '<span class="bad">no</span>'
     return f"{answer} ({same} of {max(len(digests), len(merge['clients']))})"
+
+
+def _changes_section(report: Report) -> str:
+    """Show which settings were others at an earlier start."""
+    rows = [
+        [_when(each["time"]), f"<code>{_text(each['name'])}</code>", _setting(each["before"]), _setting(each["now"])]
+        for each in report["settings_changed"]
+    ]
+    header = ["from the start at (UTC)", "setting", "before", "now"]
+    return _section("Settings changed between starts", _table(header, rows, num_words=4)) if rows else ""
+
+
+def _when(seconds: float | None) -> Cell:
+    """Write seconds since 1970 as a date and time in UTC."""
+    if seconds is None:
+        return _DASH
+    return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def _limits_section() -> str:

@@ -19,7 +19,7 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 var(--font); }
-main { max-width: 1080px; margin: 0 auto; padding: 48px 24px 72px; }
+main { max-width: 1180px; margin: 0 auto; padding: 48px 24px 72px; }
 h1 { margin: 0; font-size: 34px; line-height: 1.2; letter-spacing: -0.02em; overflow-wrap: anywhere; }
 h2 { margin: 0 0 14px; font-size: 20px; letter-spacing: -0.01em; }
 h3 { margin: 20px 0 8px; font-size: 15px; }

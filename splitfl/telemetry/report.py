@@ -39,6 +39,7 @@ def build_report(events: Sequence[Event]) -> Report:
     return {name: started.get(name) for name in _STARTED_FIELDS} | {
         "complete": bool(finished.get("complete", False)),
         "date": _date(events),
+        "reason": finished.get("reason") or None,
         "stopped": None if finished else _last(lives[-1] if lives else (), "run_stopped").get("reason"),
         "wall_seconds": _wall_seconds(lives),
         "num_rounds": sum(merge["accepted"] for merge in merges),

@@ -396,3 +396,28 @@ def test_where_nothing_was_measured_there_is_no_table(events, tmp_path):
     report = build_report(without(events, "evaluated"))
     assert measures_table(report) is None
     assert "Held-out measures" not in Outline(page_of(report, tmp_path)).text
+
+
+def test_settings_that_were_changed_between_starts_are_shown(events, tmp_path):
+    assert "Settings changed" not in Outline(page_of(build_report(events), tmp_path)).text
+    changes = [
+        {"name": "federation.step_timeout", "before": 120.0, "now": 30.0},
+        {"name": "<b>", "before": None, "now": ["<i>&", "/secret/place/file"]},
+    ]
+    report = build_report([*events, {"event": "settings_changed", "time": 1_800_000_000.0, "changes": changes}])
+    page = page_of(report, tmp_path)
+    text = Outline(page).text
+    assert "Settings changed between starts" in text
+    assert "2027-01-15 08:00federation.step_timeout120.030.0" in text
+    assert "2027-01-15 08:00<b>\u2013<i>&, …/file" in text
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert "/secret" not in page
+
+
+def test_a_run_that_ended_early_says_why(events, tmp_path):
+    ended = events[-1] | {"complete": False, "reason": "waited 600 s for <b>; see /secret/place"}
+    page = page_of(build_report([*events[:-1], ended]), tmp_path)
+    said = "This run did not finish. Why: waited 600 s for <b>; see …/place. The numbers below"
+    assert said in Outline(page).text
+    assert "<b>" not in page
