@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from client_edge.consent import Consent
     from splitfl.config import ClientConfig
 
-# A server that is there answers at once; one that is not hears of it never.
+# A server that is there answers at once; one that is not is not waited for.
 _TELLING_S = 10.0
 
 
@@ -109,7 +109,7 @@ def _tell(config: "ClientConfig", consent: "Consent") -> str:
 
     client = config.client.model_copy(update={"connect_timeout": min(_TELLING_S, config.client.connect_timeout)})
     try:
-        link = Link(client, OpenGate(client, config.policy))
+        link = Link(client, OpenGate(client, config.policy), tell=lambda _: None, is_patient=False)
     except SplitflError as error:
         return str(error)
     try:

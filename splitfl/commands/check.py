@@ -33,7 +33,7 @@ class Check:
             for finding in entry.load()(arguments.config, arguments.overrides):
                 found[finding.topic] = {"says": list(finding.sentences), **finding.numbers}
                 if not arguments.json:
-                    sys.stdout.write("".join(f"{finding.topic:<8} {sentence}\n" for sentence in finding.sentences))
+                    sys.stdout.write("".join(f"{finding.topic:<10} {sentence}\n" for sentence in finding.sentences))
                     sys.stdout.flush()
         except SplitflError as error:
             found["error"] = {"says": str(error), "exit_code": error.exit_code}

@@ -60,7 +60,7 @@ class Demo:
         report, page = run_demo(arguments, console)
         if arguments.json:
             sys.stdout.write(json.dumps(report) + "\n")
-        console.print(f"\nreport: {page}\nrun: {page.parent}", markup=False)
+        console.print(f"\nreport: {page}", markup=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +253,8 @@ def _tell(report: Mapping[str, Any], console: "Console") -> None:
     (example,) = report["samples"]
     console.print(f"\n{example['prompt']}", markup=False)
     for name in ("before", "after", "reference"):
-        console.print(f"  {name:<9} {example[name]}", markup=False)
+        lines = example[name].replace("\n", "\n" + " " * 12)
+        console.print(f"  {name:<9} {lines}", markup=False)
     equal = all(merge["equal"] for merge in report["merges"])
     peak = format_bytes(report["peak_pss_bytes"])
     console.print(

@@ -68,6 +68,7 @@ def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     address = f"tcp://127.0.0.1:{free_port()}"
     settings = config.model_dump(mode="json", exclude_none=True)
     settings["server"] |= {"address": address, "run_id": run_id}
+    settings["server"].pop("keys", None)  # nothing leaves this machine, and these clients have none
     settings["federation"] |= {"min_available_clients": arguments.num_clients}
     # one user is both parties here, so nothing is kept from the run; what a clinic's own policy would say is said
     policy, objections = _policy_for(config), PolicySection().objections_to(config)

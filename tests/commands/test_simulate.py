@@ -24,6 +24,7 @@ def test_simulate_deals_by_a_field_and_trains(make_model: Callable[..., Path], t
         runs_dir = "{tmp_path}/runs"
         run_id = "try"
         cache_dir = "{tmp_path}/cache"
+        keys = "{tmp_path}/keys-for-other-machines"
         [model]
         model_name_or_path = "{make_model()}"
         [federation]
