@@ -24,7 +24,7 @@ from client_edge.loop import Step, report_layers, train
 from client_edge.received import fetch_description, fetch_layers, first_layers
 from client_edge.run_folder import RUN_FILE, STATE_DIR, check_run, write_run
 from client_edge.screen import screen
-from client_edge.totals import Totals, totals_before
+from client_edge.totals import Totals, goodbye_before, totals_before
 from splitfl.config import ClientConfig, RunConfig, differences
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
@@ -204,7 +204,8 @@ class Participation:
         self._begun_s = begun_s
         self._federation = link.run.federation
         self._round_number = 0
-        self._has_said_goodbye = False
+        parted_after = goodbye_before(metrics.path)
+        self._has_said_goodbye = parted_after == journal.place.held_round >= self._federation.num_rounds
         self._batches = TrainBatches.of(text.train, link.run, config.client)
 
     def run(self) -> None:
@@ -222,7 +223,14 @@ class Participation:
         )
         self._link.on_waiting = lambda text: self._emit("waiting", text=text)
         self._link.on_settings = self._adopt
-        self._persist(self._resume, settles=False)
+        try:
+            self._persist(self._resume, settles=False)
+        except (PeerGone, Refused) as gone:
+            if not self._was_done_before(gone):
+                raise
+            self._emit("note", text=f"the run was over before this client came back to it: {gone}")
+            self._journal.finished()
+            return
         while True:
             self._persist(self._train)
             try:
@@ -246,6 +254,10 @@ class Participation:
         """Tell whether nothing is lost with this answer: the run has gone through, or our goodbye went unanswered."""
         code = gone.code if isinstance(gone, Refused) else ""  # none where nobody, or another run, answers there
         return code == Why.FINISHED if code else self._has_said_goodbye
+
+    def _was_done_before(self, gone: PeerGone | Refused) -> bool:
+        """Tell whether the run is over for a client that was away, and that had done everything."""
+        return self._journal.place.held_round >= self._federation.num_rounds and self._may_end_without(gone)
 
     def _train(self) -> None:
         self._has_said_goodbye = False
@@ -398,6 +410,7 @@ class Participation:
             **self._earlier.and_then(self._totals()).as_fields(),
         }
         self._has_said_goodbye = True
+        self._emit("says_goodbye", round=self._journal.place.held_round)
         self._link.goodbye({name: float(value) for name, value in totals.items()})
         self._emit("client_done", **totals)
 

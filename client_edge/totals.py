@@ -43,6 +43,12 @@ def totals_before(path: Path) -> Totals:
     return total.and_then(life)
 
 
+def goodbye_before(path: Path) -> int:
+    """Return the merge after which an earlier process has said goodbye, -1 if none has; who has may be killed then."""
+    events = read_events(path) if path.exists() else ()
+    return max((int(event["round"]) for event in events if event["event"] == "says_goodbye"), default=-1)
+
+
 def _read(event: Event) -> Totals:
     known: Mapping[str, Any] = {name: event[name] for name in asdict(Totals()) if event.get(name) is not None}
     return Totals(**{"wall_seconds": event["elapsed_s"], **known})

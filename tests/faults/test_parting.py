@@ -1,5 +1,6 @@
 """The last words between a client and the server may be lost: whoever has done everything ends with 0."""
 
+import signal
 import time
 from collections.abc import Callable
 
@@ -65,3 +66,25 @@ def test_the_server_dies_before_its_farewell(town: Callable[..., Town]) -> None:
     run.start("server")
     assert run.end_of("clinic-0")[0] == run.end_of("server")[0] == 0
     assert run.report()["complete"]
+
+
+def test_a_client_that_was_killed_at_its_goodbye_and_comes_back_to_a_run_that_ends(town: Callable[..., Town]) -> None:
+    """The server ends before it could resume: everything was done, so it ends soon, and with 0."""
+    run = town(2, pause={"server": "goodbye-before-farewell:1:20"}, **SHORT)
+    run.wait_until_it_says("server", "paused at")
+    time.sleep(0.5)  # it has written by then that this client has finished
+    run.processes["server"].kill()
+    (done,) = [event["client_id"] for event in run.events("client_done")]
+    (other,) = set(run.names) - {done}
+    run.processes[other].send_signal(signal.SIGSTOP)
+    run.processes[done].kill()
+    run.processes[done].wait(10)
+    run.start("server")
+    run.start(done)
+    run.wait_until_it_says(done, "joined run")
+    run.processes[done].send_signal(signal.SIGSTOP)
+    run.processes[other].send_signal(signal.SIGCONT)
+    assert [run.end_of(name)[0] for name in (other, "server")] == [0, 0]
+    run.processes[done].send_signal(signal.SIGCONT)
+    assert run.end_of(done)[0] == 0, run.processes[done].said()
+    assert run.verdict().problems == []
