@@ -181,15 +181,19 @@ def uploads(run: Town) -> list[list[tuple[str, int]]]:
 def with_a_slow_client(town: Callable[..., Town], num_merges: int, **settings: Any) -> Town:
     """FedBuff with a client that stops in its first turn while the other goes on, on a backbone that does not learn."""
     independent = {**BUFFERED, "federation__server_mode": "frozen", "federation__num_rounds": num_merges}
-    run = town(2, **{**independent, **PATIENT, **settings}, pause={"clinic-1": "step-before-record:3:60"})
+    # the other is in its seventh turn, after three merges, when the slow one goes on
+    pause = {"clinic-1": "step-before-record:3:60", "clinic-0": "step-before-record:26:60"}
+    run = town(2, **{**independent, **PATIENT, **settings}, pause=pause)
     freeze(run, "clinic-1")
+    run.wait_until_it_pauses("clinic-0")
+    run.wait_for("merged", 3)
+    thaw(run, "clinic-1")
+    run.go_on("clinic-0")
     return run
 
 
 def test_fed_buff_does_not_wait_for_a_slow_client_and_counts_it_less(town: Callable[..., Town]) -> None:
     run = with_a_slow_client(town, 14)
-    run.wait_for("merged", 3)
-    thaw(run, "clinic-1")
     assert_all_end_well(run)
     found = uploads(run)
     assert found[:3] == [[("clinic-0", 0), ("clinic-0", 0)]] * 3
@@ -204,8 +208,6 @@ def test_fed_buff_does_not_wait_for_a_slow_client_and_counts_it_less(town: Calla
 
 def test_fed_buff_drops_what_is_too_stale_and_says_so(town: Callable[..., Town]) -> None:
     run = with_a_slow_client(town, 14, strategy__max_staleness=1)
-    run.wait_for("merged", 3)
-    thaw(run, "clinic-1")
     assert_all_end_well(run)
     dropped = run.events("upload_dropped")[0]
     assert dropped["client_id"] == "clinic-1"
