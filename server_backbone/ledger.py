@@ -108,7 +108,8 @@ class RunState:
     held_round: int = 0
     """What clients hold: the number of the last merge, or the one above it once the run ends with an earlier one's."""
     last_merge: dict[str, Any] = field(default_factory=dict)
-    """What the log says of the last merge: accepted, reason, and weights by upload."""
+    """What the log says of the last merge: accepted, reason, weights by upload, how far they have moved, and, with a
+    buffer, its uploads."""
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
     """What clients measured of the last merge's layers, by client."""
     folded: dict[str, float] = field(default_factory=dict)
@@ -223,7 +224,7 @@ class RunState:
             case "merge":
                 self.durable_step = self.round.first_step + self.round.num_steps - 1 if self.round else 0
                 self.num_merged = self.held_round = entry["round"]
-                self.last_merge = {name: entry[name] for name in ("accepted", "reason", "weights")}
+                self.last_merge = self._of_merge(entry)
                 self.measured = {}
                 self.round = None
                 if entry["accepted"]:
@@ -250,6 +251,22 @@ class RunState:
             case "went_back":
                 self.members[entry["client_id"]] = MemberState(**entry["member"])
                 self.weights_of = entry["commit_number"]
+
+    def _of_merge(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is told of a merge; while its uploads are still in the buffer, if it has one."""
+        told = {name: entry[name] for name in ("accepted", "reason", "weights")} | {"moved": entry.get("moved", {})}
+        if "taken" not in entry:
+            return told
+        uploads = [
+            {
+                "name": name,
+                "client_id": self.buffer[name].client_id,
+                "weight": self.buffer[name].weight,
+                "staleness": entry["round"] - 1 - self.buffer[name].begun,
+            }
+            for name in entry["taken"]
+        ]
+        return told | {"uploads": uploads}
 
     def _committed(self, entry: Mapping[str, Any]) -> None:
         self.commit_number = self.weights_of = entry["number"]

@@ -28,9 +28,11 @@ def untold(state: RunState, events: Sequence[Event], *, num_tensors: int, digest
                 "accepted": state.last_merge["accepted"],
                 "reason": state.last_merge["reason"],
                 "clients": _by_client(state.last_merge["weights"]),
+                "moved": state.last_merge["moved"],
                 "absent": [],
                 "num_tensors": num_tensors,
                 "digest": digest,
+                **{name: state.last_merge[name] for name in ("uploads",) if name in state.last_merge},
             },
         )
 
