@@ -267,9 +267,18 @@ class Link:
         joined_s = time.monotonic()
         self._admit(self.welcome, self.run)
         if time.monotonic() - joined_s > _READING_S:  # a server takes such a silence for the end
-            self._start_over()
+            self._join_again()
         else:
             self._begin()
+
+    def _join_again(self) -> None:
+        try:
+            self._start_over()
+        except PeerGone as gone:
+            raise PeerGone(
+                f"{self.address} has gone while its settings were read ({gone}); that they were accepted is kept: start"
+                " the same command when the server is back"
+            ) from None
 
     def _admit(self, welcome: Welcome, run: RunConfig) -> None:
         try:

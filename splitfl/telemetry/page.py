@@ -116,8 +116,9 @@ def _loss_section(report: Report) -> str:
     if any(training.values()):
         figures.append(_figure(plots.plot_training(training), "Training loss by step: smoothed, raw points faint."))
     if any(held_out.values()):
-        plot = plots.plot_held_out(held_out, _mean_points(held_out), ended=_has_end(report))
-        mean = " Broad grey line: mean over clients." if len(held_out) > 1 else ""
+        means = _mean_points(held_out)
+        plot = plots.plot_held_out(held_out, means, ended=_has_end(report))
+        mean = " Broad grey line: mean over clients." if len(held_out) > 1 and len(means) > 1 else ""
         figures.append(_figure(plot, f"Loss on each client's held-out text (dots).{mean}"))
     if not figures:
         return _section("Loss", "<p>No step was committed and nothing was evaluated.</p>")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from client_edge.check import check_client
 from client_edge.command import Client
 from client_edge.consent import CONSENT_FILE, Consent
 from client_edge.consent_command import ConsentCommand
+from client_edge.gate import Gate
+from client_edge.link import Link
 from splitfl.command_line import run_one
-from splitfl.config import RunConfig, ServerConfig
-from splitfl.errors import NotAccepted, NotAllowed
+from splitfl.config import ClientSection, PolicySection, RunConfig, ServerConfig
+from splitfl.errors import NotAccepted, NotAllowed, PeerGone
 from splitfl.training.forecast import READABLE
 
 
@@ -166,6 +168,29 @@ def test_once_is_enough_until_something_changes(
     assert "Changed since" in said
     assert "evaluation.measures was [], and is ['accuracy']" in said
     assert "it is not what was accepted earlier" in said
+
+
+def test_a_server_that_goes_while_somebody_reads(
+    serve: Callable[..., ServedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client_edge.link._JOIN_AGAIN_S", 1.0)
+    served = serve()
+    client = ClientSection(
+        client_id="clinic", server_address=served.config.server.address, output_dir=tmp_path / "clients"
+    )
+
+    def read(_sentences: Sequence[str]) -> str:
+        served.stop()
+        time.sleep(1.1)
+        return "read slowly"
+
+    with pytest.raises(
+        PeerGone, match=r"127.0.0.1:\d+ has gone while its settings were read .* start the same command"
+    ):
+        Link(client, Gate(client, PolicySection(), read))
+    consent = Consent.read(tmp_path / "clients" / "run" / "clinic")
+    assert consent is not None
+    assert consent.how == "read slowly"
 
 
 def test_a_policy_is_before_consent(
