@@ -24,8 +24,9 @@ from client_edge.check import check_client
 from client_edge.command import Client
 from client_edge.consent import CONSENT_FILE, Consent
 from client_edge.consent_command import ConsentCommand
-from client_edge.gate import Gate
+from client_edge.gate import Gate, answers_for
 from client_edge.link import Link
+from client_edge.screen import screen
 from splitfl.command_line import run_one
 from splitfl.config import ClientSection, PolicySection, RunConfig, ServerConfig
 from splitfl.errors import NotAccepted, NotAllowed, PeerGone
@@ -73,6 +74,11 @@ class TestRemembered:
         (said,) = asked().changes(asked(lora={"target_modules": ["\x1b[2J" * 500]}))
         assert said.isprintable()
         assert len(said) < 500
+
+
+def test_a_key_is_shown_letter_by_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    answers_for(True, lambda text: screen().print(text, markup=False, highlight=False))(["the server's key is [b]:x:{"])
+    assert capsys.readouterr().err == "the server's key is [b]:x:{\n"
 
 
 @pytest.fixture
