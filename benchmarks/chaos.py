@@ -20,7 +20,6 @@ import platform
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from benchmarks.keyed import KeyRing
 from benchmarks.proxy import ChaosProxy
 from benchmarks.replay import differences
 from splitfl.commands.demo import prepare_model
+from splitfl.commands.fleet import free_port
 from splitfl.commands.hpo import write_clinics
 from splitfl.config import ClientConfig, LinkSection, default_cache_dir
 from splitfl.telemetry.metrics import read_events
@@ -464,13 +464,6 @@ def _last_commit(run_dir: Path) -> int:
     if not path.exists():
         return 0
     return max((event.get("commit_number", 0) for event in read_events(path)), default=0)
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _write_tiny(folder: Path) -> Path:

@@ -28,10 +28,11 @@ from typing import Any
 import tomlkit
 import torch
 
-from benchmarks.chaos import MATERIALS, Material, free_port, start
+from benchmarks.chaos import MATERIALS, Material, start
 from benchmarks.history import HISTORY_FILE, check
 from benchmarks.keyed import KeyRing
 from benchmarks.replay import differences
+from splitfl.commands.fleet import free_port
 from splitfl.config import ClientConfig
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.export import TRAINED_FILE

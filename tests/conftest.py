@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
-import socket
 import string
 import threading
 from collections.abc import Callable, Mapping
@@ -18,6 +17,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from splitfl.commands import fleet
+
+free_port = fleet.free_port
 VOCABULARY = 259
 
 # A client's policy for runs whose subject is another.
@@ -108,13 +110,6 @@ def write_text(path: Path, *, num_lines: int, seed: int, lengths: tuple[int, int
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

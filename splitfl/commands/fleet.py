@@ -4,6 +4,7 @@ The roles are started by their module names and imported by nobody here.
 """
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ from splitfl.telemetry.memory import pss_bytes
 
 _POLL_S = 0.5
 _PARTING_S = 15.0
+# Linux gives connections ports from 32768 on, others from 49152 on.
+_PORTS = range(12_000, 32_000)
 
 
 @dataclass(kw_only=True)
@@ -152,10 +155,16 @@ def _until_hangup(stop: StopRequest) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of loopback that nobody listens on right now, and that no connection is given.
+
+    A system gives connections ports from above these. One of those may be taken while the server is not there yet, or
+    is to be started again: by anybody's connection, even by that of a client which tries to reach it.
+    """
+    while True:
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _threads(num_threads: int) -> dict[str, str]:

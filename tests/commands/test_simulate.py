@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 
 @pytest.mark.slow
@@ -102,6 +103,13 @@ def test_a_terminals_ctrl_c_stops_all_processes_in_order_and_a_second_one_at_onc
     if times == 1:
         report = json.loads((tmp_path / "runs" / "try" / "report.json").read_text())
         assert (report["complete"], report["stopped"].startswith("stopped by its operator")) == (False, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_servers_port_is_none_that_a_connection_may_be_given() -> None:
+    """Else a connection may have it when the server comes, or when it comes again: "address is in use"."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(1024 <= free_port() < lowest for _ in range(100))
 
 
 def _server_that_trains(metrics: Path) -> int:
