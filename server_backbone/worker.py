@@ -21,7 +21,7 @@ from splitfl.models.cut import Cut
 from splitfl.models.far_cache import BackboneCache
 from splitfl.models.layout import Layout
 from splitfl.models.packing import check_packing
-from splitfl.protocol.tensors import digest_of
+from splitfl.protocol.tensors import OutOfBounds, digest_of
 from splitfl.training.optimizer import NO_GRADIENT, clip_coefficient, norms_of, sum_dtype
 from splitfl.training.seeds import seed_dropout
 from splitfl.training.stopwatch import Stopwatch
@@ -178,11 +178,18 @@ class Worker:
         return got_BSD.detach()
 
     def backward(self, slot: str, request_id: int, gradient_BSD: Tensor) -> Tensor | None:
-        """Run backward, add to the slot's gradients, and return the gradient of what came in if anybody needs it."""
+        """Run backward, add to the slot's gradients, and return the gradient of what came in if anybody needs it.
+
+        Raises `OutOfBounds` for gradients of the backbone that are not finite: in a sum with others they would be
+        everybody's.
+        """
         own = self._slots[slot]
         given_BSD, got_BSD = own.graphs.pop(request_id)
-        with self.compute.running(), _gradients_of(own):
-            got_BSD.backward(gradient_BSD.to(self._device))
+        with self.compute.running():
+            with _gradients_of(own):
+                got_BSD.backward(gradient_BSD.to(self._device))
+            if not bool(norms_of(own.gradients).isfinite().all()):
+                raise OutOfBounds("activations and a gradient of which the backbone's gradients are not finite")
         return given_BSD.grad
 
     def norms(self, slot: str) -> Tensor:
