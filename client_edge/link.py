@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -30,6 +31,7 @@ from splitfl.config import ClientSection, LinkSection, RunConfig, differences
 from splitfl.errors import ConfigError, LocalProtocolError, PeerGone, Refused, RemoteProtocolError, SplitflError
 from splitfl.models.layout import Layout
 from splitfl.protocol import codec
+from splitfl.protocol.codec import MAX_HEADER_BYTES
 from splitfl.protocol.messages import (
     WIRE_VERSION,
     Attach,
@@ -66,7 +68,7 @@ from splitfl.protocol.messages import (
 )
 from splitfl.protocol.tensors import describe, realise
 from splitfl.session.client import ClientSession
-from splitfl.session.limits import messages_queued
+from splitfl.session.limits import limits_of, messages_queued
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.transport.keys import read_enrolment, read_key_pair
@@ -93,6 +95,8 @@ _MAX_HANDSHAKES = 3
 _WORTH_ANOTHER_TRY = (Why.NO_SESSION, Why.SHUTDOWN, Why.FULL)
 # Bytes of a file that are asked for at once at most: 20 Mbit/s for 200 ms are 0.5 MB. The server's queue bounds it too.
 _WINDOW_BYTES = 1 << 21
+# Messages without tensors that a server may have sent while this client computes.
+_SMALL_ONES = 16
 # A message of so many bytes may take long enough to say how far it is.
 _LARGE_BYTES = 1 << 24
 # So much on the wire is more than ZeroMQ's heartbeats.
@@ -166,6 +170,8 @@ class Heartbeat:
         self._leave: Leave | None = None
         self.last_heard_s = time.monotonic()
         self.pong = Pong(number=0, waiting_for="", bytes_sent=0, bytes_received=0)
+        self.fault: RemoteProtocolError | None = None
+        """What the server has broken on this connection, which it ends by that."""
         self.sent = 0
         self.received = 0
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -185,7 +191,10 @@ class Heartbeat:
     def _beat(self) -> None:
         try:
             with self._connect(self._link) as endpoint:
+                endpoint.bound_messages(num_bytes=MAX_HEADER_BYTES, num_frames=1)
                 self._talk(endpoint)
+        except RemoteProtocolError as error:
+            self.fault = error
         except SplitflError as error:  # the silence that follows ends the wait on the data connection, if that lives
             log.info("the control connection ended: %s", error)
 
@@ -356,6 +365,27 @@ class Link:
         """Set how the session's terms follow from the run's settings, known once the model's config has arrived."""
         self._terms_of = terms_of
         self._session = self._new_session(terms_of(self.run))
+        self._bound_messages()
+
+    def _bound_messages(self) -> None:
+        """Bound what the server may send: before the terms are known its welcome and pieces of files, then more."""
+        link = self.run.link
+        if self._terms_of is None:
+            self._endpoint.bound_messages(
+                num_bytes=MAX_HEADER_BYTES + link.frame_bytes, num_frames=2, num_waiting_bytes=2 * _WINDOW_BYTES
+            )
+            return
+        terms = self.session.terms
+        limits = limits_of(terms, link, clients=1)
+        self._endpoint.bound_messages(
+            num_bytes=limits.message_bytes,
+            num_frames=limits.message_frames,
+            # one merge, the answers to what is in flight, and small ones that nothing was asked for
+            num_waiting_bytes=limits.message_bytes
+            + 2 * terms.max_in_flight * terms.activation_bytes
+            + _SMALL_ONES * MAX_HEADER_BYTES
+            + 2 * _WINDOW_BYTES,
+        )
 
     def _new_session(self, terms: Terms) -> ClientSession:
         return ClientSession(terms)
@@ -461,6 +491,7 @@ class Link:
         self._heartbeat = Heartbeat(self._connect, self.welcome.session, self._bounds)
         if self._terms_of is not None:
             self._session = self._new_session(self._terms_of(self.run))
+        self._bound_messages()
 
     def _connect(self, bounds: LinkSection) -> Endpoint:
         return Endpoint(
@@ -489,7 +520,8 @@ class Link:
     def take_leave(self, reason: str) -> None:
         """Take up this client's place in the run, to give it up for good: who has not resumed has only looked."""
         self._send(Resume(held_round=0, step=0, commit_number=0, pending_step=0))
-        self._endpoint.recv(_JOIN_AGAIN_S)  # whatever it says: we go
+        with suppress(RemoteProtocolError, PeerGone):
+            self._endpoint.recv(_JOIN_AGAIN_S)  # whatever it says: we go
         self.leaving, self.comes_back = reason, False
 
     def close(self) -> None:
@@ -805,6 +837,8 @@ class Link:
                 self._upload = None
             if self._heartbeat is None:
                 continue
+            if self._heartbeat.fault is not None:
+                raise self._heartbeat.fault
             if self._heartbeat.silent_s > self._bounds.heartbeat_timeout:
                 raise PeerGone(
                     f"{self.address} has been silent for {self._heartbeat.silent_s:.0f} s while waiting for {what}"

@@ -25,10 +25,10 @@ from splitfl.transport.tcp_info import counters
 
 _INTERVAL_S = 0.03
 # How long after the bytes were read their message is in the queue at the latest, if it is a whole one.
-_SETTLE_S = 0.3
+SETTLE_S = 0.3
 # ZMTP's heartbeats are no messages: a PING and a PONG of at most this for each heartbeat, and a handshake.
-_HEARTBEAT_BYTES = 128
-_HANDSHAKE_BYTES = 2048
+HEARTBEAT_BYTES = 128
+HANDSHAKE_BYTES = 2048
 _CUTS_BEFORE_BAN = 3
 _CUTS_WITHIN_S = 600.0
 _BAN_S = 60.0
@@ -88,7 +88,7 @@ class Watch:
         with self._lock:
             connection = self._connections.get(descriptor)
             if connection is not None:
-                connection.baseline = _read_by_zeromq(descriptor) or connection.baseline
+                connection.baseline = read_by_zeromq(descriptor) or connection.baseline
                 connection.heard_s = time.monotonic()
                 connection.too_much_since_s = None
                 connection.user_id = user_id
@@ -126,11 +126,11 @@ class Watch:
             if event["event"] != zmq.EVENT_ACCEPTED:
                 self._connections.pop(descriptor, None)
                 return
-            peer = _peer_of(descriptor)
+            peer = peer_of(descriptor)
             # what came before this thread was told has been taken already, or it counts as if it had
-            self._connections[descriptor] = _Connection(peer=peer, baseline=_read_by_zeromq(descriptor), heard_s=now_s)
+            self._connections[descriptor] = _Connection(peer=peer, baseline=read_by_zeromq(descriptor), heard_s=now_s)
             if self._banned.get(peer[0], 0.0) > now_s:
-                _shut_down(descriptor, peer)
+                shut_down(descriptor, peer)
 
     def _look(self) -> None:
         message_bytes, now_s = self._max_message_bytes(), time.monotonic()
@@ -140,17 +140,17 @@ class Watch:
                     self._judge(descriptor, connection, message_bytes, now_s)
 
     def _judge(self, descriptor: int, connection: _Connection, message_bytes: int, now_s: float) -> None:
-        num_bytes = _read_by_zeromq(descriptor) - connection.baseline
-        beside = _HANDSHAKE_BYTES + _HEARTBEAT_BYTES * (now_s - connection.heard_s) / self._heartbeat_s
+        num_bytes = read_by_zeromq(descriptor) - connection.baseline
+        beside = HANDSHAKE_BYTES + HEARTBEAT_BYTES * (now_s - connection.heard_s) / self._heartbeat_s
         if num_bytes <= message_bytes + beside:
             connection.too_much_since_s = None
             return
         if connection.too_much_since_s is None:
             connection.too_much_since_s = now_s
-        is_of_one_message = self._emptied_s - connection.too_much_since_s > _SETTLE_S
+        is_of_one_message = self._emptied_s - connection.too_much_since_s > SETTLE_S
         if is_of_one_message or num_bytes > (self._max_queued + 2) * message_bytes + beside:
             connection.is_cut = True
-            _shut_down(descriptor, connection.peer)
+            shut_down(descriptor, connection.peer)
             self._note(connection, num_bytes, now_s)
 
     def _note(self, connection: _Connection, num_bytes: int, now_s: float) -> None:
@@ -168,13 +168,13 @@ class Watch:
             self._banned[address] = now_s + _BAN_S
 
 
-def _read_by_zeromq(descriptor: int) -> int:
+def read_by_zeromq(descriptor: int) -> int:
     """Return the bytes of a connection that libzmq has, 0 when it is closed; never too many."""
     found = counters(descriptor)
     return found.received - found.unread if found is not None else 0
 
 
-def _shut_down(descriptor: int, peer: tuple[str, int]) -> None:
+def shut_down(descriptor: int, peer: tuple[str, int]) -> None:
     """End a connection, unless its descriptor is another's by now."""
     try:
         with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
@@ -184,7 +184,7 @@ def _shut_down(descriptor: int, peer: tuple[str, int]) -> None:
         return  # closed meanwhile
 
 
-def _peer_of(descriptor: int) -> tuple[str, int]:
+def peer_of(descriptor: int) -> tuple[str, int]:
     try:
         with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
             host, port = connection.getpeername()[:2]

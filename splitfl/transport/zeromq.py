@@ -29,12 +29,13 @@ from typing import Self
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from splitfl.errors import LocalProtocolError, PeerGone, Refused, TransportError
+from splitfl.errors import LocalProtocolError, PeerGone, Refused, RemoteProtocolError, TransportError
 from splitfl.protocol.codec import MAX_HEADER_BYTES
 from splitfl.protocol.messages import Buffer, Why
 from splitfl.transport.address import check_address
 from splitfl.transport.framing import Framing
 from splitfl.transport.keys import KeyPair
+from splitfl.transport.lookout import Lookout
 from splitfl.transport.reach import NOBODY_THERE, greets, why_unreachable
 from splitfl.transport.security import ClientSecurity, Doorkeeper, ServerSecurity, secure_client, secure_server
 from splitfl.transport.tcp_info import Counters, counters, is_supported
@@ -45,6 +46,8 @@ _COPY_BELOW_BYTES = 1 << 16
 _CHECKSUM = struct.Struct("<I")
 # What a message may take until the run's own bound is known: nobody has joined before that.
 _MESSAGE_BYTES = 1 << 26
+# Messages that wait at a client: what it has asked for, and a few words that it has not.
+_QUEUED_AT_CLIENT = 64
 _HANDSHAKE_MS = 5000
 _BACKLOG = 1024
 # A server that does not complete this many handshakes in a row, for this long, will not.
@@ -376,6 +379,10 @@ class Endpoint(_Socket):
             secure_client(self._socket, security)
         if socks_proxy:
             self._socket.setsockopt_string(zmq.SOCKS_PROXY, socks_proxy)
+        self._socket.setsockopt(zmq.RCVHWM, _QUEUED_AT_CLIENT)
+        self._lookout = Lookout(heartbeat_s=heartbeat_timeout) if address.startswith("tcp") and is_supported() else None
+        self._most_bytes = self._most_frames = 0
+        self.bound_messages(num_bytes=_MESSAGE_BYTES, num_frames=_MESSAGE_BYTES // max_frame_bytes + 2)
         self._is_connected = False
         self._descriptor = -1
         self._is_reached = self._is_refused = self._may_not_close = False
@@ -390,6 +397,17 @@ class Endpoint(_Socket):
         except zmq.ZMQError as error:
             self.close()
             raise TransportError(f"address {address!r}: {error.strerror}") from None
+
+    def bound_messages(self, *, num_bytes: int, num_frames: int, num_waiting_bytes: int = 0) -> None:
+        """Say how large a message may be, and how much may wait unread; more ends the connection (Linux, TCP)."""
+        self._most_bytes, self._most_frames = num_bytes, num_frames
+        if self._lookout is not None:
+            self._lookout.message_bytes = self._framing.most_bytes(num_bytes, num_frames)
+            most_waiting = num_waiting_bytes or _QUEUED_AT_CLIENT * num_bytes
+            # however few bytes a frame has, it costs its framing
+            self._lookout.waiting_bytes = self._lookout.message_bytes + self._framing.most_bytes(
+                most_waiting, _QUEUED_AT_CLIENT * num_frames
+            )
 
     def finding(self) -> str:
         """Say in words what is known of the connection; may take two seconds to find out."""
@@ -438,24 +456,51 @@ class Endpoint(_Socket):
             ready = dict(self._poller.poll(int(left_s * 1000)))
             if self._socket in ready:  # what has arrived counts, also when the connection broke behind it
                 return self._take()
+            if self._lookout is not None:
+                self._lookout.emptied()
             self._follow_monitor()
             if not left_s:
                 return None
 
     def _take(self) -> list[memoryview]:
+        while self._descriptor < 0 and self._monitor is not None and self._monitor.poll(0):
+            self._next_event()  # up to the word of the connection, which comes before what came by it
         frames = [frame.buffer for frame in self._receive()]
+        if self._lookout is not None:
+            self._lookout.heard()
         self.traffic.received += self._framing.num_bytes(frames)
         content = self._unsealed(frames)
         if content is None:
             raise ConnectionLost(f"a message from {self.address} arrived damaged")
+        num_bytes = sum(map(len, content))
+        if num_bytes > self._most_bytes or len(content) > self._most_frames:
+            raise RemoteProtocolError(
+                f"{self.address} has sent a message of {num_bytes} bytes in {len(content)} frames, where"
+                f" {self._most_bytes} in {self._most_frames} are the most in this run"
+            )
         return content
 
+    def _check_excess(self) -> None:
+        if self._lookout is not None and self._lookout.excess:
+            raise RemoteProtocolError(
+                f"{self.address} has sent {self._lookout.excess} bytes without the end of a message, where"
+                f" {self._lookout.message_bytes} are the most that a message of this run takes: the connection is ended"
+            )
+
     def _follow_monitor(self) -> None:
+        self._check_excess()
         while self._monitor is not None and self._monitor.poll(0):
-            event = parse_monitor_message(self._monitor.recv_multipart())
-            if event["event"] == zmq.EVENT_CONNECTED:
-                self._descriptor = int(event["value"])
-            self._follow(int(event["event"]))
+            self._next_event()
+
+    def _next_event(self) -> None:
+        if self._monitor is None:
+            return
+        event = parse_monitor_message(self._monitor.recv_multipart())
+        if event["event"] == zmq.EVENT_CONNECTED:
+            self._descriptor = int(event["value"])
+            if self._lookout is not None:
+                self._lookout.connected(self._descriptor)
+        self._follow(int(event["event"]))
 
     def _follow(self, event: int) -> None:
         match event:
@@ -504,6 +549,8 @@ class Endpoint(_Socket):
 
     def close(self, *, linger_s: float = 0.0) -> None:
         """Close, waiting at most `linger_s` for what is still to be sent."""
+        if getattr(self, "_lookout", None) is not None and self._lookout is not None:
+            self._lookout.stop()
         if getattr(self, "_monitor", None) is not None and self._monitor is not None:
             self._poller.unregister(self._monitor)
             self._socket.disable_monitor()
