@@ -218,6 +218,10 @@ class Heartbeat:
                 case Pong() as pong:
                     self.pong = pong
                     self.last_heard_s = time.monotonic()
+                case Refusal() | Shutdown():
+                    pass  # it comes on the data connection too, or that breaks
+                case other:
+                    raise RemoteProtocolError(f"{type(other).__name__} on the control connection")
             self.sent, self.received = endpoint.traffic.sent, endpoint.traffic.received
 
 
@@ -787,6 +791,8 @@ class Link:
                     raise ServerStops(f"{self.address} is being stopped, and goes on at step {step} when it is back")
                 case Chunk() | Probed():
                     pass
+                case _ if self._session is None:
+                    raise RemoteProtocolError(f"{type(message).__name__} while waiting for {what}")
                 case _:
                     checked = self.session.receive(message)
                     if checked is None:
@@ -825,6 +831,8 @@ class Link:
         arriving = Arriving(wire.received if wire is not None else None, self.on_waiting)
         while True:
             self.stop.check()
+            if self._heartbeat is not None and self._heartbeat.fault is not None:
+                raise self._heartbeat.fault
             asked_s = time.monotonic()
             frames = self._endpoint.recv(_POLL_S)
             if frames is not None:
@@ -837,8 +845,6 @@ class Link:
                 self._upload = None
             if self._heartbeat is None:
                 continue
-            if self._heartbeat.fault is not None:
-                raise self._heartbeat.fault
             if self._heartbeat.silent_s > self._bounds.heartbeat_timeout:
                 raise PeerGone(
                     f"{self.address} has been silent for {self._heartbeat.silent_s:.0f} s while waiting for {what}"

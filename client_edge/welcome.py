@@ -54,9 +54,12 @@ def settings_of(welcome: Welcome) -> RunConfig:
         raise RemoteProtocolError("the server's settings are no JSON") from None
     if not isinstance(tree, dict):
         raise RemoteProtocolError("the server's settings are no JSON object")
-    for name, number in _numbers_in(tree):
-        if not math.isfinite(number):
+    for name, value in _values_in(tree):
+        if isinstance(value, float) and not math.isfinite(value):
             raise RemoteProtocolError(f"the server's setting {_quoted(name)} is not finite")
+        # they are shown in what is to be accepted, and in errors
+        if isinstance(value, str) and not value.isprintable():
+            raise RemoteProtocolError(f"the server's setting {_quoted(name)} is no plain text: {_quoted(value)}")
     try:
         run = RunConfig.from_tree(tree, source="the server's settings")
     except ConfigError as error:
@@ -116,16 +119,16 @@ def _check_limits(limits: dict[str, float]) -> None:
         )
 
 
-def _numbers_in(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+def _values_in(value: Any, name: str = "") -> Iterator[tuple[str, float | str]]:
     match value:
-        case float():
+        case float() | str():
             yield name, value
         case dict():
             for key, inner in value.items():
-                yield from _numbers_in(inner, f"{name}.{key}" if name else key)
+                yield from _values_in(inner, f"{name}.{key}" if name else key)
         case list():
             for inner in value:
-                yield from _numbers_in(inner, name)
+                yield from _values_in(inner, name)
 
 
 def _refuse_constant(name: str) -> NoReturn:

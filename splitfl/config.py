@@ -169,10 +169,10 @@ class TrainSection(Section):
 class LoraSection(Section):
     """Low-rank adapters (LoRA) for every part that says "lora"."""
 
-    r: Identity[int] = Field(8, ge=1)
+    r: Identity[int] = Field(8, ge=1, le=4096)
     """Rank of the adapters."""
 
-    alpha: Identity[float] = Field(16.0, gt=0)
+    alpha: Identity[float] = Field(16.0, gt=0, le=1e6)
     """Scale of the adapters: their output is multiplied by alpha / r."""
 
     dropout: Identity[float] = Field(0.0, ge=0, lt=1)
@@ -736,6 +736,10 @@ class PolicySection(Section):
     max_steps: int = Field(100_000, ge=1)
     """Most training steps of a run that this client begins, those that came to nothing included, over all starts."""
 
+    max_step_rows: int = Field(4096, ge=1)
+    """Most rows of a step (`federation.per_device_train_batch_size` times `gradient_accumulation_steps`) and of a
+    micro-batch in evaluation: they take memory here."""
+
     max_bytes_sent: int = Field(10**12, ge=1)
     """Most bytes that this client sends in a run, over all starts."""
 
@@ -775,6 +779,11 @@ class PolicySection(Section):
         bounds = {
             "federation.num_rounds": (federation.num_rounds, "max_rounds"),
             "federation.num_rounds * local_steps": (run.total_steps, "max_steps"),
+            "federation.per_device_train_batch_size * gradient_accumulation_steps": (
+                federation.per_device_train_batch_size * federation.gradient_accumulation_steps,
+                "max_step_rows",
+            ),
+            "federation.per_device_eval_batch_size": (federation.per_device_eval_batch_size, "max_step_rows"),
             "link.heartbeat_timeout": (run.link.heartbeat_timeout, "max_silence"),
             "optimizer.learning_rate": (run.optimizer.learning_rate, "max_learning_rate"),
         }

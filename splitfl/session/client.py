@@ -274,6 +274,8 @@ class ClientSession:
             self.terms.check_merged(message.layers)
         if message.round_number:
             self._check_open(message)
+        elif message.awaits_merge:
+            raise RemoteProtocolError("resumed to wait for a merge, with no round that it could be of")
         self._waits_for = None
         if message.verdict == "rewind":
             return

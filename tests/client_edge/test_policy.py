@@ -37,6 +37,9 @@ def test_the_shipped_settings_pass_the_shipped_policy() -> None:
         ({"federation": {"num_rounds": 10**9}}, "policy.max_rounds = 1,000"),
         ({"federation": {"local_steps": 10**9}}, "policy.max_steps = 100,000"),
         ({"link": {"heartbeat_timeout": 1e9}}, "policy.max_silence = 300"),
+        ({"federation": {"per_device_train_batch_size": 1 << 40}}, "policy.max_step_rows = 4,096"),
+        ({"federation": {"gradient_accumulation_steps": 1 << 40}}, "policy.max_step_rows = 4,096"),
+        ({"federation": {"per_device_eval_batch_size": 1 << 40}}, "policy.max_step_rows = 4,096"),
         ({"optimizer": {"learning_rate": 1e9}}, "policy.max_learning_rate = 10"),
     ],
 )

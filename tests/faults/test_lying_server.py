@@ -25,15 +25,18 @@ from transformers import AutoModelForCausalLM
 
 from splitfl.config import RunConfig, ServerConfig
 from splitfl.protocol.messages import (
+    BackwardDone,
     Chunk,
     Committed,
     ForwardDone,
+    Goodbye,
     Merged,
     Message,
     Pong,
     Refusal,
     Resumed,
     RoundOpened,
+    RoundsEnded,
     StepRefused,
     TensorFrames,
     Welcome,
@@ -126,6 +129,52 @@ def activations(change: Callable[[TensorFrames], TensorFrames]) -> Lie:
 
 def layers(change: Callable[[TensorFrames], TensorFrames]) -> Lie:
     return lambda m: replace(m, layers=tuple(map(change, m.layers))) if isinstance(m, Merged) else m
+
+
+def gradients(change: Callable[[TensorFrames], TensorFrames]) -> Lie:
+    def lie(message: Message) -> Message:
+        if not isinstance(message, BackwardDone) or message.gradient_BSD is None:
+            return message
+        return replace(message, gradient_BSD=change(message.gradient_BSD))
+
+    return lie
+
+
+def in_bf16(frames: TensorFrames) -> TensorFrames:
+    return describe(torch.zeros(frames.shape, dtype=torch.bfloat16), 1 << 18)
+
+
+def of_another_shape(_: TensorFrames) -> TensorFrames:
+    return describe(torch.zeros(1, 1, 1), 1 << 18)
+
+
+def twice(kind: type[Message]) -> Lie:
+    return lambda message: (message, message) if isinstance(message, kind) else message
+
+
+def followed_by(kind: type[Message], more: Message) -> Lie:
+    return lambda message: (message, more) if isinstance(message, kind) else message
+
+
+def instead_of(kind: type[Message], other: Message) -> Lie:
+    return lambda message: other if isinstance(message, kind) else message
+
+
+def of_another_client(message: Message) -> Message:
+    return replace(message, request_id=message.request_id + 1) if isinstance(message, ForwardDone) else message
+
+
+def once_joined(lie: Lie) -> Lie:
+    """End the session once, in the middle of a step, and tell the lie when the client has come back."""
+    has_ended: list[bool] = []
+
+    def told(message: Message) -> Message:
+        if isinstance(message, ForwardDone) and not has_ended:
+            has_ended.append(True)
+            return Refusal(code="NO_SESSION", reason="gone")
+        return lie(message) if has_ended else message  # type: ignore[return-value]
+
+    return told
 
 
 def refused_far_ahead(message: Message) -> Message:
@@ -281,10 +330,89 @@ CASES = {
         lie=layers(lambda _: describe(torch.zeros(1), 1 << 18)), code=PROTOCOL, says="layers", heard=TRAINING
     ),
     "merge: of another round": Case(lie=on(Merged, round_number=10**6), code=PROTOCOL, says="round", heard=TRAINING),
+    "gradients: NaN": Case(lie=gradients(filled(math.nan)), code=PROTOCOL, says="not finite", heard=TRAINING),
+    "gradients: 1e30": Case(lie=gradients(filled(1e30)), code=PROTOCOL, says="max_rms", heard=TRAINING),
+    "gradients: another shape": Case(lie=gradients(of_another_shape), code=PROTOCOL, says="shape", heard=TRAINING),
+    "gradients: another type": Case(lie=gradients(in_bf16), code=PROTOCOL, says="bf16", heard=TRAINING),
+    "gradients: none": Case(
+        lie=lambda m: replace(m, gradient_BSD=None) if isinstance(m, BackwardDone) else m,
+        code=PROTOCOL,
+        says="needs its gradient",
+        heard=TRAINING,
+    ),
+    "activations: another type": Case(lie=activations(in_bf16), code=PROTOCOL, says="bf16", heard=TRAINING),
+    "answer: to another client": Case(lie=of_another_client, code=PROTOCOL, says="was not asked for", heard=TRAINING),
+    "answer: activations twice": Case(lie=twice(ForwardDone), code=PROTOCOL, says="was not asked for", heard=TRAINING),
+    "answer: a gradient twice": Case(lie=twice(BackwardDone), code=PROTOCOL, says="was not asked for", heard=TRAINING),
+    "answer: a merge twice": Case(lie=twice(Merged), code=PROTOCOL, says="not open here", heard=TRAINING),
+    "answer: a round twice": Case(lie=twice(RoundOpened), code=PROTOCOL, says="was not asked for", heard=TRAINING),
+    "answer: a piece twice": Case(lie=twice(Chunk), code=PROTOCOL, says="a piece of", heard=FETCHING),
+    "answer: a second welcome": Case(lie=twice(Welcome), code=PROTOCOL, says="Welcome while waiting", heard=FETCHING),
+    "answer: a client's words": Case(
+        lie=followed_by(RoundOpened, Goodbye(metrics={})), code=PROTOCOL, says="not a server's", heard=TRAINING
+    ),
+    "answer: the end of rounds, in one": Case(
+        lie=followed_by(RoundOpened, RoundsEnded(round_number=1, best_round=0, reason=HOSTILE, layers=())),
+        code=PROTOCOL,
+        says="was not asked for",
+        heard=TRAINING,
+    ),
+    "resumed: layers of another model": Case(
+        lie=on(Resumed, layers=(describe(torch.zeros(3), 1 << 18),)), code=PROTOCOL, says="layers", heard=TRAINING
+    ),
+    "resumed: a merge of no round": Case(
+        lie=on(Resumed, awaits_merge=True), code=PROTOCOL, says="no round that it could be of", heard=TRAINING
+    ),
+    "resumed: step 2^62": Case(
+        lie=on(Resumed, verdict="anew", step=1 << 62, commit_number=1 << 62),
+        code=POLICY,
+        says="max_bytes_sent is reached",
+        heard=TRAINING,
+    ),
+    "round: layers of another model": Case(
+        lie=on(RoundOpened, layers=(describe(torch.zeros(3), 1 << 18),)), code=PROTOCOL, says="layers", heard=TRAINING
+    ),
+    "commit: number 2^62": Case(
+        lie=on(Committed, commit_number=1 << 62, durable_step=1 << 62),
+        code=POLICY,
+        says="max_bytes_sent is reached",
+        heard=TRAINING,
+    ),
+    "settings: steps of 2^40 rows": Case(
+        lie=settings("federation", per_device_train_batch_size=1 << 40),
+        code=POLICY,
+        says="max_step_rows",
+        heard=JOINING,
+    ),
+    "settings: steps of 2^40 micro-batches": Case(
+        lie=settings("federation", gradient_accumulation_steps=1 << 40),
+        code=POLICY,
+        says="max_step_rows",
+        heard=JOINING,
+    ),
+    "settings: names that steer the terminal": Case(
+        lie=settings("lora", target_modules=[HOSTILE[:100]]), code=PROTOCOL, says="no plain text", heard=JOINING
+    ),
+    "code: one that is none": Case(
+        lie=instead_of(ForwardDone, Refusal(code=HOSTILE, reason=HOSTILE)), code=REFUSED, says="owned", heard=TRAINING
+    ),
+    "control: another's merge": Case(
+        lie=instead_of(
+            Pong,
+            Merged(round_number=1, accepted=True, reason="", is_last=False, counted=True, layers=()),
+        ),
+        code=PROTOCOL,
+        says="Merged",
+        heard=TRAINING,
+    ),
     "text: waiting for what steers the terminal": Case(
         lie=on(Pong, waiting_for=HOSTILE), code=POLICY, says="max_bytes_sent is reached", heard=TRAINING
     ),
     "no lie": Case(lie=lambda message: message, code=POLICY, says="max_bytes_sent is reached", heard=TRAINING),
+    # the last, since the honest server waits for who was lost
+    "settings, later: no block below the cut": Case(
+        lie=once_joined(settings("model", bottom_layers=0)), code=POLICY, says="min_bottom_layers", heard=TRAINING
+    ),
 }
 
 _numbers = itertools.count()
