@@ -21,6 +21,7 @@ from client_edge.generation import FarGenerator
 from client_edge.journal import Journal
 from client_edge.link import Link, ServerStops
 from client_edge.loop import Step, report_layers, train
+from client_edge.overseer import Overseer
 from client_edge.received import fetch_description, fetch_layers, first_layers
 from client_edge.run_folder import RUN_FILE, STATE_DIR, check_run, write_run
 from client_edge.screen import screen
@@ -439,14 +440,15 @@ def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
     vocab_size = read_config(directory).get_text_config().vocab_size
 
     def read(path: Path) -> Dataset:
-        return read_examples(
-            path,
-            section=section,
-            tokenizer=tokenizer,
-            max_seq_length=run.text.max_seq_length,
-            append_eos=run.text.append_eos,
-            vocab_size=vocab_size,
-        )
+        with Overseer(tokenizer) as overseen:
+            return read_examples(
+                path,
+                section=section,
+                tokenizer=overseen,
+                max_seq_length=run.text.max_seq_length,
+                append_eos=run.text.append_eos,
+                vocab_size=vocab_size,
+            )
 
     dataset = read(section.path)
     if section.eval_path is not None:

@@ -99,6 +99,7 @@ _KEYS_EVERY_S = 0.25
 _MAX_PROBES = 4
 # What the loop took longer than this for is no silence of the clients.
 _STALL_S = 1.0
+_CROWDED_EVERY_S = 60.0
 # A wait is worth a line when it has lasted a while, and again from time to time.
 _WAITING_AFTER_S = 1.0
 _WAITING_EVERY_S = 10.0
@@ -169,7 +170,7 @@ class Server:
         num_chunks = sum(file.num_bytes // self.run.link.frame_bytes + 1 for file in self.provisions.files.values())
         self._most_fetches = 4 * num_chunks + _MAX_FETCHES
         self._waiting_said = ("", 0.0)
-        self._keys_due_s = 0.0
+        self._keys_due_s = self._crowded_due_s = 0.0
 
     def serve(self) -> None:
         """Run until the last client has said goodbye, or the run is given up (see `reason`).
@@ -698,12 +699,13 @@ class Server:
         """Tell a peer which rule it broke and end its session; the third time it is kept out."""
         name = connection.member.client_id if connection is not None else self.admission.name_of(arrived.user_id)
         rule = printable(rule)
-        log.warning("%s broke a rule: %s", name or "a stranger", rule)
         if name is None:
+            log.info("a stranger broke a rule: %s", rule)
             self._refuse(arrived.peer, Why.VIOLATION, f"protocol error: {rule}")
             return
         strike = self.admission.strike(name, rule)
         if strike.count <= self.limits.strikes:  # whoever is kept out fills no disk
+            log.warning("%s broke a rule: %s", name, rule)
             self.metrics.emit("violation", client_id=name, rule=rule[:200], strikes=strike.count)
         self._refuse(arrived.peer, strike.code, strike.reason)
         if connection is not None:
@@ -728,6 +730,9 @@ class Server:
         """Take a connection that was cut off for lost; a client that this happens to again and again has to wait."""
         for cut in self.listener.sweep():
             name = self.admission.name_of(cut.user_id)
+            if cut.num_connections:
+                self._say_crowded(name or "a stranger", cut.num_connections, now_s)
+                continue
             reason = f"a message without end: {cut.num_bytes} bytes, more than message_bytes"
             log.warning("cut off %s at %s: %s", name or "a stranger", cut.address, reason)
             self.metrics.emit("cut_off", address=cut.address, client_id=name or "", num_bytes=cut.num_bytes)
@@ -736,6 +741,15 @@ class Server:
                 member = self._members.get(name)
                 if member is not None and member.connection is not None:
                     self._lose(member.connection, reason)
+
+    def _say_crowded(self, name: str, num_connections: int, now_s: float) -> None:
+        """Say of a key with too many connections what became of them; one that makes more and more fills no disk."""
+        if now_s < self._crowded_due_s:
+            return
+        self._crowded_due_s = now_s + _CROWDED_EVERY_S
+        text = f"{name} has {num_connections} connections open, more than any client needs: the oldest are ended"
+        log.warning("%s", text)
+        self.metrics.emit("note", text=text)
 
     # what the gate and the rounds decide
 

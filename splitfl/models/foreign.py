@@ -29,6 +29,9 @@ from splitfl.protocol.tensors import norm_of
 from splitfl.telemetry.units import printable
 
 _MOST_CONFIG_BYTES = 1 << 20
+# Values in a JSON file, counted before it is read: an empty list of three bytes becomes one of 64. The largest
+# tokenizers in use have some 2.5 million.
+_MOST_VALUES = 1 << 22
 _MOST_DEPTH = 32
 _MOST_ITEMS = 1 << 14
 # Bounds that no known model comes near: how often something is built, and how large a side of a matrix is.
@@ -56,6 +59,8 @@ def check_description(directory: Path) -> None:
             tree = _json_object(directory / name, _MOST_CONFIG_BYTES * 32)
             _check_names(directory / name, tree)
             _drop_paths(directory / name, tree)
+    if (directory / "vocab.json").exists():
+        _check_values(directory / "vocab.json", (directory / "vocab.json").read_bytes())
     if (directory / "tokenizer.json").exists():
         _check_tokenizer(directory / "tokenizer.json")
 
@@ -118,7 +123,9 @@ def _json_object(path: Path, most_bytes: int) -> dict[str, Any]:
         size = path.stat().st_size
         if size > most_bytes:
             raise ModelError(f"{path}: {size} bytes, and {most_bytes} are the most for such a file")
-        read = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        _check_values(path, raw)
+        read = json.loads(raw.decode())
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
@@ -126,6 +133,12 @@ def _json_object(path: Path, most_bytes: int) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ModelError(f"{path}: no JSON object")
     return read
+
+
+def _check_values(path: Path, raw: bytes) -> None:
+    num_values = sum(map(raw.count, (b",", b"[", b"{")))
+    if num_values > _MOST_VALUES:
+        raise ModelError(f"{path}: {num_values} values, and {_MOST_VALUES} are the most for such a file")
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:

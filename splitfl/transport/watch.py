@@ -12,6 +12,7 @@ cut is a lost connection and nothing else.
 """
 
 import ipaddress
+import resource
 import socket
 import threading
 import time
@@ -32,6 +33,11 @@ HANDSHAKE_BYTES = 2048
 _CUTS_BEFORE_BAN = 3
 _CUTS_WITHIN_S = 600.0
 _BAN_S = 60.0
+# A client has two connections, and a few that it has lost and this side has not noticed yet.
+_MOST_OF_A_KEY = 64
+# Whoever connects says hello at once. Of those that do not, this share of the process's descriptors may be there.
+_SILENT_SHARE = 0.25
+_MOST_DESCRIPTORS = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +48,8 @@ class Cut:
     user_id: str
     """The key of its earlier messages, "" where there were none."""
     num_bytes: int
+    num_connections: int = 0
+    """Connections that the key had, where it was for those and not for bytes."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,6 +59,7 @@ class _Connection:
     """Bytes that libzmq had read when its last whole message was taken."""
     heard_s: float
     user_id: str = ""
+    is_silent: bool = True
     too_much_since_s: float | None = None
     is_cut: bool = False
 
@@ -73,6 +82,7 @@ class Watch:
         self._max_message_bytes = max_message_bytes
         self._max_queued = max_queued
         self._heartbeat_s = heartbeat_s
+        self._most_silent = int(_SILENT_SHARE * _descriptors())
         self._lock = threading.Lock()
         self._connections: dict[int, _Connection] = {}
         self._emptied_s = 0.0
@@ -92,6 +102,7 @@ class Watch:
                 connection.heard_s = time.monotonic()
                 connection.too_much_since_s = None
                 connection.user_id = user_id
+                connection.is_silent = False
 
     def emptied(self) -> None:
         """Take note that no whole message waits in the socket."""
@@ -138,6 +149,24 @@ class Watch:
             for descriptor, connection in self._connections.items():
                 if not connection.is_cut:
                     self._judge(descriptor, connection, message_bytes, now_s)
+            self._bound_connections()
+
+    def _bound_connections(self) -> None:
+        """End the oldest of a key that has too many, and the oldest of too many that have said nothing."""
+        by_key: dict[str, list[int]] = {}
+        for descriptor, connection in self._connections.items():
+            if not connection.is_cut and (connection.user_id or connection.is_silent):
+                by_key.setdefault(connection.user_id, []).append(descriptor)
+        for user_id, descriptors in by_key.items():
+            most = _MOST_OF_A_KEY if user_id else self._most_silent
+            for descriptor in descriptors[: max(0, len(descriptors) - most)]:
+                connection = self._connections[descriptor]
+                connection.is_cut = True
+                shut_down(descriptor, connection.peer)
+            if user_id and len(descriptors) > most:
+                address = self._connections[descriptors[0]].peer[0]
+                cut = Cut(address=address, user_id=user_id, num_bytes=0, num_connections=len(descriptors))
+                self._cuts.append(cut)
 
     def _judge(self, descriptor: int, connection: _Connection, message_bytes: int, now_s: float) -> None:
         num_bytes = read_by_zeromq(descriptor) - connection.baseline
@@ -166,6 +195,12 @@ class Watch:
         self._cuts_of.setdefault(address, []).append(now_s)
         if len(self._cuts_of[address]) >= _CUTS_BEFORE_BAN:
             self._banned[address] = now_s + _BAN_S
+
+
+def _descriptors() -> int:
+    """Return how many this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if 0 < soft < _MOST_DESCRIPTORS else _MOST_DESCRIPTORS
 
 
 def read_by_zeromq(descriptor: int) -> int:

@@ -138,6 +138,15 @@ def test_doubling_normalizers_are_refused(make_model: Callable[..., Path]) -> No
         check_description(directory)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "tokenizer_config.json"])
+def test_files_of_millions_of_values_are_not_read(make_model: Callable[..., Path], name: str) -> None:
+    """Three bytes in the file are more than sixty in memory."""
+    directory = make_model()
+    (directory / name).write_bytes(b'{"a": [' + b"[]," * 5_000_000 + b"[]]}")
+    with pytest.raises(ModelError, match="values, and 4194304 are the most"):
+        check_description(directory)
+
+
 def test_paths_of_the_machine_a_tokenizer_was_made_on_are_left_out(
     make_model: Callable[..., Path], tmp_path: Path
 ) -> None:

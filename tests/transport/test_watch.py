@@ -5,6 +5,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from conftest import free_port
 
 from benchmarks.proxy import ChaosProxy
-from splitfl.transport.keys import AllowList, authorize, keygen
+from splitfl.errors import PeerGone
+from splitfl.transport.keys import AllowList, KeyPair, authorize, keygen
 from splitfl.transport.security import ClientSecurity, ServerSecurity
 from splitfl.transport.tcp_info import is_supported
 from splitfl.transport.zeromq import Arrived, Cut, Endpoint, Listener
@@ -155,3 +157,37 @@ class _Pouring(threading.Thread):
                     time.sleep(0.006)
             except OSError:
                 return
+
+
+def test_one_key_does_not_take_all_connections(tmp_path: Path) -> None:
+    """Its oldest are ended when it has more than any client needs; another client's stay."""
+    pair, own, other = (keygen(tmp_path / name) for name in ("server", "mallory", "clinic"))
+    for name, key in (("mallory", own), ("clinic-a", other)):
+        authorize(tmp_path / "server", name, key.public)
+    server = ServerSecurity(key_pair=pair, allow_list=AllowList(tmp_path / "server"))
+    address = f"tcp://127.0.0.1:{free_port()}"
+
+    def connect(key: KeyPair) -> Endpoint:
+        return Endpoint(address, security=ClientSecurity(key_pair=key, server_public_key=pair.public), **OPTIONS)
+
+    with Listener(address, security=server, max_queued=MAX_QUEUED, **OPTIONS) as listener, ExitStack() as stack:
+        honest = stack.enter_context(connect(other))
+        honest.send([b"hello"])
+        next_of(listener)
+        many = [stack.enter_context(connect(own)) for _ in range(80)]
+        cuts: list[Cut] = []
+        for endpoint in many:
+            endpoint.send([b"hello"])
+            next_of(listener)
+            cuts += listener.sweep()
+        cuts += cuts_within(listener, 1.0)
+        assert {cut.user_id for cut in cuts if cut.num_connections > 64} == {own.public}
+        lost = 0
+        for endpoint in many:
+            with suppress(PeerGone):
+                endpoint.recv(0.02)
+                continue
+            lost += 1
+        assert lost == 16
+        honest.send([b"still here"])
+        assert next_of(listener).frames == [b"still here"]
