@@ -53,6 +53,7 @@ from splitfl.training.forecast import Part, copies_of
 from splitfl.training.terms import merged_layers, terms_of
 from splitfl.transport.keys import AllowList, read_key_pair
 from splitfl.transport.security import ServerSecurity
+from splitfl.transport.watch import allow_many_descriptors
 from splitfl.transport.zeromq import Listener
 
 # Columns of the table when the output is no terminal, which would otherwise count as 80 wide.
@@ -84,6 +85,7 @@ def serve(
     begun_s, stop = time.monotonic(), stop or StopRequest()
     if config.server.num_threads:
         torch.set_num_threads(config.server.num_threads)
+    allow_many_descriptors()
     device = open_device(config.server.device, "server.device")
     looked_for = search(config, resumes=resumes)
     with ExitStack() as stack:

@@ -4,6 +4,7 @@ A key is a CURVE25519 key in Z85 (https://rfc.zeromq.org/spec/32): 40 characters
 its name is what the server's operator has written beside it.
 """
 
+import errno
 import logging
 import os
 import re
@@ -145,7 +146,12 @@ class AllowList:
 
     def refresh(self) -> bool:
         """Read the folder again if it has changed, and say whether it has; half a millisecond with 64 clients."""
-        marks = self._look()
+        try:
+            marks = self._look()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            return False  # nothing can be opened just now: those who were let in are
         if marks == self._marks:
             return False
         keys: dict[str, str] = {}

@@ -12,6 +12,7 @@ cut is a lost connection and nothing else.
 """
 
 import ipaddress
+import math
 import resource
 import socket
 import threading
@@ -35,8 +36,8 @@ _CUTS_WITHIN_S = 600.0
 _BAN_S = 60.0
 # A client has two connections, and a few that it has lost and this side has not noticed yet.
 _MOST_OF_A_KEY = 64
-# Whoever connects says hello at once. Of those that do not, this share of the process's descriptors may be there.
-_SILENT_SHARE = 0.25
+# Whoever connects says hello at once.
+_SILENT_S = 30.0
 _MOST_DESCRIPTORS = 65_536
 
 
@@ -82,7 +83,6 @@ class Watch:
         self._max_message_bytes = max_message_bytes
         self._max_queued = max_queued
         self._heartbeat_s = heartbeat_s
-        self._most_silent = int(_SILENT_SHARE * _descriptors())
         self._lock = threading.Lock()
         self._connections: dict[int, _Connection] = {}
         self._emptied_s = 0.0
@@ -124,7 +124,9 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            while self._monitor.poll(int(_INTERVAL_S * 1000)):
+            look_at_s = time.monotonic() + _INTERVAL_S
+            # whoever connects again and again must not keep it from looking
+            while (left_s := look_at_s - time.monotonic()) > 0 and self._monitor.poll(math.ceil(left_s * 1000)):
                 self._follow()
                 if self._stopping.is_set():
                     break
@@ -149,24 +151,32 @@ class Watch:
             for descriptor, connection in self._connections.items():
                 if not connection.is_cut:
                     self._judge(descriptor, connection, message_bytes, now_s)
-            self._bound_connections()
+            self._bound_connections(now_s)
 
-    def _bound_connections(self) -> None:
-        """End the oldest of a key that has too many, and the oldest of too many that have said nothing."""
+    def _bound_connections(self, now_s: float) -> None:
+        """End the oldest of a key that has too many, and those that say nothing."""
         by_key: dict[str, list[int]] = {}
         for descriptor, connection in self._connections.items():
-            if not connection.is_cut and (connection.user_id or connection.is_silent):
+            if connection.is_cut:
+                continue
+            if connection.user_id:
                 by_key.setdefault(connection.user_id, []).append(descriptor)
+            # what it has said may wait while the socket's thread is at something else
+            elif connection.is_silent and min(now_s, self._emptied_s) - connection.heard_s > _SILENT_S:
+                self._end(descriptor)
         for user_id, descriptors in by_key.items():
-            most = _MOST_OF_A_KEY if user_id else self._most_silent
-            for descriptor in descriptors[: max(0, len(descriptors) - most)]:
-                connection = self._connections[descriptor]
-                connection.is_cut = True
-                shut_down(descriptor, connection.peer)
-            if user_id and len(descriptors) > most:
+            too_many = descriptors[: max(0, len(descriptors) - _MOST_OF_A_KEY)]
+            if too_many:
                 address = self._connections[descriptors[0]].peer[0]
                 cut = Cut(address=address, user_id=user_id, num_bytes=0, num_connections=len(descriptors))
                 self._cuts.append(cut)
+            for descriptor in too_many:
+                self._end(descriptor)
+
+    def _end(self, descriptor: int) -> None:
+        connection = self._connections[descriptor]
+        connection.is_cut = True
+        shut_down(descriptor, connection.peer)
 
     def _judge(self, descriptor: int, connection: _Connection, message_bytes: int, now_s: float) -> None:
         num_bytes = read_by_zeromq(descriptor) - connection.baseline
@@ -197,10 +207,12 @@ class Watch:
             self._banned[address] = now_s + _BAN_S
 
 
-def _descriptors() -> int:
-    """Return how many this process may have open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft if 0 < soft < _MOST_DESCRIPTORS else _MOST_DESCRIPTORS
+def allow_many_descriptors() -> None:
+    """Raise this process's bound on open descriptors as far as the system lets it: a connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if 0 < soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def read_by_zeromq(descriptor: int) -> int:
