@@ -1,5 +1,6 @@
 """Joining a run to generate with its model: `splitfl generate` and `splitfl chat`. Text stays on this machine."""
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from splitfl.models.cut import Cut
 from splitfl.models.foreign import foreign_tokenizer
 from splitfl.training.device import open_device
 from splitfl.training.terms import merged_layers, terms_of
+
+# Control characters but line ends and tabs, and those that turn the direction of writing.
+_STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,20 @@ class Speaker:
 
 def printer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
     """Return what prints a text to standard output while it is generated."""
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return _PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+class _PlainStreamer(TextStreamer):
+    """Prints lines of text and nothing that steers a terminal: the server decides which tokens these are."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece."""
+        super().on_finalized_text(plain_lines(text), stream_end=stream_end)
+
+
+def plain_lines(text: str) -> str:
+    """Make a generated text fit for a terminal: lines and tabs stay, other control characters do not."""
+    return _STEERS.sub("?", text)
 
 
 def chat(said: Speaker, how: Mapping[str, Any], *, system: str) -> None:

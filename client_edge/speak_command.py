@@ -33,7 +33,7 @@ class Generate:
         prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt is None else arguments.prompt
         if not prompt:
             raise DataError("an empty prompt: there is nothing to go on from")
-        from client_edge.speak import printer, speaker
+        from client_edge.speak import plain_lines, printer, speaker
         from splitfl.config import ClientConfig
 
         config = ClientConfig.load(arguments.config, arguments.overrides)
@@ -43,7 +43,7 @@ class Generate:
         if arguments.json:
             sys.stdout.write(json.dumps({"prompt": prompt, "text": text}) + "\n")
         elif not is_streamed:
-            sys.stdout.write(text + "\n")
+            sys.stdout.write(plain_lines(text) + "\n")
 
 
 class Chat:
