@@ -80,7 +80,7 @@ def printer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
     return _PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-class _PlainStreamer(TextStreamer):
+class _PlainStreamer(TextStreamer):  # type: ignore[misc]  # transformers does not say of which type it is
     """Prints lines of text and nothing that steers a terminal: the server decides which tokens these are."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
