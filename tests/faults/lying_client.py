@@ -248,7 +248,7 @@ def flood(liar: Liar, message: Callable[[int], Message], times: int = 200_000, p
     for number in range(times):
         while not _is_sent(liar, message(number)):
             assert time.monotonic() < deadline_s, f"message {number} of {times} is not taken"
-        if number % 200 == 0 and (refusal := _refused(liar)) is not None:
+        if number % 20 == 0 and (refusal := _refused(liar)) is not None:
             return refusal
     while time.monotonic() < deadline_s:
         if (refusal := _refused(liar)) is not None:
