@@ -1,6 +1,6 @@
 """What the kernel knows of a TCP connection that libzmq holds: bytes that came, wait, and are acknowledged. Linux only.
 
-A descriptor may be closed and another's at any time, so each look takes a copy of it, and no more than a look.
+A descriptor may be closed and another's at any time: what is found is of whoever has it, and nothing is done to it.
 """
 
 import fcntl
@@ -8,6 +8,8 @@ import socket
 import struct
 import sys
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 # include/uapi/linux/tcp.h: struct tcp_info, tcpi_bytes_acked and tcpi_bytes_received (Linux 4.1; RFC 4898's
@@ -33,12 +35,25 @@ def is_supported() -> bool:
     return sys.platform == "linux"
 
 
+@contextmanager
+def borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """Lend a descriptor as a socket, without a copy of it.
+
+    By now it may be a file's that is a lock: a copy would hold the lock after its owner has given it back.
+    """
+    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=descriptor)
+    try:
+        yield connection
+    finally:
+        connection.detach()
+
+
 def counters(descriptor: int) -> Counters | None:
     """Return a connection's counters, None when it is closed or the system does not tell."""
     if not is_supported():
         return None
     try:
-        with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
+        with borrowed(descriptor) as connection:
             # in this order: what is taken between the two only makes the bytes taken look fewer
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _COUNTERS_AT + _COUNTERS.size)
             (unread,) = _UNREAD.unpack(fcntl.ioctl(connection, termios.FIONREAD, bytes(_UNREAD.size)))

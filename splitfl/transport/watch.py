@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from splitfl.transport.tcp_info import counters
+from splitfl.transport.tcp_info import borrowed, counters
 
 _INTERVAL_S = 0.03
 # How long after the bytes were read their message is in the queue at the latest, if it is a whole one.
@@ -224,6 +224,7 @@ def read_by_zeromq(descriptor: int) -> int:
 def shut_down(descriptor: int, peer: tuple[str, int]) -> None:
     """End a connection, unless its descriptor is another's by now."""
     try:
+        # a copy, since it must be the same that is looked at and ended
         with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
             if connection.getpeername()[:2] == peer:
                 connection.shutdown(socket.SHUT_RDWR)
@@ -233,7 +234,7 @@ def shut_down(descriptor: int, peer: tuple[str, int]) -> None:
 
 def peer_of(descriptor: int) -> tuple[str, int]:
     try:
-        with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as connection:
+        with borrowed(descriptor) as connection:
             host, port = connection.getpeername()[:2]
             return str(host), int(port)
     except OSError:

@@ -1,5 +1,7 @@
 """A message without end is cut off; a peer that does what it may is not, however far behind the server is."""
 
+import fcntl
+import os
 import socket
 import struct
 import threading
@@ -16,7 +18,7 @@ from benchmarks.proxy import ChaosProxy
 from splitfl.errors import PeerGone
 from splitfl.transport.keys import AllowList, KeyPair, authorize, keygen
 from splitfl.transport.security import ClientSecurity, ServerSecurity
-from splitfl.transport.tcp_info import is_supported
+from splitfl.transport.tcp_info import counters, is_supported
 from splitfl.transport.zeromq import Arrived, Cut, Endpoint, Listener
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="only Linux tells what a connection has received")
@@ -191,3 +193,30 @@ def test_one_key_does_not_take_all_connections(tmp_path: Path) -> None:
         assert lost == 16
         honest.send([b"still here"])
         assert next_of(listener).frames == [b"still here"]
+
+
+def test_a_look_at_a_descriptor_that_is_anothers_by_now_keeps_no_lock(tmp_path: Path) -> None:
+    """A connection that is closed gives its number to the next file, which may be a lock that is given back."""
+    stopping = threading.Event()
+    path = tmp_path / "lock"
+    number = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.close(number)
+
+    def look() -> None:
+        while not stopping.is_set():
+            counters(number)
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(500):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(descriptor)
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
