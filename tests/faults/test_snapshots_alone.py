@@ -98,8 +98,8 @@ def test_clients_that_were_stopped_more_often_than_snapshots_are_kept(
 @pytest.mark.parametrize("mode", MODES)
 def test_all_are_killed_at_once(town: Callable[..., Town], undisturbed: Callable[..., Any], mode: str) -> None:
     run = town(2, **SETTINGS, **MODES[mode], storage__durability="snapshot")
-    for at in (6, 22):
-        run.wait_for("step", at)
+    for kind, at in (("step", 6), ("loaded", 2)):  # when all have loaded a merge, all have saved it
+        run.wait_for(kind, at)
         kill(run, "server", *run.names)
     settle(run, undisturbed(run, mode))
 
