@@ -38,7 +38,6 @@ from splitfl.models.cut import Cut
 from splitfl.models.export import export_model
 from splitfl.models.origin import Origin, locate
 from splitfl.models.source import Weights, empty_cut, read_config, server_weights
-from splitfl.protocol.tensors import digest_of
 from splitfl.session.limits import limits_of, messages_queued
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
@@ -182,9 +181,7 @@ def _go_on(server: Server, metrics: MetricsLog, notes: list[str], begun_s: float
         engine.merger.forget_other_bests(0)  # it may have ended before that
     if state.round is None and state.num_merged:
         engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
-    layers = engine.merger.layers()
-    digest = digest_of(layers.values())
-    for name, fields in untold(state, read_events(metrics.path), num_tensors=len(layers), digest=digest):
+    for name, fields in untold(state, read_events(metrics.path), engine.merger.layers()):
         metrics.emit(name, **fields)
     server.recover()
     metrics.emit(

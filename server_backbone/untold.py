@@ -4,19 +4,22 @@ At most the last merge and the last step of each client can be missing: the next
 is written where the answer is given.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from server_backbone.ledger import RunState
+from splitfl.protocol.tensors import digest_of
 from splitfl.telemetry.metrics import Event
 
 Untold = tuple[str, dict[str, Any]]
 
 
-def untold(state: RunState, events: Sequence[Event], *, num_tensors: int, digest: str) -> Iterator[Untold]:
+def untold(state: RunState, events: Sequence[Event], layers: Mapping[str, Tensor]) -> Iterator[Untold]:
     """Give the missing events, a name and fields each; of a step, its loss was in the client's message and is None.
 
-    `num_tensors` and `digest` are of everyone's layers.
+    `layers` are everyone's, read only if their merge is missing.
     """
     yield from _steps(state, events)
     told = {event["round"] for event in events if event["event"] == "merged"}
@@ -30,8 +33,8 @@ def untold(state: RunState, events: Sequence[Event], *, num_tensors: int, digest
                 "clients": _by_client(state.last_merge["weights"]),
                 "moved": state.last_merge["moved"],
                 "absent": [],
-                "num_tensors": num_tensors,
-                "digest": digest,
+                "num_tensors": len(layers),
+                "digest": digest_of(layers.values()),
                 **{name: state.last_merge[name] for name in ("uploads",) if name in state.last_merge},
             },
         )
