@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 from conftest import free_port
+from transport.keyed import keyed
 
 from splitfl.errors import PeerGone, RemoteProtocolError
-from splitfl.transport.keys import AllowList, authorize, keygen
-from splitfl.transport.security import ClientSecurity, ServerSecurity
 from splitfl.transport.tcp_info import is_supported
 from splitfl.transport.zeromq import Endpoint, Listener
 
@@ -41,12 +40,7 @@ class Liar:
 
 @pytest.fixture(params=["tcp", "tcp with keys"])
 def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Liar, Endpoint]]:
-    server, client = None, None
-    if request.param == "tcp with keys":
-        pair, own = keygen(tmp_path / "server"), keygen(tmp_path / "client")
-        authorize(tmp_path / "server", "clinic-a", own.public)
-        server = ServerSecurity(key_pair=pair, allow_list=AllowList(tmp_path / "server"))
-        client = ClientSecurity(key_pair=own, server_public_key=pair.public)
+    server, client = keyed(tmp_path) if request.param == "tcp with keys" else (None, None)
     address = f"tcp://127.0.0.1:{free_port()}"
     with (
         Listener(address, security=server, max_queued=1000, **OPTIONS) as listener,

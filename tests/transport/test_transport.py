@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from conftest import free_port
+from transport.keyed import keyed
 from transport.relay import Relay
 
 from benchmarks.proxy import ChaosProxy
 from splitfl.errors import LocalProtocolError, PeerGone, TransportError
 from splitfl.transport.address import check_address
-from splitfl.transport.keys import AllowList, authorize, keygen
 from splitfl.transport.security import ClientSecurity, ServerSecurity
 from splitfl.transport.zeromq import Endpoint, Listener
 
@@ -56,13 +56,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
             return Place(address=f"ipc://{tmp_path}/socket")
         case "tcp":
             return Place(address=f"tcp://127.0.0.1:{free_port()}")
-    server, client = keygen(tmp_path / "server"), keygen(tmp_path / "client")
-    authorize(tmp_path / "server", "clinic-a", client.public)
-    return Place(
-        address=f"tcp://127.0.0.1:{free_port()}",
-        server=ServerSecurity(key_pair=server, allow_list=AllowList(tmp_path / "server")),
-        client=ClientSecurity(key_pair=client, server_public_key=server.public),
-    )
+    server, client = keyed(tmp_path)
+    return Place(address=f"tcp://127.0.0.1:{free_port()}", server=server, client=client)
 
 
 @pytest.fixture

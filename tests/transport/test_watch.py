@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port
+from transport.keyed import keyed
 
 from benchmarks.proxy import ChaosProxy
 from splitfl.errors import PeerGone
@@ -33,12 +34,7 @@ STALL_S = 2.0
 
 @pytest.fixture(params=["tcp", "tcp with keys"])
 def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Listener, dict[str, Any]]]:
-    server, client = None, None
-    if request.param == "tcp with keys":
-        pair, own = keygen(tmp_path / "server"), keygen(tmp_path / "client")
-        authorize(tmp_path / "server", "clinic-a", own.public)
-        server = ServerSecurity(key_pair=pair, allow_list=AllowList(tmp_path / "server"))
-        client = ClientSecurity(key_pair=own, server_public_key=pair.public)
+    server, client = keyed(tmp_path) if request.param == "tcp with keys" else (None, None)
     address = f"tcp://127.0.0.1:{free_port()}"
     with Listener(address, security=server, max_queued=MAX_QUEUED, **OPTIONS) as listener:
         listener.bound_messages(num_bytes=sum(map(len, ACTIVATIONS)), num_frames=len(ACTIVATIONS))
