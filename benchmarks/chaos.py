@@ -57,7 +57,7 @@ _TWICE = """
 import os, random, sys
 from pathlib import Path
 from client_edge.command import Client
-from client_edge.link import Link
+from client_edge.link.link import Link
 from splitfl.command_line import run_one
 from splitfl.protocol.messages import Commit
 draw, count, send = random.Random(f"{sys.argv.pop(1)} {os.getpid()}"), Path(sys.argv.pop(1)), Link._send

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.history import HISTORY_FILE, begun_anew, last_digests
-from client_edge.data import TrainBatches
-from client_edge.edge import Edge
-from client_edge.run import read_text
+from client_edge.layers.edge import Edge
+from client_edge.part.run import read_text
+from client_edge.text.data import TrainBatches
+from server_backbone.compute.worker import Contribution, Worker
+from server_backbone.host import load
 from server_backbone.provisions import prepare
 from server_backbone.run_folder import STATE_DIR
-from server_backbone.serve import load
-from server_backbone.worker import Contribution, Worker
 from splitfl.config import ClientConfig, RunConfig, ServerConfig
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store

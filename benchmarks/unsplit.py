@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from client_edge.data import Batch, TrainBatches, read_examples
+from client_edge.text.data import Batch, TrainBatches, read_examples
 from splitfl.config import ClientConfig, RunConfig, ServerConfig
 from splitfl.errors import ConfigError
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from client_edge.connected import connect, disconnect, own_layers
+    from client_edge.own_loop.connected import connect, disconnect, own_layers
 
 __all__ = ["connect", "disconnect", "own_layers"]
 
@@ -13,5 +13,5 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         from importlib import import_module
 
-        return getattr(import_module("client_edge.connected"), name)
+        return getattr(import_module("client_edge.own_loop.connected"), name)
     raise AttributeError(f"module 'client_edge' has no attribute {name!r}")

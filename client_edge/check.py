@@ -7,14 +7,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from client_edge.consent import Consent, sentences_of
-from client_edge.data import TrainBatches, padding_share
-from client_edge.gate import OpenGate, folder_of
-from client_edge.link import Link
-from client_edge.policy import check_policy
-from client_edge.received import fetch_description
-from client_edge.run import Text, check_files, describe, read_text
+from client_edge.consent.consent import Consent, sentences_of
+from client_edge.consent.gate import OpenGate, folder_of
+from client_edge.consent.policy import check_policy
+from client_edge.link.link import Link
+from client_edge.link.received import fetch_description
+from client_edge.part.run import Text, check_files, describe, read_text
 from client_edge.screen import screen
+from client_edge.text.data import TrainBatches, padding_share
 from splitfl.config import ClientConfig, ClientSection, RunConfig
 from splitfl.models.foreign import foreign_cut
 from splitfl.models.source import WEIGHTS_FILE

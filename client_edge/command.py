@@ -35,7 +35,7 @@ class Client:
     def run(self, arguments: argparse.Namespace) -> None:
         """Read the config and take part."""
         with saved_on_sigterm():
-            from client_edge.run import take_part
+            from client_edge.part.run import take_part
             from splitfl.config import ClientConfig
 
             config = ClientConfig.load(arguments.config, arguments.overrides)

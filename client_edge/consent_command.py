@@ -12,7 +12,7 @@ from splitfl.command_line import add_config_arguments
 from splitfl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from client_edge.consent import Consent
+    from client_edge.consent.consent import Consent
     from splitfl.config import ClientConfig
 
 # A server that is there answers at once; one that is not is not waited for.
@@ -51,7 +51,7 @@ class ConsentCommand:
 
 
 def _consents(config: "ClientConfig") -> Iterator[tuple[Path, "Consent"]]:
-    from client_edge.consent import CONSENT_FILE, Consent
+    from client_edge.consent.consent import CONSENT_FILE, Consent
 
     for path in sorted(config.client.output_dir.glob(f"*/{config.client.client_id}/{CONSENT_FILE}")):
         consent = Consent.read(path.parent)
@@ -60,7 +60,7 @@ def _consents(config: "ClientConfig") -> Iterator[tuple[Path, "Consent"]]:
 
 
 def _show(found: dict[Path, "Consent"], *, as_json: bool) -> None:
-    from client_edge.consent import CONSENT_FILE
+    from client_edge.consent.consent import CONSENT_FILE
     from splitfl.telemetry.units import printable
 
     if as_json:
@@ -103,8 +103,8 @@ def _withdraw(config: "ClientConfig", folder: Path, consent: "Consent", *, as_js
 
 def _tell(config: "ClientConfig", consent: "Consent") -> str:
     """Tell the server; return why it could not be told, "" if it was."""
-    from client_edge.gate import OpenGate
-    from client_edge.link import Link
+    from client_edge.consent.gate import OpenGate
+    from client_edge.link.link import Link
     from splitfl.errors import SplitflError
 
     client = config.client.model_copy(update={"connect_timeout": min(_TELLING_S, config.client.connect_timeout)})

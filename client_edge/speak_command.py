@@ -33,7 +33,7 @@ class Generate:
         prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt is None else arguments.prompt
         if not prompt:
             raise DataError("an empty prompt: there is nothing to go on from")
-        from client_edge.speak import plain_lines, printer, speaker
+        from client_edge.generating.speak import plain_lines, printer, speaker
         from splitfl.config import ClientConfig
 
         config = ClientConfig.load(arguments.config, arguments.overrides)
@@ -61,7 +61,7 @@ class Chat:
     def run(self, arguments: argparse.Namespace) -> None:
         """Answer a line at a time, until Ctrl-D, or Ctrl-C where a line is waited for."""
         how = _ways(arguments)
-        from client_edge.speak import chat, speaker
+        from client_edge.generating.speak import chat, speaker
         from splitfl.config import ClientConfig
 
         config = ClientConfig.load(arguments.config, arguments.overrides)

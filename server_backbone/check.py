@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from server_backbone.room import room_for
+from server_backbone.disk_space import room_for
+from server_backbone.host import listen, security_of
 from server_backbone.run_folder import search
-from server_backbone.serve import listen, security_of
 from splitfl.config import ServerConfig, default_cache_dir
 from splitfl.models.content import content_sha256
 from splitfl.models.cut import Cut

@@ -36,7 +36,7 @@ class Server:
     def run(self, arguments: argparse.Namespace) -> None:
         """Read the config and serve one run."""
         with saved_on_sigterm():
-            from server_backbone.serve import serve
+            from server_backbone.host import serve
             from splitfl.config import ServerConfig
 
             config = ServerConfig.load(arguments.config, arguments.overrides)

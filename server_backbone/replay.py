@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from server_backbone.ledger import Ledger
+from server_backbone.compute.worker import Worker
+from server_backbone.host import load
+from server_backbone.records.ledger import Ledger
 from server_backbone.run_folder import FINISHED_FILE, STATE_DIR
-from server_backbone.serve import load
-from server_backbone.worker import Worker
 from splitfl.config import ServerConfig
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store

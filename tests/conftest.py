@@ -126,8 +126,8 @@ class Finished:
 @pytest.fixture
 def federate(tmp_path: Path) -> Callable[..., Finished]:
     """Run a server and its clients to their end, each in a thread, over a real transport."""
-    from client_edge.run import take_part
-    from server_backbone.serve import serve
+    from client_edge.part.run import take_part
+    from server_backbone.host import serve
     from splitfl.config import ClientConfig, ServerConfig
 
     def run(

@@ -16,7 +16,12 @@ from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["server_backbone.serve", "client_edge.run", "splitfl.models.families", "transformers.models.llama.modeling_llama"]
+    [
+        "server_backbone.host",
+        "client_edge.part.run",
+        "splitfl.models.families",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 
 

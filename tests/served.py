@@ -4,7 +4,7 @@ import threading
 import time
 from pathlib import Path
 
-from server_backbone.serve import serve
+from server_backbone.host import serve
 from splitfl.config import ServerConfig
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.metrics import read_events

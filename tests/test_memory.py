@@ -29,11 +29,11 @@ import json, sys
 from pathlib import Path
 import peft, transformers.models.llama.modeling_llama
 from transformers import AutoTokenizer
-import client_edge.run
+import client_edge.part.run
 from splitfl.config import ClientConfig
 from splitfl.telemetry.memory import peak_rss_bytes, rss_bytes
 before = rss_bytes()
-client_edge.run.take_part(ClientConfig.load(Path(sys.argv[1])), accept=True)
+client_edge.part.run.take_part(ClientConfig.load(Path(sys.argv[1])), accept=True)
 sys.stdout.write(json.dumps([before, peak_rss_bytes()]) + "\\n")
 """
 
@@ -45,8 +45,8 @@ LARGE_VOCABULARY = """
 import json, sys
 import torch, transformers.models.llama.modeling_llama
 from transformers import AutoConfig
-from client_edge.data import Batch
-from client_edge.edge import Edge
+from client_edge.text.data import Batch
+from client_edge.layers.edge import Edge
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.source import empty_model

@@ -15,9 +15,9 @@ import torch
 from conftest import Finished, free_port, write_text
 from torch import Tensor
 
-from client_edge.edge import Edge, MicroBatch
-from client_edge.evaluation import Answerer
-from client_edge.link import Link
+from client_edge.layers.edge import Edge, MicroBatch
+from client_edge.link.link import Link
+from client_edge.part.evaluation import Answerer
 from splitfl.models.cut import Top
 
 # So many in a row that they are no coincidence in a few MB of floats.
@@ -255,9 +255,9 @@ def _leak_in_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _leak_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line of text as the reason for nothing in particular."""
-    import client_edge.run
+    import client_edge.part.run
 
-    read, seen = client_edge.run.read_text, []
+    read, seen = client_edge.part.run.read_text, []
 
     def read_text(config: Any, *rest: Any) -> Any:
         seen.append(json.loads(config.data.path.read_text().splitlines()[0])["completion"])
@@ -268,7 +268,7 @@ def _leak_text(monkeypatch: pytest.MonkeyPatch) -> None:
     def report(self: Link, topic: str, **rest: Any) -> None:
         send_report(self, topic, **{**rest, "digest": seen[0]})
 
-    monkeypatch.setattr(client_edge.run, "read_text", read_text)
+    monkeypatch.setattr(client_edge.part.run, "read_text", read_text)
     monkeypatch.setattr(Link, "report", report)
 
 

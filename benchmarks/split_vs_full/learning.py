@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from benchmarks.split_vs_full.plan import Budget, ClientText, Job, Learned
-from client_edge.data import Batch, Dataset, TrainBatches, read_examples
+from client_edge.text.data import Batch, Dataset, TrainBatches, read_examples
 from splitfl.config import DataSection
 from splitfl.models.trainable import first_adapter_values
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.split_vs_full.learning import load, mask_of, read_text, trained, whole_model
 from benchmarks.split_vs_full.plan import Job
-from client_edge.data import Batch, Dataset, Example, collate, eval_batches
+from client_edge.text.data import Batch, Dataset, Example, collate, eval_batches
 from splitfl.models.loss import IGNORED_LABEL
 
 _BATCH_SIZE = 8

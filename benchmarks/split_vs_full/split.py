@@ -24,7 +24,7 @@ _IMPORTS = """
 import json, sys, time
 import peft, transformers.models.llama.modeling_llama
 from transformers import AutoTokenizer
-import client_edge.run
+import client_edge.part.run
 from splitfl.telemetry.memory import rss_bytes
 sys.stdout.write(json.dumps([rss_bytes(), time.process_time()]))
 """

@@ -76,7 +76,7 @@ def run_demo(arguments: argparse.Namespace, console: "Console") -> tuple[dict[st
     """Do all of it; returns the report and the path of its page."""
     from splitfl.commands.hpo import CITATION, write_clinics
     from splitfl.config import default_cache_dir
-    from splitfl.telemetry.report import write_report
+    from splitfl.reporting.report import write_report
 
     for name in ("num_rounds", "local_steps", "num_eval"):
         if getattr(arguments, name) < 1:

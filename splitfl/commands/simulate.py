@@ -49,7 +49,7 @@ def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     from splitfl.commands.fleet import Fleet, free_port
     from splitfl.config import ClientConfig, PolicySection, ServerConfig
     from splitfl.federation.partition import partitioner_from, read_records, write_partitions
-    from splitfl.telemetry.report import write_report
+    from splitfl.reporting.report import write_report
 
     if arguments.num_clients < 1:
         raise ConfigError(f"--num-clients {arguments.num_clients}: must be at least 1")

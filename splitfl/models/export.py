@@ -24,8 +24,8 @@ from splitfl.models.cut import Cut
 from splitfl.models.origin import DESCRIPTION_FILES
 from splitfl.models.source import Weights, empty_cut, server_weights
 from splitfl.models.trainable import checkpoint_name, is_adapter
+from splitfl.reporting.report import build_report
 from splitfl.telemetry.metrics import read_events
-from splitfl.telemetry.report import build_report
 
 CONFIG_FILE = "config.toml"
 TRAINED_FILE = "trained.safetensors"

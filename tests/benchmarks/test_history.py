@@ -9,7 +9,7 @@ import pytest
 from conftest import Finished, write_text
 
 from benchmarks.history import Verdict, check
-from server_backbone.worker import Worker
+from server_backbone.compute.worker import Worker
 
 Line = dict[str, Any]
 

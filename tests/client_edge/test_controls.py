@@ -8,7 +8,7 @@ from conftest import tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from client_edge.edge import Edge
+from client_edge.layers.edge import Edge
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut
 

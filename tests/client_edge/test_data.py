@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from client_edge.data import (
+from client_edge.text.data import (
     Batch,
     Dataset,
     Example,

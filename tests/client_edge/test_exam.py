@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from conftest import tiny_tokenizer, write_text
 
-from client_edge.data import Dataset, read_examples
-from client_edge.evaluation import Exam
+from client_edge.part.evaluation import Exam
+from client_edge.text.data import Dataset, read_examples
 from splitfl.config import DataSection, RunConfig
 from splitfl.errors import DataError
 

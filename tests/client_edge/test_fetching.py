@@ -12,10 +12,10 @@ from served import ServedRun
 from transport.relay import Cutter, Lag
 
 from benchmarks.proxy import ChaosProxy
-from client_edge.gate import OpenGate
-from client_edge.link import Link
-from client_edge.partial import PartialFile
-from client_edge.progress import Progress
+from client_edge.consent.gate import OpenGate
+from client_edge.link.link import Link
+from client_edge.link.partial import PartialFile
+from client_edge.link.progress import Progress
 from splitfl.config import ClientSection, PolicySection, ServerConfig
 from splitfl.errors import PeerGone, Refused
 from splitfl.models.source import WEIGHTS_FILE

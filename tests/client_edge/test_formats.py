@@ -11,7 +11,7 @@ from conftest import tiny_tokenizer
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
-from client_edge.data import Dataset, read_examples, read_preferences
+from client_edge.text.data import Dataset, read_examples, read_preferences
 from splitfl.config import DataSection
 from splitfl.errors import DataError, ModelError
 from splitfl.federation.partition import read_records, write_partitions

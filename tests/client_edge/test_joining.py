@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conftest import free_port
 
-from client_edge.gate import OpenGate
-from client_edge.link import Link
+from client_edge.consent.gate import OpenGate
+from client_edge.link.link import Link
 from splitfl.command_line import main
 from splitfl.config import ClientSection, PolicySection
 from splitfl.errors import PeerGone

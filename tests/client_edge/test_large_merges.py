@@ -12,8 +12,8 @@ from conftest import ALLOWS_ALL, free_port, write_text
 from served import ServedRun
 
 from benchmarks.proxy import ChaosProxy
-from client_edge.progress import Arriving
-from client_edge.run import take_part
+from client_edge.link.progress import Arriving
+from client_edge.part.run import take_part
 from splitfl.config import ClientConfig, ServerConfig
 from splitfl.telemetry.metrics import read_events
 

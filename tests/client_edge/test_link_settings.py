@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Finished, write_text
 
-from client_edge.link import _fits
+from client_edge.link.link import _fits
 from splitfl.config import LinkSection
 
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from client_edge.local_copy import take_from_local_copy
+from client_edge.link.local_copy import take_from_local_copy
 from splitfl.config import RunConfig
 from splitfl.errors import ModelError
 from splitfl.models.checkpoint import TensorFile

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import tiny_tokenizer
 
-from client_edge.overseer import Overseer
+from client_edge.text.overseer import Overseer
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -47,7 +47,7 @@ def test_a_template_without_end_ends_the_process_with_a_sentence(tmp_path: Path)
     tokenizer.chat_template = ENDLESS
     tokenizer.save_pretrained(tmp_path)
     program = (
-        "import sys; from transformers import AutoTokenizer; from client_edge.overseer import Overseer\n"
+        "import sys; from transformers import AutoTokenizer; from client_edge.text.overseer import Overseer\n"
         "with Overseer(AutoTokenizer.from_pretrained(sys.argv[1]), patience_s=1.0) as overseen:\n"
         f"    overseen.apply_chat_template({MESSAGES!r}, tokenize=False)\n"
     )

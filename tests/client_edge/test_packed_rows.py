@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from client_edge.data import Batch, Dataset, Example, TrainBatches, collate, collate_packed, pack
+from client_edge.text.data import Batch, Dataset, Example, TrainBatches, collate, collate_packed, pack
 from splitfl.models.loss import IGNORED_LABEL
 
 

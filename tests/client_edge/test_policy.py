@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from client_edge.policy import SPENT_FILE, Allowance, check_known
+from client_edge.consent.policy import SPENT_FILE, Allowance, check_known
 from splitfl.config import PolicySection, RunConfig, ServerConfig
 from splitfl.errors import NotAllowed
 from splitfl.models.checkpoint import TensorFile, save_tensors

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from client_edge.proxies import Proxies, proxy_name
+from client_edge.own_loop.proxies import Proxies, proxy_name
 from splitfl.errors import ModelError, RemoteProtocolError
 
 

@@ -13,10 +13,10 @@ from served import ServedRun
 from transport.relay import Cutter
 
 import client_edge
-from client_edge.gate import OpenGate
-from client_edge.link import Link
-from client_edge.run import take_part
-from client_edge.setbacks import Setbacks
+from client_edge.consent.gate import OpenGate
+from client_edge.link.link import Link
+from client_edge.link.setbacks import Setbacks
+from client_edge.part.run import take_part
 from splitfl.config import ClientConfig, ServerConfig
 from splitfl.errors import PeerGone
 from splitfl.telemetry.metrics import read_events
@@ -87,7 +87,7 @@ def test_a_link_that_no_large_message_passes(
     with_files.close()
     cutter = Cutter(port_of(server), **{f"{way}_bytes": 60_000})
     said: list[str] = []
-    monkeypatch.setattr("client_edge.run._say", lambda _console, _config, text: said.append(text))
+    monkeypatch.setattr("client_edge.part.run._say", lambda _console, _config, text: said.append(text))
     client |= {"server_address": f"tcp://127.0.0.1:{cutter.port}", "reconnect_timeout": TIMEOUT_S}
     config = ClientConfig.from_tree({"client": client, "data": {"path": data, "eval_fraction": 0.0}}, source="test")
     with pytest.raises(PeerGone, match=r"gave up on .* after 3 s \(client.reconnect_timeout\)") as caught:

@@ -8,8 +8,8 @@ import torch
 from conftest import tiny_config
 from torch import Tensor
 
-from client_edge.data import Batch
-from client_edge.edge import Edge
+from client_edge.layers.edge import Edge
+from client_edge.text.data import Batch
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.source import empty_model

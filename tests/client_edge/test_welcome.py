@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from client_edge.heard import MOST_CHARACTERS, heard
-from client_edge.welcome import check_welcome, settings_of
+from client_edge.link.heard import MOST_CHARACTERS, heard
+from client_edge.link.welcome import check_welcome, settings_of
 from splitfl.config import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol import codec

@@ -13,8 +13,8 @@ from conftest import Finished, free_port, write_text
 from safetensors.torch import load_file
 
 from client_edge.check import check_client
-from client_edge.gate import OpenGate
-from client_edge.link import Link
+from client_edge.consent.gate import OpenGate
+from client_edge.link.link import Link
 from server_backbone.run_folder import search
 from splitfl.command_line import main
 from splitfl.config import ClientSection, PolicySection, ServerConfig, role_of

@@ -138,8 +138,8 @@ def test_idle_peers_and_garbage_keep_nobody_out(town: Callable[..., Town]) -> No
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_poison_is_applied_nowhere(town: Callable[..., Town], monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """A client whose activations are poison from its third step on: told, not applied, and the other goes on."""
-    from client_edge import run as client_run
-    from client_edge.link import Link
+    from client_edge.link.link import Link
+    from client_edge.part import run as client_run
 
     run = town(2, starts=False, federation__num_rounds=1, federation__local_steps=6, federation__step_timeout=6)
     send = Link.send_forward

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from faults.town import HEARTBEAT_TIMEOUT_S, Town
 
-from client_edge import run as client_run
-from client_edge.link import Link
+from client_edge.link.link import Link
+from client_edge.part import run as client_run
 from splitfl.config import ClientConfig
 from splitfl.errors import PeerGone
 from splitfl.protocol.messages import Goodbye

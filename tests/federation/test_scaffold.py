@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client_edge.controls import Controls
-from server_backbone.merger import Merger
+from client_edge.layers.controls import Controls
+from server_backbone.merging.merger import Merger
 from splitfl.config import FederationSection, StrategyName, StrategySection
 from splitfl.federation.strategies import strategy_for
 from splitfl.protocol.messages import Upload

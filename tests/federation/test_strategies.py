@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from server_backbone.merger import Merger, Seen
+from server_backbone.merging.merger import Merger, Seen
 from splitfl.config import FederationSection, StrategyName, StrategySection
 from splitfl.errors import ConfigError
 from splitfl.federation.strategies import STRATEGIES, strategy_for

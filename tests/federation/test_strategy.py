@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server_backbone.merger import Merger
+from server_backbone.merging.merger import Merger
 from splitfl.config import FederationSection, StrategySection
 from splitfl.errors import ConfigError, RemoteProtocolError
 from splitfl.federation.strategies.fed_avg import FedAvg

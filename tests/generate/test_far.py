@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from test_wire import Recorder, Secrets
 from transformers import PreTrainedModel, TextStreamer
 
-from client_edge.link import SessionLost
-from client_edge.run import take_part
-from client_edge.speak import Speaker, speaker
+from client_edge.generating.speak import Speaker, speaker
+from client_edge.link.link import SessionLost
+from client_edge.part.run import take_part
 from splitfl.config import ClientConfig, DataSection
 from splitfl.errors import DataError, ModelError, Refused
 from splitfl.protocol.messages import Decode, EndCache

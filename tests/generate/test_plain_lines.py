@@ -3,7 +3,7 @@
 import pytest
 from conftest import tiny_tokenizer
 
-from client_edge.speak import plain_lines, printer
+from client_edge.generating.speak import plain_lines, printer
 
 
 @pytest.mark.parametrize("steers", ["\x1b]0;owned\x07", "\x1b[2J", "\r", "\x9b2J", "\u202e", "\u2066", "\x00", "\x7f"])

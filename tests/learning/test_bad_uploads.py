@@ -14,7 +14,7 @@ from conftest import Finished, write_text
 from safetensors.torch import load_file
 from torch import Tensor
 
-from client_edge.link import Link
+from client_edge.link.link import Link
 from splitfl.errors import DataError, Incomplete, Refused
 from splitfl.protocol.messages import Merged
 from splitfl.telemetry.metrics import read_events

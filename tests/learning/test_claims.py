@@ -11,8 +11,8 @@ from conftest import Finished, free_port, write_text
 from served import ServedRun
 from torch import Tensor
 
-from client_edge.link import Link
-from client_edge.run import take_part
+from client_edge.link.link import Link
+from client_edge.part.run import take_part
 from splitfl.config import ClientConfig, ServerConfig
 from splitfl.protocol.messages import Merged, RoundOpened, RoundsEnded
 from splitfl.telemetry.metrics import Event, read_events

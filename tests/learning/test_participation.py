@@ -9,7 +9,7 @@ import pytest
 from conftest import free_port, write_text
 from served import ServedRun
 
-from client_edge.run import take_part
+from client_edge.part.run import take_part
 from splitfl.config import ClientConfig, FederationSection, ServerConfig, StrategySection
 from splitfl.federation.strategies.fed_avg import FedAvg
 from splitfl.telemetry.metrics import Event, read_events

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from unsplit import backward
 
 from benchmarks.replay import quiet_replay
-from client_edge.data import Batch, TrainBatches, read_examples
+from client_edge.text.data import Batch, TrainBatches, read_examples
 from server_backbone.replay import replay
 from splitfl.config import ClientConfig, ClientSection, DataSection, RunConfig
 from splitfl.models.trainable import first_adapter_values

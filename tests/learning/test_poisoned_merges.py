@@ -9,9 +9,9 @@ import torch
 from conftest import Finished, write_text
 from torch import Tensor
 
-from client_edge.link import Link
+from client_edge.link.link import Link
+from server_backbone.host import STATE_DIR
 from server_backbone.replay import rollback
-from server_backbone.serve import STATE_DIR
 from splitfl.durability.store import Store
 from splitfl.errors import Incomplete, Refused
 from splitfl.protocol.messages import Merged

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from unsplit import backward
 
-from client_edge.data import Batch, TrainBatches, read_examples
+from client_edge.text.data import Batch, TrainBatches, read_examples
 from splitfl.config import DataSection
 from splitfl.telemetry.metrics import read_events
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from unsplit import backward
 
-from client_edge.data import Batch, TrainBatches, read_examples
+from client_edge.text.data import Batch, TrainBatches, read_examples
 from splitfl.config import DataSection
 
 STEPS = 5

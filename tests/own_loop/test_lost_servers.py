@@ -174,7 +174,7 @@ class TestRuns:
             server.connect()
 
     def test_without_rounds_are_not_for_the_command(self, host: Start, tmp_path: Path) -> None:
-        from client_edge.run import take_part
+        from client_edge.part.run import take_part
         from splitfl.config import ClientConfig
 
         text = tmp_path / "text.txt"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.replay import quiet_replay
-from client_edge.data import Batch, TrainBatches
+from client_edge.text.data import Batch, TrainBatches
 from splitfl.config import ClientConfig, RunConfig
 from splitfl.errors import ModelError
 
@@ -164,7 +164,7 @@ def test_a_client_that_cannot_is_refused(
     def refuse(base: object, *, max_seq_length: int) -> None:
         raise ModelError("no")
 
-    monkeypatch.setattr("client_edge.edge.check_packing", refuse)
+    monkeypatch.setattr("client_edge.layers.edge.check_packing", refuse)
     data = write_text(tmp_path / "text.txt", num_lines=4, seed=3)
     tree = settings(make_model())
     tree["federation"] |= {"wait_timeout": 2.0}

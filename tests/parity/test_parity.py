@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from unsplit import backward
 
-from client_edge.data import TrainBatches, read_examples
+from client_edge.text.data import TrainBatches, read_examples
 from splitfl.config import ClientSection, DataSection, RunConfig
 from splitfl.models.trainable import first_adapter_values
 

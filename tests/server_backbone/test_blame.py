@@ -5,7 +5,7 @@ from itertools import permutations
 
 import pytest
 
-from server_backbone.blame import Blame, Fault, Stage
+from server_backbone.deciding.blame import Blame, Fault, Stage
 
 EVALUATION, TRAINING = Stage.EVALUATION, Stage.TRAINING
 OPEN, OWN, MERGE = Fault.OPEN, Fault.ITS_OWN, Fault.THE_MERGES

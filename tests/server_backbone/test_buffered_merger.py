@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server_backbone.buffered_merger import BufferedMerger
+from server_backbone.merging.buffered import BufferedMerger
 from splitfl.config import FederationSection, StrategySection
 from splitfl.federation.strategies.fed_buff import FedBuff
 from splitfl.protocol.messages import Upload

@@ -3,7 +3,7 @@
 import pytest
 from sample_messages import WIDTH, frames_of
 
-from server_backbone.caches import CacheBook
+from server_backbone.deciding.caches import CacheBook
 from splitfl.config import LinkSection
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Decode

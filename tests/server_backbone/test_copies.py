@@ -8,7 +8,7 @@ from conftest import tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from server_backbone.worker import Contribution, Worker
+from server_backbone.compute.worker import Contribution, Worker
 from splitfl.config import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.layout import Layout

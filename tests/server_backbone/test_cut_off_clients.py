@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from server_backbone.admission import Admission
+from server_backbone.door.admission import Admission
 from splitfl.config import LinkSection
 from splitfl.protocol.messages import Why
 from splitfl.session.limits import limits_of

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from sample_messages import commit, forward
 
-from server_backbone.gates import (
+from server_backbone.deciding.gates import (
     Action,
     Apply,
     CloseStep,

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_messages import commit, forward
 
-from server_backbone.gates import Apply, CloseStep, Compute, SequentialGate, SharedGate, SitOut, TakeBack
-from server_backbone.patience import Patience
+from server_backbone.deciding.gates import Apply, CloseStep, Compute, SequentialGate, SharedGate, SitOut, TakeBack
+from server_backbone.deciding.patience import Patience
 
 
 def test_misses_in_a_row_are_counted_and_a_step_in_time_ends_the_row() -> None:

@@ -9,8 +9,8 @@ import torch
 from conftest import Finished, tiny_config, write_text
 from torch import Tensor
 
-from server_backbone.placement import device_map_of, devices_of
-from server_backbone.worker import Contribution, Worker
+from server_backbone.compute.placement import device_map_of, devices_of
+from server_backbone.compute.worker import Contribution, Worker
 from splitfl.config import RunConfig
 from splitfl.errors import ModelError
 from splitfl.models.checkpoint import TensorFile

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server_backbone.ledger import MemberState, RoundState, RunState
+from server_backbone.records.ledger import MemberState, RoundState, RunState
 from server_backbone.run_folder import RunFolder, search
 from splitfl.config import FederationSection, ServerConfig
 from splitfl.errors import ConfigError

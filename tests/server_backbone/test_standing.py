@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
-from server_backbone.standing import Standing, value_of
+from server_backbone.deciding.standing import Standing, value_of
 from splitfl.config import FederationSection
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from server_backbone.rounds import Decision, End, Merge, Open, Release
-from server_backbone.turns import Turns
+from server_backbone.deciding.rounds import Decision, End, Merge, Open, Release
+from server_backbone.deciding.turns import Turns
 from splitfl.config import FederationSection
 
 

@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from splitfl.telemetry.display import Display, RunProgress, log_line
+from splitfl.reporting.display import Display, RunProgress, log_line
 from splitfl.telemetry.units import counted, format_bytes, format_change, format_loss, format_seconds, format_weight
 
 

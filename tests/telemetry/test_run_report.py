@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from splitfl.telemetry.plots import smooth
-from splitfl.telemetry.report import build_report, measures_table, summary_table, write_report
+from splitfl.reporting.plots import smooth
+from splitfl.reporting.report import build_report, measures_table, summary_table, write_report
 
 VOID = {"meta", "br", "path", "use"}
 

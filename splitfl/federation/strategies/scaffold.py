@@ -15,7 +15,7 @@ _NUM_CLIENTS = "num_clients"
 class SCAFFOLD(Strategy):
     """SCAFFOLD, option II (Karimireddy et al. 2020, arXiv:1910.06378, algorithm 1).
 
-    A client adds c - c_i to every gradient (`client_edge.controls.Controls`). How its own c_i changes with a round
+    A client adds c - c_i to every gradient (`client_edge.layers.controls`). How its own c_i changes with a round
     follows from the layers it uploads, so that nothing else need be sent up, or believed.
     """
 

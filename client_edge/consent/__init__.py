@@ -1,0 +1,1 @@
+"""What this client allows, and what it has agreed to."""

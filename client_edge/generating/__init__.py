@@ -1,0 +1,1 @@
+"""Text from the trained model, over the split."""

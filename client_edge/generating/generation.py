@@ -1,0 +1,134 @@
+"""Generating with the backbone on a server: its blocks, and their cache, as the stand-in sees them.
+
+Shapes: B rows, S new positions, D hidden width.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from client_edge.link.link import Link
+from splitfl.errors import ModelError, Refused, TransportError
+from splitfl.models.far_cache import lengths_of
+from splitfl.session.client import ClientSession
+
+T = TypeVar("T")
+
+
+class FarGenerator:
+    """The backbone of a server, for generating only: one generation at a time, from any thread."""
+
+    def __init__(self, link: Link, call: Callable[[Callable[[], T]], T] = lambda work: work()) -> None:
+        """Take a link that has resumed, and how to run what uses it, where it must not be in the caller's thread."""
+        self._link = link
+        self._call: Callable[[Callable[[], Any]], Any] = call
+        self._busy = threading.Lock()
+        self._under_way: dict[int, threading.Thread] = {}
+        self._to_end: deque[tuple[ClientSession, int]] = deque()
+
+    def __call__(
+        self, hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None, *, training: bool
+    ) -> Tensor:
+        """Run a whole text through; only a text that begins anew is asked for, so it is a cache of one use."""
+        if torch.is_grad_enabled() or training:
+            raise ModelError(
+                "this model is for generating: train with `splitfl client`, or call it in eval mode under"
+                " torch.no_grad()"
+            )
+        cache = self.new_cache()
+        try:
+            return cache.decode(hidden_BSD, lengths_of(hidden_BSD, mask_BS), ())
+        finally:
+            cache.end()
+
+    def new_cache(self, *, adapters_off: bool = False) -> "FarCacheOfServer":
+        """Return a new generation's cache; the server makes its part with the first positions."""
+        return FarCacheOfServer(self, adapters_off=adapters_off)
+
+    @contextmanager
+    def alone(self) -> Iterator[Link]:
+        """Lend the link to the one thread that generates; raise `ModelError` for a second one."""
+        others = [thread for thread in self._under_way.values() if thread is not threading.current_thread()]
+        if any(thread.is_alive() for thread in others) or not self._busy.acquire(blocking=False):
+            raise ModelError(
+                "two generations at once on one session: wait for the other thread's to end, or generate its prompts in"
+                " one batch"
+            )
+        try:
+            self._end_caches()
+            yield self._link
+        finally:
+            self._busy.release()
+
+    def ask(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do what uses the link, where that is to be done."""
+        answer_BSD: Tensor = self._call(work)
+        return answer_BSD
+
+    def began(self, cache_id: int) -> None:
+        """Take note that this thread generates."""
+        self._under_way[cache_id] = threading.current_thread()
+
+    def ended(self, session: ClientSession, cache_id: int) -> None:
+        """Have a cache freed: now if nobody uses the link, else before the next positions.
+
+        A generation's end is the end of an object, which may come at any moment and in any thread.
+        """
+        self._under_way.pop(cache_id, None)
+        self._to_end.append((session, cache_id))
+        if self._busy.acquire(blocking=False):
+            try:
+                self._end_caches()
+            finally:
+                self._busy.release()
+
+    def _end_caches(self) -> None:
+        while self._to_end:
+            session, cache_id = self._to_end.popleft()
+            if session is self._link.session and not self._link.is_closed:
+                with suppress(TransportError):  # a connection that is lost takes its caches with it
+                    self._call(partial(self._link.end_cache, cache_id))
+
+
+class FarCacheOfServer:
+    """One generation's cache on a server."""
+
+    def __init__(self, far: FarGenerator, *, adapters_off: bool) -> None:
+        self._far = far
+        self._adapters_off = adapters_off
+        self._session: ClientSession | None = None
+        self._id = 0
+
+    def decode(self, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]) -> Tensor:
+        """Run new positions: one round trip, or several for a prompt that is too long for one message."""
+        with self._far.alone() as link:
+            if self._session is None:
+                self._session, self._id = link.session, link.session.new_cache()
+                self._far.began(self._id)
+            if self._session is not link.session:
+                raise Refused(
+                    "the session in which this generation began has ended, and its cache with it: begin it anew"
+                )
+            most = max(1, link.session.terms.max_new_positions // hidden_BSD.shape[0])
+            got: list[Tensor] = []
+            left_B = lengths_B
+            for piece_BSD in hidden_BSD.detach().split(most, dim=1):
+                num_later = hidden_BSD.shape[1] - sum(part.shape[1] for part in got) - piece_BSD.shape[1]
+                now_B = tuple(max(0, left - num_later) for left in left_B)
+                beams = () if got else beams_B
+                ask = partial(link.decode, self._id, piece_BSD, now_B, beams, adapters_off=self._adapters_off)
+                got.append(self._far.ask(ask))
+                left_B = tuple(left - now for left, now in zip(left_B, now_B, strict=True))
+        return torch.cat(got, dim=1).to(hidden_BSD.device)
+
+    def end(self) -> None:
+        """Free the cache."""
+        session, self._session = self._session, None
+        if session is not None:
+            self._far.ended(session, self._id)

@@ -1,0 +1,1 @@
+"""The layers that stay with the text."""

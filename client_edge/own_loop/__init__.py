@@ -1,0 +1,1 @@
+"""The client's own training loop, with the backbone behind it."""

@@ -1,0 +1,1 @@
+"""A client's part in a run, from joining to its last words."""

@@ -1,0 +1,1 @@
+"""What follows from what: gates, rounds, caches. Pure: no tensor, clock, socket or thread."""

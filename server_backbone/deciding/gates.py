@@ -1,0 +1,361 @@
+"""When a step may begin and when it is applied, for each `server_mode`: pure state, time comes in as a number.
+
+The one rule behind all four: weights never move under a live graph. Whatever a gate returns is put on the worker's
+queue in that order, and the worker does one thing at a time.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from server_backbone.deciding.patience import Patience
+from splitfl.protocol.messages import Commit, Forward
+
+_MISSED = "missed too many steps (federation.max_missed_steps), and sits out until it begins one again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compute:
+    """Run this micro-batch forward."""
+
+    client_id: str
+    message: Forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Apply:
+    """Commit one optimizer step from these clients' gradients, in this order."""
+
+    members: tuple[tuple[str, Commit], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseStep:
+    """Go on without this client's open step: drop its graphs and gradients, and tell it."""
+
+    client_id: str
+    next_step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SitOut:
+    """Go on without this client until it shows work."""
+
+    client_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeBack:
+    """Wait for this client again: it shows work."""
+
+    client_id: str
+
+
+Action: TypeAlias = Compute | Apply | CloseStep | SitOut | TakeBack
+
+
+class Gate(Protocol):
+    """What a `server_mode` decides. Every method returns what is to be done, in order."""
+
+    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        """Expect these clients to train."""
+        ...
+
+    def round_closed(self) -> None:
+        """Forget what waits: whoever is still at work learns from the merge that its step is applied nowhere."""
+        ...
+
+    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        """Take a training micro-batch."""
+        ...
+
+    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        """Take the request to apply a step."""
+        ...
+
+    def finished(self, client_id: str, now_s: float) -> list[Action]:
+        """Take note that a client has no more steps in this round, or has left."""
+        ...
+
+    def lost(self, client_id: str, now_s: float) -> list[Action]:
+        """Take note that a client's connection is gone, and what it had under way; it may come back."""
+        ...
+
+    def returned(self, client_id: str) -> int:
+        """Expect a client again; return the step that the others are at, 0 where each has its own."""
+        ...
+
+    def ticked(self, now_s: float) -> list[Action]:
+        """Look at the deadlines."""
+        ...
+
+    def sits_out(self, client_id: str) -> bool:
+        """Tell whether nobody waits for a client's steps, since it has missed too many."""
+        ...
+
+    def waiting_for(self) -> Sequence[str]:
+        """Name the clients that others wait for."""
+        ...
+
+
+class SharedGate:
+    """One optimizer step from all clients' gradients of a step (FL-GLM's client-batch).
+
+    SplitFed-V2 too has one backbone for all, but that steps for one client after the other, as with `SequentialGate`.
+    """
+
+    def __init__(self, step_timeout: float, max_missed_steps: int = 3) -> None:
+        self._step_timeout = step_timeout
+        self._patience = Patience(max_missed_steps, step_timeout)
+        self._expected: set[str] = set()
+        self._guests: set[str] = set()
+        """Clients that sit out and have begun this step all the same: it does not wait for them."""
+        self._asked: dict[str, Commit] = {}
+        self._deadline_s = float("inf")
+        self._step = 0
+        self._is_open = False
+
+    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        self._is_open = True
+        self._expected = {each for each in trainers if not self.sits_out(each)}
+        self._guests = set()
+        self._step = first_step
+
+    def round_closed(self) -> None:
+        self._is_open = False
+        self._expected = set()
+        self._guests = set()
+        self._asked = {}
+        self._deadline_s = float("inf")
+
+    def sits_out(self, client_id: str) -> bool:
+        return self._patience.is_out(client_id)
+
+    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        # A member's next forward cannot come before its commit is acknowledged, so no graph outlives a commit.
+        if not self.sits_out(client_id) or not self._is_open:
+            return [Compute(client_id=client_id, message=message)]
+        back: list[Action] = []
+        if self._patience.may_return(client_id, now_s):
+            self._expected.add(client_id)
+            back = [TakeBack(client_id=client_id)]
+        if message.step != self._step:
+            return [*back, self._elsewhere(client_id)]
+        if not back:
+            self._guests.add(client_id)
+        return [*back, Compute(client_id=client_id, message=message)]
+
+    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        self._patience.begin(now_s)
+        if client_id not in self._expected | self._guests:
+            return []  # the round closed before it came
+        if not self._asked:
+            self._deadline_s = now_s + self._step_timeout
+        self._asked[client_id] = message
+        return self._apply_if_complete(now_s)
+
+    def finished(self, client_id: str, now_s: float) -> list[Action]:
+        self._expected.discard(client_id)
+        self._guests.discard(client_id)
+        self._asked.pop(client_id, None)
+        return self._apply_if_complete(now_s)
+
+    def lost(self, client_id: str, now_s: float) -> list[Action]:
+        self._asked.pop(client_id, None)  # its gradients go with its connection; the step still waits for it
+        self._guests.discard(client_id)
+        return []
+
+    def returned(self, client_id: str) -> int:
+        if self._is_open and not self.sits_out(client_id):
+            self._expected.add(client_id)
+        return self._step
+
+    def ticked(self, now_s: float) -> list[Action]:
+        if not self._asked or now_s < self._deadline_s:
+            return []
+        reason = f"the step went on after {self._step_timeout:g} s without this client"
+        late = sorted(self._expected - set(self._asked))
+        actions: list[Action] = []
+        for client_id in late:
+            actions.append(CloseStep(client_id=client_id, next_step=self._step + 1, reason=reason))
+            if self._patience.missed(client_id, now_s):
+                self._expected.discard(client_id)
+                actions.append(SitOut(client_id=client_id, reason=_MISSED))
+        return actions + self._apply(now_s)
+
+    def waiting_for(self) -> Sequence[str]:
+        return sorted(self._expected - set(self._asked)) if self._asked else []
+
+    def _elsewhere(self, client_id: str) -> CloseStep:
+        return CloseStep(client_id=client_id, next_step=self._step, reason=f"the others are at step {self._step}")
+
+    def _apply_if_complete(self, now_s: float) -> list[Action]:
+        return self._apply(now_s) if self._asked and self._expected <= set(self._asked) else []
+
+    def _apply(self, now_s: float) -> list[Action]:
+        members = tuple(sorted(self._asked.items()))
+        too_late = sorted(self._guests - set(self._asked))
+        self._asked, self._guests = {}, set()
+        self._deadline_s = float("inf")
+        self._step += 1
+        back = [client_id for client_id, _ in members if self._patience.made(client_id, now_s)]
+        self._expected |= set(back)
+        return [
+            *(self._elsewhere(client_id) for client_id in too_late),
+            Apply(members=members),
+            *(TakeBack(client_id=client_id) for client_id in back),
+        ]
+
+
+class SequentialGate:
+    """One client's step at a time, each computed and applied before the next begins (split learning's plain order)."""
+
+    def __init__(self, step_timeout: float, max_missed_steps: int = 3, *, is_patient: bool = False) -> None:
+        """A patient gate ends a turn only when somebody else waits for it."""
+        self._step_timeout = step_timeout
+        self._is_patient = is_patient
+        self._patience = Patience(max_missed_steps, step_timeout)
+        self._owner: str | None = None
+        self._owner_step = 0
+        self._is_open = False
+        self._deadline_s = float("inf")
+        self._held: deque[tuple[str, Forward]] = deque()
+
+    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        self._is_open = True
+
+    def round_closed(self) -> None:
+        self._is_open = False
+        self._owner = None
+        self._held.clear()
+
+    def sits_out(self, client_id: str) -> bool:
+        return self._patience.is_out(client_id)
+
+    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        self._patience.begin(now_s)
+        if not self._is_open:
+            return []  # the round closed before it came
+        actions: list[Action] = []
+        if self._owner != client_id and self.sits_out(client_id) and self._patience.may_return(client_id, now_s):
+            actions.append(TakeBack(client_id=client_id))
+        if self._owner not in (None, client_id):
+            self._held.append((client_id, message))
+            return [*actions, *self._sent_away(client_id, now_s)]
+        if self._owner is None:
+            self._take_turn(client_id, message, now_s)
+        return [*actions, Compute(client_id=client_id, message=message)]
+
+    def _sent_away(self, client_id: str, now_s: float) -> list[Action]:
+        """End the turn of an owner that sits out and had it only because nobody else wanted it."""
+        if self._owner is None or not self.sits_out(self._owner) or self.sits_out(client_id):
+            return []
+        return [self._closed("others wait for the turn, which it had while nobody did"), *self._next_turn(now_s)]
+
+    def _closed(self, reason: str) -> CloseStep:
+        return CloseStep(client_id=self._owner or "", next_step=self._owner_step + 1, reason=reason)
+
+    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        if client_id != self._owner:
+            return []  # the round closed before it came
+        back = [TakeBack(client_id=client_id)] if self._patience.made(client_id, now_s) else []
+        return [Apply(members=((client_id, message),)), *back, *self._next_turn(now_s)]
+
+    def finished(self, client_id: str, now_s: float) -> list[Action]:
+        self._held = deque(held for held in self._held if held[0] != client_id)
+        return self._next_turn(now_s) if self._owner == client_id else []
+
+    def lost(self, client_id: str, now_s: float) -> list[Action]:
+        return self.finished(client_id, now_s)
+
+    def returned(self, client_id: str) -> int:
+        return 0
+
+    def ticked(self, now_s: float) -> list[Action]:
+        if self._owner is None or now_s < self._deadline_s or (self._is_patient and not self._held):
+            return []
+        owner, is_waited_for = self._owner, bool(self._held)
+        closed = self._closed(f"its turn ended after {self._step_timeout:g} s without a commit")
+        sits_out: list[Action] = []
+        if is_waited_for and self._patience.missed(owner, now_s):
+            sits_out = [SitOut(client_id=owner, reason=_MISSED)]
+        return [closed, *sits_out, *self._next_turn(now_s)]
+
+    def waiting_for(self) -> Sequence[str]:
+        return [self._owner] if self._owner and self._held else []
+
+    def _take_turn(self, client_id: str, message: Forward, now_s: float) -> None:
+        self._owner = client_id
+        self._owner_step = message.step
+        self._deadline_s = now_s + self._step_timeout
+
+    def _next_turn(self, now_s: float) -> list[Action]:
+        self._owner = None
+        if not self._held:
+            return []
+        # whoever sits out comes when nobody else does
+        client_id, first = next((held for held in self._held if not self.sits_out(held[0])), self._held[0])
+        self._take_turn(client_id, first, now_s)
+        mine = [message for holder, message in self._held if holder == client_id]
+        self._held = deque(held for held in self._held if held[0] != client_id)
+        return [Compute(client_id=client_id, message=message) for message in mine]
+
+
+class FrozenGate:
+    """No weight of the server moves, so nobody waits for anybody."""
+
+    def __init__(self) -> None:
+        self._is_open = False
+
+    def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
+        self._is_open = True
+
+    def round_closed(self) -> None:
+        self._is_open = False
+
+    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+        return [Compute(client_id=client_id, message=message)]
+
+    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+        return [Apply(members=((client_id, message),))] if self._is_open else []  # the round closed before it came
+
+    def finished(self, client_id: str, now_s: float) -> list[Action]:
+        return []
+
+    def lost(self, client_id: str, now_s: float) -> list[Action]:
+        return []
+
+    def returned(self, client_id: str) -> int:
+        return 0
+
+    def ticked(self, now_s: float) -> list[Action]:
+        return []
+
+    def sits_out(self, client_id: str) -> bool:
+        return False
+
+    def waiting_for(self) -> Sequence[str]:
+        return []
+
+
+class PerClientGate(FrozenGate):
+    """Each client moves weights of its own, so nobody waits for anybody (SplitFed-V1).
+
+    A step that comes behind its round was computed with weights that the merge has replaced, and is dropped as well.
+    """
+
+
+def gate_for(server_mode: str, step_timeout: float, max_missed_steps: int = 3, *, is_patient: bool = False) -> Gate:
+    """Return the gate of a `server_mode`; see `SequentialGate` for what is patient."""
+    match server_mode:
+        case "shared":
+            return SharedGate(step_timeout, max_missed_steps)
+        case "sequential":
+            return SequentialGate(step_timeout, max_missed_steps, is_patient=is_patient)
+        case "per_client":
+            return PerClientGate()
+        case _:
+            return FrozenGate()

@@ -1,0 +1,1 @@
+"""Who is there, what they say, and who takes it."""

@@ -1,0 +1,394 @@
+"""One run from config to report: what `splitfl server` does."""
+
+import json
+import os
+import platform
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from server_backbone.compute.placement import DeviceMap, device_map_of, devices_of
+from server_backbone.compute.worker import Worker
+from server_backbone.disk_space import room_for
+from server_backbone.door.admission import Admission
+from server_backbone.door.server import Server
+from server_backbone.engine.engine import Engine
+from server_backbone.merging.buffered import BufferedMerger
+from server_backbone.merging.merger import FirstLayers, Merger
+from server_backbone.provisions import prepare
+from server_backbone.records.ledger import Ledger
+from server_backbone.records.untold import untold
+from server_backbone.run_folder import STATE_DIR, RunFolder, search
+from splitfl.config import RunConfig, ServerConfig, default_cache_dir
+from splitfl.durability.crash import crash_point
+from splitfl.durability.disk import make_private_dir
+from splitfl.durability.store import Store
+from splitfl.errors import ConfigError, Incomplete, ModelError, StorageError
+from splitfl.federation.movement import Bound
+from splitfl.federation.strategies import strategy_for
+from splitfl.models.content import content_sha256, locate_same
+from splitfl.models.cut import Cut
+from splitfl.models.export import export_model
+from splitfl.models.origin import Origin, locate
+from splitfl.models.source import Weights, empty_cut, read_config, server_weights
+from splitfl.reporting.display import Display
+from splitfl.reporting.report import build_report, measures_table, summary_table, write_report
+from splitfl.session.limits import limits_of, messages_queued
+from splitfl.session.terms import Terms
+from splitfl.stopping import StopRequest
+from splitfl.telemetry.history import History
+from splitfl.telemetry.memory import peak_rss_bytes
+from splitfl.telemetry.metrics import MetricsLog, read_events
+from splitfl.telemetry.versions import versions_of
+from splitfl.training.device import open_device
+from splitfl.training.forecast import Part, copies_of
+from splitfl.training.terms import merged_layers, terms_of
+from splitfl.transport.keys import AllowList, read_key_pair
+from splitfl.transport.security import ServerSecurity
+from splitfl.transport.watch import allow_many_descriptors
+from splitfl.transport.zeromq import Listener
+
+# Columns of the table when the output is no terminal, which would otherwise count as 80 wide.
+_PLAIN_WIDTH = 120
+_VERSIONED = ("splitfl", "torch", "transformers", "peft", "pyzmq", "msgpack")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """The run's model, its server side filled."""
+
+    directory: Path
+    cut: Cut
+    weights: Weights
+    notes: list[str]
+    copy_bytes: int
+    """What each client's own copy of the backbone takes, 0 where they share one."""
+    device_map: DeviceMap | None
+
+
+def serve(
+    config: ServerConfig, *, as_json: bool = False, resumes: bool = True, stop: StopRequest | None = None
+) -> Path:
+    """Serve one run, or go on with it where it was interrupted, and return its folder.
+
+    Nothing is written before the model is loaded and the address is ours. When a `stop` is asked for, the run is saved
+    and `Stopped` raised. Raises `Incomplete` when the run ended before its last round.
+    """
+    begun_s, stop = time.monotonic(), stop or StopRequest()
+    if config.server.num_threads:
+        torch.set_num_threads(config.server.num_threads)
+    allow_many_descriptors()
+    device = open_device(config.server.device, "server.device")
+    looked_for = search(config, resumes=resumes)
+    with ExitStack() as stack:
+        security = security_of(config)
+        listener = stack.enter_context(listen(config, security))
+        listener.self_test()
+        origin = locate(config.model.model_name_or_path, _cache_dir(config))
+        read_config(origin.directory)  # what is no model at all is said before it is read
+        folder = looked_for.settle(content_sha256(origin, _cache_dir(config)))
+        config, run_dir = folder.config, folder.path
+        model = load(config, device, origin)
+        room_for(config, model.cut, run_dir=run_dir if folder.is_resumed else None)
+        make_private_dir(run_dir)
+        storage = config.storage
+        store = stack.enter_context(
+            Store(
+                run_dir / STATE_DIR,
+                fsync=storage.fsync,
+                fsync_interval=storage.fsync_interval,
+                keep=storage.keep_snapshots,
+            )
+        )
+        console = Console(stderr=as_json, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+        for note in (*folder.notes, *model.notes):
+            console.print(f"note: {note}", markup=False)
+        metrics = stack.enter_context(MetricsLog(run_dir / "metrics.jsonl"))
+        history = stack.enter_context(History(run_dir, is_on=config.server.history, role="server"))
+        display = stack.enter_context(Display(console))
+        metrics.listen(display)
+        server = build_server(config, model, listener, security, store, metrics, history, run_dir, device, stop)
+        stop.raises = False  # from here on much can be half done
+        notes = _recover(server, folder, history)
+        folder.begin()  # not earlier: settings that the model or the run's state refuses are no run's
+        about_model = {"bytes_per_copy": model.copy_bytes}
+        metrics.emit("run_started", **_description(config, run_dir), **about_model, resumed=folder.is_resumed)
+        if folder.changes:
+            metrics.emit("settings_changed", changes=[asdict(change) for change in folder.changes])
+        if folder.is_resumed:
+            _go_on(server, metrics, notes, begun_s)
+        metrics.emit("waiting", text=f"clients at {listener.address}")
+        try:
+            server.serve()
+            server.dismiss(server.reason or "the run is over")
+            _finish(server, folder, model, listener, history, begun_s)
+        except KeyboardInterrupt:
+            _suspend(server, listener, run_dir, console, begun_s)
+            _report(run_dir, console, as_json=as_json)
+            raise
+        except (StorageError, Incomplete):
+            server.say_shutdown()
+            raise
+        _report(run_dir, console, as_json=as_json)
+    if server.reason:
+        raise Incomplete(
+            f"the run ended before its last round: {server.reason}; see {run_dir}. The same command goes on with it"
+        )
+    return run_dir
+
+
+def _recover(server: Server, folder: RunFolder, history: History) -> list[str]:
+    """Begin the ledger of a new run, or bring it to where that of an interrupted one ends; return notes.
+
+    Raises `ConfigError` where that is not where these settings could go on from.
+    """
+    engine = server.engine
+    ledger = engine.ledger
+
+    def redone(commit_number: int, client_id: str) -> None:
+        if history.is_on:
+            history.note("redone", commit_number=commit_number, digest=engine.worker.digest(client_id))
+        server.stop.check()  # nothing has been written yet
+
+    notes = ledger.recover(engine.worker, redone) if folder.is_resumed else []
+    if not ledger.state.fingerprint:  # new, or ended before its first snapshot
+        ledger.begin(folder.config.run_config().fingerprint(), engine.worker)
+    federation, is_raised = folder.config.federation, folder.raises_num_rounds
+    if objection := ledger.state.objection_to(federation, is_raised=is_raised):
+        raise ConfigError(f"{folder.path}: {objection}")
+    if ledger.state.has_more_to_do(federation.num_rounds, is_raised=is_raised):
+        ledger.prolong(federation.num_rounds)
+    history.note("started", resumed=folder.is_resumed, commit_number=ledger.state.commit_number)
+    return notes
+
+
+def _go_on(server: Server, metrics: MetricsLog, notes: list[str], begun_s: float) -> None:
+    """Bring everything to where the ledger of an interrupted run ends."""
+    for note in notes:
+        metrics.emit("note", text=note)
+    engine, state = server.engine, server.engine.ledger.state
+    for name in engine.restore():
+        then = "they are in no merge" if server.run.is_buffered else "it is asked for them again"
+        metrics.emit("note", text=f"the layers that {name.partition('@')[0]} had uploaded cannot be read: {then}")
+    if state.has_ended:
+        engine.merger.forget_other_bests(0)  # it may have ended before that
+    if state.round is None and state.num_merged:
+        engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
+    for name, fields in untold(state, read_events(metrics.path), engine.merger.layers()):
+        metrics.emit(name, **fields)
+    server.recover()
+    metrics.emit(
+        "resumed",
+        commit_number=state.commit_number,
+        round=state.round.number if state.round else state.num_merged,
+        clients=sorted(state.members),
+        seconds=time.monotonic() - begun_s,
+    )
+
+
+def _suspend(server: Server, listener: Listener, run_dir: Path, console: Console, begun_s: float) -> None:
+    """Save a run that is stopped, tell the clients, and write down what this process has taken."""
+    server.suspend()
+    number = server.engine.ledger.state.commit_number
+    reason = f"stopped by its operator after commit {number}; the same command goes on with it"
+    server.metrics.emit("run_stopped", **_totals(server, listener, begun_s), reason=reason)
+    console.print(
+        f"stopped after commit {number}; everything is in {run_dir}, and the same command goes on from there",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _finish(
+    server: Server, folder: RunFolder, model: _Model, listener: Listener, history: History, begun_s: float
+) -> None:
+    """Export the model of a run that went through, and write the last event."""
+    server.stop.raises = True  # all is saved; what is half exported is exported again
+    server.stop.check()
+    model_dir = _export(folder.config, model, folder.path) if not server.reason else None
+    server.stop.raises = False
+    if history.is_on:
+        history.note("finished", digest=server.engine.worker.digest())
+    totals = _totals(server, listener, begun_s)
+    server.metrics.emit("run_finished", **totals, reason=server.reason, model_dir=model_dir)
+    if not server.reason:
+        folder.finish()
+
+
+def security_of(config: ServerConfig) -> ServerSecurity | None:
+    """Read the key pair and the list of clients; None without keys."""
+    folder = config.server.keys
+    if folder is None:
+        return None
+    return ServerSecurity(key_pair=read_key_pair(folder), allow_list=AllowList(folder))
+
+
+def listen(config: ServerConfig, security: ServerSecurity | None = None) -> Listener:
+    """Bind the run's address; encrypted and authenticated if there are keys."""
+    link = config.link
+    return Listener(
+        config.server.address,
+        security=security,
+        max_frame_bytes=link.frame_bytes,
+        max_queued=messages_queued(link),
+        heartbeat_interval=link.heartbeat_interval,
+        heartbeat_timeout=link.heartbeat_timeout,
+    )
+
+
+def load(config: ServerConfig, device: torch.device, origin: Origin | None = None) -> _Model:
+    """Build the model empty, cut it, and read the backbone's tensors; embedding and head never take memory.
+
+    `origin` is where the model lies, if that is known and it is known to be the run's; else it is looked for.
+    """
+    origin = origin or locate_same(config.model, _cache_dir(config))
+    cut, notes = empty_cut(origin.directory, config)
+    weights = server_weights(origin, cut, seed=config.seed, cache_dir=_cache_dir(config))
+    strategy = config.server.device_map
+    device_map = device_map_of(cut, strategy) if strategy else None
+    cut.fill("server", weights.read, device, devices_of(cut, device_map) if device_map is not None else {})
+    copy_bytes = 0
+    if config.has_copies:
+        backbone = Part.of(cut, "server", config.optimizer)
+        copy_bytes = backbone.copy_bytes
+        notes += [text.rstrip(".") for text in copies_of(backbone, config, clients=config.server.max_clients).sentences]
+    return _Model(
+        directory=origin.directory,
+        cut=cut,
+        weights=weights,
+        notes=notes,
+        copy_bytes=copy_bytes,
+        device_map=device_map,
+    )
+
+
+def build_server(
+    config: ServerConfig,
+    model: _Model,
+    listener: Listener,
+    security: ServerSecurity | None,
+    store: Store,
+    metrics: MetricsLog,
+    history: History,
+    run_dir: Path,
+    device: torch.device,
+    stop: StopRequest,
+) -> Server:
+    """Put a run's server together."""
+    run = config.run_config()
+    cut = model.cut
+    stored = cut.tensors_of("client")
+    layers = merged_layers(run, cut)
+
+    def read(name: str) -> Tensor:
+        values = torch.empty(layers[name].shape, dtype=layers[name].dtype)
+        model.weights.read(stored[name][0], values)
+        return values
+
+    first_layers = FirstLayers(list(layers), read)
+    strategy = strategy_for(run.federation, run.strategy, run.seed)
+    kind = BufferedMerger if run.is_buffered else Merger
+    merger = kind(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms, Bound.of(run))
+    ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
+    worker = Worker(cut, run, device, model.device_map)
+    terms = _terms(run, cut, worker)
+    limits = limits_of(terms, run.link, clients=config.server.max_clients)
+    listener.bound_messages(num_bytes=limits.message_bytes, num_frames=limits.message_frames)
+    return Server(
+        run=run,
+        run_id=run_dir.name,
+        terms=terms,
+        limits=limits,
+        listener=listener,
+        admission=Admission(security.allow_list if security else None, limits),
+        engine=Engine(run, worker, merger, ledger, history),
+        provisions=prepare(model.directory, cut, model.weights, cache_dir=_cache_dir(config), run_dir=run_dir),
+        metrics=metrics,
+        history=history,
+        stop=stop,
+    )
+
+
+def _terms(run: RunConfig, cut: Cut, worker: Worker) -> Terms:
+    """Return the run's terms: rows are packed if this backbone keeps their examples apart.
+
+    Raises `ModelError` if it does not and the run wants it to; a client's own loop is told in the welcome.
+    """
+    terms = terms_of(run, cut)
+    if terms.max_packed_examples:
+        try:
+            worker.check_packing()
+        except ModelError:
+            if not run.has_own_loops:
+                raise
+            return replace(terms, max_packed_examples=0)
+    return terms
+
+
+def _cache_dir(config: ServerConfig) -> Path:
+    return config.server.cache_dir or default_cache_dir()
+
+
+def _description(config: ServerConfig, run_dir: Path) -> dict[str, Any]:
+    run = config.run_config()
+    return {
+        "run_id": run_dir.name,
+        "model": run.model.model_name_or_path,
+        "server_mode": run.federation.server_mode,
+        "num_rounds": run.federation.num_rounds,
+        "local_steps": run.federation.local_steps,
+        "fingerprint": run.fingerprint(),
+        "pid": os.getpid(),
+        "versions": {"python": platform.python_version(), **versions_of(_VERSIONED)},
+        "device": config.server.device,
+        "num_threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "settings": json.loads(run.to_json()),
+    }
+
+
+def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any]:
+    return {
+        "wall_seconds": time.monotonic() - begun_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "bytes_sent": listener.traffic.sent,
+        "bytes_received": listener.traffic.received,
+        "compute_seconds": server.engine.worker.compute.seconds,
+        "most_copies": server.engine.worker.most_copies,
+        "pid": os.getpid(),
+        "complete": not server.reason,
+    }
+
+
+def _export(config: ServerConfig, model: _Model, run_dir: Path) -> Path | None:
+    if not config.server.export_model:
+        return None
+    crash_point("export-before")
+    return export_model(model.cut, model.weights, model.directory, config, run_dir, run_dir / "model", replaces=True)
+
+
+def _report(run_dir: Path, console: Console, *, as_json: bool) -> None:
+    report = build_report(read_events(run_dir / "metrics.jsonl"))
+    try:
+        write_report(run_dir, report)
+    except OSError as error:
+        raise StorageError.at(run_dir / "report.json", error) from None
+    if as_json:
+        sys.stdout.write(json.dumps(report) + "\n")
+        return
+    console.print(summary_table(report))
+    measures = measures_table(report)
+    if measures is not None:
+        console.print(measures)
+    if report["stopped_early"]:
+        console.print(f"stopped early: {report['stopped_early']}", markup=False, soft_wrap=True)
+    if report["best_round"]:
+        console.print(f"ended with the best round: {report['best_round']}", markup=False)
+    console.print(f"run: {run_dir}", markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The clients' layers made into everyone's."""
