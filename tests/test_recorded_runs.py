@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.replay import Replayed, quiet_replay
 from server_backbone.replay import replay
