@@ -26,6 +26,8 @@ from client_edge.part.run import read_text
 from client_edge.text.data import TrainBatches
 from server_backbone.compute.worker import Contribution, Worker
 from server_backbone.host import load
+from server_backbone.records import entries as log
+from server_backbone.records.entries import from_fields
 from server_backbone.provisions import prepare
 from server_backbone.run_folder import STATE_DIR
 from splitfl.config import ClientConfig, RunConfig, ServerConfig
@@ -133,34 +135,32 @@ class _Quiet:
     def _batches(self, config: ClientConfig, directory: Path) -> TrainBatches:
         return TrainBatches.of(read_text(config, self.run, directory).train, self.run, config.client)
 
-    def follow(self, entry: Record) -> None:
-        """Do what an entry of the log says was done."""
-        match entry.kind:
-            case "round":
-                self.worker.begin_round(entry.fields["clients"])
-                self.known |= set(entry.fields["clients"])
-            case "commit":
-                self._commit(entry.fields)
-            case "merge":
-                self._merge(entry)
-            case "turn":
-                (client_id,) = entry.fields["clients"]
+    def follow(self, record: Record) -> None:
+        """Do what a record of the log says was done."""
+        match from_fields(record.kind, record.fields):
+            case log.RoundBegan(clients=clients):
+                self.worker.begin_round(clients)
+                self.known |= set(clients)
+            case log.Committed() as entry:
+                self._commit(entry)
+            case log.MergeMade() as entry:
+                self._merge(entry, record.tensors)
+            case log.TurnBegan(clients=(client_id,)):
                 self.edges[client_id].load(list(self.merged.layers.values()))
-            case "buffered":
-                layers = self.edges[entry.fields["client_id"]].layers()
-                self.uploads[entry.fields["name"]] = layers, entry.fields["begun"]
+            case log.Buffered() as entry:
+                self.uploads[entry.name] = self.edges[entry.client_id].layers(), entry.begun
 
-    def _commit(self, fields: Mapping[str, Any]) -> None:
-        contributions = [self._compute(client_id, step) for client_id, step in fields["members"]]
+    def _commit(self, entry: log.Committed) -> None:
+        contributions = [self._compute(client_id, step) for client_id, step in entry.members]
         coefficient, gradients = self.worker.reduce(contributions)
-        if coefficient != fields["clip_coefficient"]:
-            self.replayed.problems.append(f"commit {fields['number']}: another clip coefficient")
-        schedule = self.schedules[horizon_of(fields["number"], self.horizons)]
+        if coefficient != entry.clip_coefficient:
+            self.replayed.problems.append(f"commit {entry.number}: another clip coefficient")
+        schedule = self.schedules[horizon_of(entry.number, self.horizons)]
         slot, first = contributions[0].slot, contributions[0].step
         self.worker.redo(slot, first, coefficient, gradients, schedule.learning_rate(first))
         self.worker.withdraw()
-        self.replayed.server[fields["number"]] = self.worker.digest(slot)
-        for client_id, step in fields["members"]:
+        self.replayed.server[entry.number] = self.worker.digest(slot)
+        for client_id, step in entry.members:
             rate = schedule.learning_rate(step)
             self.edges[client_id].step(step, coefficient, rate)
             self.rates[client_id] += rate * coefficient
@@ -206,11 +206,10 @@ class _Quiet:
         norms = edge.optimizer.norms().tolist()
         return Contribution(slot=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
 
-    def _merge(self, entry: Record) -> None:
-        is_accepted = entry.fields["accepted"]
-        if is_accepted:
-            weights = sorted(entry.fields["weights"].items())
-            updates = [(self._update_of(name, entry.fields["round"]), weight) for name, weight in weights]
+    def _merge(self, entry: log.MergeMade, recorded: Mapping[str, Tensor]) -> None:
+        if entry.accepted:
+            weights = sorted(entry.weights.items())
+            updates = [(self._update_of(name, entry.round), weight) for name, weight in weights]
             before, self.merged = (
                 self.merged,
                 self.strategy.aggregate_train(updates, self.merged.layers, self.merged.state),
@@ -227,17 +226,17 @@ class _Quiet:
         backbone = {name: self.merged.layers[name] for name in self.worker.before_merge()}
         layers = {name: layer for name, layer in self.merged.layers.items() if name not in backbone}
         # as the record has them, in this order
-        tensors = [*layers.values(), *self.merged.state.values(), *(backbone.values() if is_accepted else ())]
-        if digest_of(tensors) != digest_of(entry.tensors.values()):
+        tensors = [*layers.values(), *self.merged.state.values(), *(backbone.values() if entry.accepted else ())]
+        if digest_of(tensors) != digest_of(recorded.values()):
             self.replayed.problems.append(
-                f"merge of round {entry.fields['round']}: other layers or strategy state than in the log"
+                f"merge of round {entry.round}: other layers or strategy state than in the log"
             )
-        self.replayed.merges[entry.fields["round"]] = digest_of(layers.values())
-        self.versions[entry.fields["round"]] = layers
-        if entry.fields.get("closes", True):
+        self.replayed.merges[entry.round] = digest_of(layers.values())
+        self.versions[entry.round] = layers
+        if entry.closes:
             controls = self.strategy.controls(layers, self.merged.state)
             for name, edge in self.edges.items():
-                edge.load([*layers.values(), *controls], counted=name in entry.fields["weights"])
+                edge.load([*layers.values(), *controls], counted=name in entry.weights)
                 self._keep_state(name)
             self.rates = dict.fromkeys(self.edges, 0.0)
         self.worker.merged(backbone)
@@ -290,11 +289,12 @@ def entries(run_dir: Path, *, keeps_records: bool = True) -> Iterator[Record]:
 def _leads_to(store: Store, generation: int, later: int) -> bool:
     """Tell whether a generation's entries lead to the next snapshot, which else is where they began."""
     commit_number, num_merged = _place(store, generation)
-    for entry in store.entries_of(generation):
-        if entry.kind == "commit":
-            commit_number = entry.fields["number"]
-        elif entry.kind == "merge":
-            num_merged = entry.fields["round"]
+    for record in store.entries_of(generation):
+        match from_fields(record.kind, record.fields):
+            case log.Committed(number=number):
+                commit_number = number
+            case log.MergeMade(round=round_number):
+                num_merged = round_number
     return (commit_number, num_merged) == _place(store, later)
 
 

@@ -23,6 +23,7 @@ from server_backbone.engine.engine import Engine
 from server_backbone.merging.buffered import BufferedMerger
 from server_backbone.merging.merger import FirstLayers, Merger
 from server_backbone.provisions import prepare
+from server_backbone.records.entries import Prolonged
 from server_backbone.records.ledger import Ledger
 from server_backbone.records.untold import untold
 from server_backbone.run_folder import STATE_DIR, RunFolder, search
@@ -164,7 +165,7 @@ def _recover(server: Server, folder: RunFolder, history: History) -> list[str]:
     if objection := ledger.state.objection_to(federation, is_raised=is_raised):
         raise ConfigError(f"{folder.path}: {objection}")
     if ledger.state.has_more_to_do(federation.num_rounds, is_raised=is_raised):
-        ledger.prolong(federation.num_rounds)
+        ledger.write(Prolonged(num_rounds=federation.num_rounds))
     history.note("started", resumed=folder.is_resumed, commit_number=ledger.state.commit_number)
     return notes
 

@@ -8,7 +8,9 @@ import torch
 
 from server_backbone.compute.worker import Worker
 from server_backbone.host import load
+from server_backbone.records.entries import Committed, from_fields
 from server_backbone.records.ledger import Ledger
+from server_backbone.records.state import RunState
 from server_backbone.run_folder import FINISHED_FILE, STATE_DIR
 from splitfl.config import ServerConfig
 from splitfl.durability.record import Record
@@ -73,22 +75,23 @@ def _compare(ledger: Ledger, worker: Worker, snapshot: Record, generation: int, 
         found.problems.append(f"snapshot {generation} has other weights than the log before it leads to")
 
 
-def _follow(ledger: Ledger, worker: Worker, entries: Iterator[Record], found: Replay) -> None:
-    for entry in entries:
-        if not ledger.is_redone(entry.kind):
+def _follow(ledger: Ledger, worker: Worker, records: Iterator[Record], found: Replay) -> None:
+    for record in records:
+        if not ledger.is_redone(record.kind):
             continue
-        if entry.kind == "commit":
-            _check_order(ledger, entry, found)
+        entry = from_fields(record.kind, record.fields)
+        if isinstance(entry, Committed):
+            _check_order(ledger.state, entry, found)
             found.commits += 1
-        ledger.redo(entry, worker)
+        ledger.redo(record, worker)
 
 
-def _check_order(ledger: Ledger, entry: Record, found: Replay) -> None:
-    if entry.fields["number"] != ledger.state.commit_number + 1:
-        found.problems.append(f"commit {entry.fields['number']} behind commit {ledger.state.commit_number}")
-    for client_id, step in entry.fields["members"]:
-        if step <= ledger.state.members[client_id].step:
-            found.problems.append(f"{client_id}: step {step} behind step {ledger.state.members[client_id].step}")
+def _check_order(state: RunState, entry: Committed, found: Replay) -> None:
+    if entry.number != state.commit_number + 1:
+        found.problems.append(f"commit {entry.number} after commit {state.commit_number}")
+    for client_id, step in entry.members:
+        if step <= state.members[client_id].step:
+            found.problems.append(f"{client_id}: step {step} after step {state.members[client_id].step}")
         found.steps[client_id] = found.steps.get(client_id, 0) + 1
 
 
@@ -136,7 +139,7 @@ def _last_earlier(store: Store, generations: list[int]) -> int | None:
     if not generations:
         return None
     commits = {number: int(store.snapshot_of(number).fields["commit_number"]) for number in generations}
-    behind = sum(entry.kind == "commit" for entry in store.entries_of(generations[-1]))
+    behind = sum(record.kind == Committed.kind for record in store.entries_of(generations[-1]))
     end = commits[generations[-1]] + behind
     return next((number for number in reversed(generations) if commits[number] < end), None)
 

@@ -25,9 +25,10 @@ from server_backbone.deciding.turns import Turns
 from server_backbone.door.admission import Admission
 from server_backbone.door.measurements import Measurements
 from server_backbone.door.members import Connection, Member, Members
+from server_backbone.door.provisions import Provisions
 from server_backbone.engine.engine import Decided, Engine, MergedLayers, Spooled, Verdict
-from server_backbone.provisions import Provisions
-from server_backbone.records.ledger import RoundState
+from server_backbone.records.entries import Entry, Finished, Joined, Left, Returned, TurnEnded
+from server_backbone.records.state import RoundState
 from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.errors import LocalProtocolError, PeerGone, RemoteProtocolError
@@ -99,7 +100,6 @@ _KEYS_EVERY_S = 0.25
 _MAX_PROBES = 4
 # What the loop took longer than this for is no silence of the clients.
 _STALL_S = 1.0
-_CROWDED_EVERY_S = 60.0
 # A wait is worth a line when it has lasted a while, and again from time to time.
 _WAITING_AFTER_S = 1.0
 _WAITING_EVERY_S = 10.0
@@ -170,7 +170,7 @@ class Server:
         num_chunks = sum(file.num_bytes // self.run.link.frame_bytes + 1 for file in self.provisions.files.values())
         self._most_fetches = 4 * num_chunks + _MAX_FETCHES
         self._waiting_said = ("", 0.0)
-        self._keys_due_s = self._crowded_due_s = 0.0
+        self._keys_due_s = 0.0
 
     def serve(self) -> None:
         """Run until the last client has said goodbye, or the run is given up (see `reason`).
@@ -454,7 +454,7 @@ class Server:
         if not member.has_parted:
             member.has_parted = True
             self.metrics.emit("client_done", client_id=member.client_id, **totals_of(message.metrics))
-            self._note("finished", member)
+            self._write(Finished(client_id=member.client_id))
         crash_point("goodbye-before-farewell")
         self._tell(member, Farewell())
         self._free_caches(member)
@@ -638,7 +638,7 @@ class Server:
         if known is not None:
             return known
         self._members.add(newcomer)
-        self._note("joined", newcomer)
+        self._write(Joined(client_id=newcomer.client_id))
         self._rounds.joined(newcomer.client_id)
         self.metrics.emit("client_joined", client_id=newcomer.client_id)
         return newcomer
@@ -665,9 +665,9 @@ class Server:
         self._send(connection, resumed)
         if was_training and member.session.phase is not Phase.TRAINING:
             if self.run.is_buffered:
-                self._note("turn_ended", member)
+                self._write(TurnEnded(client_id=member.client_id))
             else:
-                self._note("left", member)
+                self._write(Left(client_id=member.client_id))
             self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
             self._decide(self._rounds.gave_up(member.client_id), now_s)
         elif member.session.phase is Phase.TRAINING and member.session.has_done_its_steps:
@@ -676,7 +676,7 @@ class Server:
     def _take_back(self, member: Member) -> None:
         takes_part = member.session.phase in (Phase.TRAINING, Phase.MERGING)
         if member.is_out and takes_part:
-            self._note("returned", member)
+            self._write(Returned(client_id=member.client_id))
         if member.is_out or member.absent_since_s is not None:
             self._rounds.joined(member.client_id, takes_part=takes_part)
             self.metrics.emit("client_returned", client_id=member.client_id, step=member.session.applied.step)
@@ -699,13 +699,12 @@ class Server:
         """Tell a peer which rule it broke and end its session; the third time it is kept out."""
         name = connection.member.client_id if connection is not None else self.admission.name_of(arrived.user_id)
         rule = printable(rule)
+        log.warning("%s broke a rule: %s", name or "a stranger", rule)
         if name is None:
-            log.info("a stranger broke a rule: %s", rule)
             self._refuse(arrived.peer, Why.VIOLATION, f"protocol error: {rule}")
             return
         strike = self.admission.strike(name, rule)
         if strike.count <= self.limits.strikes:  # whoever is kept out fills no disk
-            log.warning("%s broke a rule: %s", name, rule)
             self.metrics.emit("violation", client_id=name, rule=rule[:200], strikes=strike.count)
         self._refuse(arrived.peer, strike.code, strike.reason)
         if connection is not None:
@@ -730,9 +729,6 @@ class Server:
         """Take a connection that was cut off for lost; a client that this happens to again and again has to wait."""
         for cut in self.listener.sweep():
             name = self.admission.name_of(cut.user_id)
-            if cut.num_connections:
-                self._say_crowded(name or "a stranger", cut.num_connections, now_s)
-                continue
             reason = f"a message without end: {cut.num_bytes} bytes, more than message_bytes"
             log.warning("cut off %s at %s: %s", name or "a stranger", cut.address, reason)
             self.metrics.emit("cut_off", address=cut.address, client_id=name or "", num_bytes=cut.num_bytes)
@@ -741,15 +737,6 @@ class Server:
                 member = self._members.get(name)
                 if member is not None and member.connection is not None:
                     self._lose(member.connection, reason)
-
-    def _say_crowded(self, name: str, num_connections: int, now_s: float) -> None:
-        """Say of a key with too many connections what became of them; one that makes more and more fills no disk."""
-        if now_s < self._crowded_due_s:
-            return
-        self._crowded_due_s = now_s + _CROWDED_EVERY_S
-        text = f"{name} has {num_connections} connections open, more than any client needs: the oldest are ended"
-        log.warning("%s", text)
-        self.metrics.emit("note", text=text)
 
     # what the gate and the rounds decide
 
@@ -1368,14 +1355,13 @@ class Server:
         now_s = time.monotonic()
         member.absent_since_s, member.is_out = None, True
         self.metrics.emit("client_left", client_id=member.client_id, reason=reason)
-        self._note("left", member)
+        self._write(Left(client_id=member.client_id))
         self._carry_out(self._gate.finished(member.client_id, now_s), now_s)
         self._decide(self._rounds.left(member.client_id), now_s)
 
-    def _note(self, kind: str, member: Member) -> None:
+    def _write(self, entry: Entry) -> None:
         """Write into the ledger that a member has come or gone."""
-        note = partial(self.engine.ledger.note, kind, client_id=member.client_id)
-        self._jobs.submit(note, _nothing, always=True)
+        self._jobs.submit(partial(self.engine.ledger.write, entry), _nothing, always=True)
 
     # what goes out
 

@@ -17,7 +17,9 @@ from server_backbone.deciding.rounds import Merge, Open
 from server_backbone.deciding.standing import Standing, value_of
 from server_backbone.merging.buffered import BufferedMerger
 from server_backbone.merging.merger import Merger, Seen, Weighed
-from server_backbone.records.ledger import Ledger, RoundState
+from server_backbone.records import entries as log
+from server_backbone.records.ledger import Ledger
+from server_backbone.records.state import RoundState
 from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.durability.record import Damaged
@@ -249,14 +251,15 @@ class Engine:
 
     def opened(self, round_: Open, num_steps: int) -> None:
         """Write that a round opens."""
-        self.ledger.opened(
-            alone=self._buffer is not None,
+        begins = log.RoundBegan if self._buffer is None else log.TurnBegan
+        entry = begins(
             number=round_.round_number,
             first_step=round_.first_step,
             num_steps=num_steps,
             clients=list(round_.clients),
             trainers=list(round_.trainers),
         )
+        self.ledger.write(entry)
         self.worker.begin_round(round_.clients)
         self._history.note(
             "round_opened",
@@ -269,7 +272,7 @@ class Engine:
     def closed(self, client_id: str, step: int, next_step: int) -> None:
         """Free a step that went on without its client, and write that it did."""
         self.worker.discard(client_id)
-        self.ledger.note("closed", client_id=client_id, next_step=next_step)
+        self.ledger.write(log.Closed(client_id=client_id, next_step=next_step))
         self._history.note("step_closed", client_id=client_id, step=step, next_step=next_step)
 
     def last_call(self) -> set[str]:
@@ -282,7 +285,7 @@ class Engine:
         self._stand()
         lost = self.merger.restore(ledger.merged_layers, ledger.strategy_state, state.uploaded)
         for name in lost:
-            ledger.note("upload_lost", client_id=name)
+            ledger.write(log.UploadLost(client_id=name))
         return lost
 
     def spool(self, client_id: str, upload: Upload) -> Spooled:
@@ -293,7 +296,7 @@ class Engine:
         taken = done_for(
             partial(self.merger.spool, client_id, upload, seen), f"the server could not take the layers of {client_id}"
         )
-        self.ledger.uploaded(client_id=client_id, weight=taken.weight, moved=taken.moved)
+        self.ledger.write(log.Uploaded(client_id=client_id, weight=taken.weight, moved=taken.moved))
         crash_point("upload-after-record")
         return Spooled(name=client_id)
 
@@ -301,8 +304,8 @@ class Engine:
         """Return the number of examples that a client weighs by: the first that it has announced in this run."""
         known = self.ledger.state.members[client_id]
         if not known.num_examples:
-            self.ledger.note("announced", client_id=client_id, num_examples=num_examples)
-        return known.num_examples
+            self.ledger.write(log.Announced(client_id=client_id, num_examples=num_examples))
+        return known.num_examples or num_examples
 
     def _seen(self, client_id: str, round_: RoundState | None) -> Seen:
         """Return what is known of a client's work in a round; where that has closed meanwhile, its upload is late."""
@@ -325,12 +328,13 @@ class Engine:
         begun, name = turn.number - 1, f"{client_id}@{turn.first_step}"
         objection = self._objection_to(buffer, begun)
         if objection:
-            self.ledger.note("turn_ended", client_id=client_id)
+            self.ledger.write(log.TurnEnded(client_id=client_id))
         else:
             buffer.begins(name, begun)
             what = f"the server could not take the layers of {client_id}"
             taken = done_for(partial(buffer.spool, name, upload, self._seen(client_id, turn)), what)
-            self.ledger.buffered(client_id=client_id, name=name, begun=begun, weight=taken.weight, moved=taken.moved)
+            entry = log.Buffered(client_id=client_id, name=name, begun=begun, weight=taken.weight, moved=taken.moved)
+            self.ledger.write(entry)
             crash_point("upload-after-record")
         return Spooled(name=name, objection=objection)
 
@@ -358,17 +362,16 @@ class Engine:
         weights, moved = weighed.used, self._moved(weighed.used)
         layers, backbone = self.merger.layers(), self.merger.backbone()
         crash_point("merge-before-record")
-        self.ledger.merged(
-            layers,
-            self.merger.state(),
-            backbone,
+        entry = log.MergeMade(
             round=merge.round_number,
             accepted=not reason,
             reason=reason,
             weights=weights,
             moved=moved,
-            **({} if uploads is None else {"taken": list(merge.uploaded), "closes": merge.closes}),
+            taken=None if uploads is None else list(merge.uploaded),
+            closes=uploads is None or merge.closes,
         )
+        self.ledger.merged(entry, layers, self.merger.state(), backbone)
         crash_point("merge-after-record")
         self.worker.merged(backbone)
         self._stand()
@@ -431,7 +434,7 @@ class Engine:
 
     def measured(self, client_id: str, round_number: int, measured: Mapping[str, float]) -> None:
         """Write what a client measured of a merge's layers."""
-        self.ledger.note("evaluated", client_id=client_id, round=round_number, measured=dict(measured))
+        self.ledger.write(log.Evaluated(client_id=client_id, round=round_number, measured=dict(measured)))
 
     def judge(self, round_number: int) -> Verdict:
         """Return what the last merge is beside those before; asked again, the answer is the recorded one."""
@@ -450,7 +453,7 @@ class Engine:
         if keeps:
             self.merger.keep_best(round_number)
         crash_point("judge-before-record")
-        self.ledger.judged(standing)
+        self.ledger.write(log.Judged(standing=standing))
         crash_point("judge-after-record")
         if keeps:
             self.merger.forget_other_bests(round_number)

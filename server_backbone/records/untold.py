@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from server_backbone.records.ledger import RunState
+from server_backbone.records.state import RunState
 from splitfl.protocol.tensors import digest_of
 from splitfl.telemetry.metrics import Event
 

@@ -7,7 +7,7 @@ import pytest
 
 from client_edge.part.journal import Place
 from server_backbone.deciding.standing import Standing
-from server_backbone.records.ledger import BufferedUpload, MemberState, RoundState, RunState
+from server_backbone.records.state import BufferedUpload, MemberState, RoundState, RunState
 from splitfl.durability.format import STATE_FORMAT
 
 # What snapshots hold in each format, in order: a copy, so that a change of either is seen.

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from server_backbone.records.ledger import MemberState, RoundState, RunState
+from server_backbone.records.entries import Prolonged
+from server_backbone.records.state import MemberState, RoundState, RunState
 from server_backbone.run_folder import RunFolder, search
 from splitfl.config import FederationSection, ServerConfig
 from splitfl.errors import ConfigError
@@ -215,7 +216,7 @@ def state_of(**values: Any) -> RunState:
     return RunState(**{"num_merged": 2, "members": {"a": MemberState(has_finished=True)}, **values})
 
 
-OPEN = RoundState(number=3, first_step=21, num_steps=10, clients=["a"], trainers=["a"], step=21)
+OPEN = RoundState(number=3, first_step=21, num_steps=10, clients=("a",), trainers=("a",), step=21)
 
 
 class TestHowManyRounds:
@@ -250,6 +251,6 @@ class TestHowManyRounds:
         assert not state.has_more_to_do(9, is_raised=False)  # stopped early, and not gone on with
         assert state_of().has_more_to_do(3, is_raised=False)
         assert not state_of().has_more_to_do(2, is_raised=False)
-        state.fold("prolonged", {"num_rounds": 9})
+        state = state.after(Prolonged(num_rounds=9))
         assert not state.has_ended
         assert not state.members["a"].has_finished
