@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +25,9 @@ from client_edge.part.run import read_text
 from client_edge.text.data import TrainBatches
 from server_backbone.compute.worker import Contribution, Worker
 from server_backbone.host import load
+from server_backbone.provisions import prepare
 from server_backbone.records import entries as log
 from server_backbone.records.entries import from_fields
-from server_backbone.provisions import prepare
 from server_backbone.run_folder import STATE_DIR
 from splitfl.config import ClientConfig, RunConfig, ServerConfig
 from splitfl.durability.record import Record

@@ -18,7 +18,6 @@ from server_backbone.compute.placement import DeviceMap, device_map_of, devices_
 from server_backbone.compute.worker import Worker
 from server_backbone.disk_space import room_for
 from server_backbone.door.admission import Admission
-from server_backbone.door.server import Server
 from server_backbone.engine.engine import Engine
 from server_backbone.merging.buffered import BufferedMerger
 from server_backbone.merging.merger import FirstLayers, Merger
@@ -27,6 +26,7 @@ from server_backbone.records.entries import Prolonged
 from server_backbone.records.ledger import Ledger
 from server_backbone.records.untold import untold
 from server_backbone.run_folder import STATE_DIR, RunFolder, search
+from server_backbone.server import Server
 from splitfl.config import RunConfig, ServerConfig, default_cache_dir
 from splitfl.durability.crash import crash_point
 from splitfl.durability.disk import make_private_dir
@@ -174,16 +174,18 @@ def _go_on(server: Server, metrics: MetricsLog, notes: list[str], begun_s: float
     """Bring everything to where the ledger of an interrupted run ends."""
     for note in notes:
         metrics.emit("note", text=note)
-    engine, state = server.engine, server.engine.ledger.state
+    engine = server.engine
     for name in engine.restore():
         then = "they are in no merge" if server.run.is_buffered else "it is asked for them again"
         metrics.emit("note", text=f"the layers that {name.partition('@')[0]} had uploaded cannot be read: {then}")
+    state = engine.ledger.state
     if state.has_ended:
         engine.merger.forget_other_bests(0)  # it may have ended before that
     if state.round is None and state.num_merged:
         engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
     for name, fields in untold(state, read_events(metrics.path), engine.merger.layers()):
         metrics.emit(name, **fields)
+    engine.refresh()
     server.recover()
     metrics.emit(
         "resumed",
@@ -361,8 +363,8 @@ def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any
         "peak_rss_bytes": peak_rss_bytes(),
         "bytes_sent": listener.traffic.sent,
         "bytes_received": listener.traffic.received,
-        "compute_seconds": server.engine.worker.compute.seconds,
-        "most_copies": server.engine.worker.most_copies,
+        "compute_seconds": server.engine.view.compute_seconds,
+        "most_copies": server.engine.view.most_copies,
         "pid": os.getpid(),
         "complete": not server.reason,
     }

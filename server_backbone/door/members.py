@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from splitfl.protocol.messages import Message
+from server_backbone.engine.work import Ticket
 from splitfl.session.server import ServerSession
 
 
@@ -37,8 +37,27 @@ class Member:
     """How often it was told to go back, which this process has had no reason for but once."""
     num_ends_told: int = 0
     """How often it was told that there is no further round."""
-    waiting: dict[int, Message] = field(default_factory=dict)
-    """Micro-batches on that queue, by request; what is no longer wanted is taken out, and its job finds nothing."""
+    num_mishaps: int = 0
+    """How often in a row something could not be done for it."""
+    tickets: set[Ticket] = field(default_factory=set)
+    """Of the answers that it waits for."""
+
+    def ticket(self, request_id: int = 0) -> Ticket:
+        """Have this client wait for an answer."""
+        ticket = Ticket(client_id=self.client_id, request_id=request_id)
+        self.tickets.add(ticket)
+        return ticket
+
+    def drop(self, *, unwanted_only: bool = False) -> None:
+        """Wait for no answer any more, or only for those micro-batches that the session still awaits."""
+        dropped = {
+            ticket
+            for ticket in self.tickets
+            if not unwanted_only or (ticket.request_id and not self.session.awaits(ticket.request_id))
+        }
+        for ticket in dropped:
+            ticket.is_void = True
+        self.tickets -= dropped
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -53,6 +72,8 @@ class Connection:
     number: int
     """Rises with every welcome: of two sessions of one client the higher wins."""
     last_heard_s: float
+    heard_at: bytes = b""
+    """The peer, of the two, that its last message came from."""
     control_peer: bytes | None = None
     is_resumed: bool = False
     data_sent: int = 0
@@ -60,6 +81,8 @@ class Connection:
     """Payload bytes of whole messages on the data connection."""
     is_resuming: bool = False
     """Whether a `Resume` waits for its answer."""
+    is_gone: bool = False
+    """Whether it was found closed when something was sent on it."""
     num_pings: int = 0
     num_fetches: int = 0
     num_probes: int = 0

@@ -1,6 +1,6 @@
 """What the compute thread does: micro-batches, steps, uploads and merges, each written down before anybody hears of it.
 
-One thread calls everything here, in the order of its queue (`Jobs`); nothing here knows a socket.
+One thread calls everything here, in the order of its queue; nothing here knows a socket.
 """
 
 import math
@@ -15,11 +15,13 @@ from server_backbone.compute.mishaps import Mishap, done_for, done_for_all
 from server_backbone.compute.worker import Contribution, Worker
 from server_backbone.deciding.rounds import Merge, Open
 from server_backbone.deciding.standing import Standing, value_of
+from server_backbone.engine import work
+from server_backbone.engine.work import Work
 from server_backbone.merging.buffered import BufferedMerger
 from server_backbone.merging.merger import Merger, Seen, Weighed
 from server_backbone.records import entries as log
 from server_backbone.records.ledger import Ledger
-from server_backbone.records.state import RoundState
+from server_backbone.records.state import RoundState, RunState
 from splitfl.config import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.durability.record import Damaged
@@ -89,6 +91,26 @@ class Decided:
     commit_number: int
     clip_coefficient: float
     durable_step: int
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndedRounds:
+    """Everyone's layers once there is no further round."""
+
+    layers: tuple[TensorFrames, ...]
+    note: str
+    """Why they are not the best round's where those were asked for, else ""."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What other threads may know of the compute thread's work."""
+
+    state: RunState
+    compute_seconds: float
+    most_copies: int
+    """How many clients' copies were held at once at most."""
 
 
 class Engine:
@@ -102,6 +124,81 @@ class Engine:
         self.merger = merger
         self._buffer = merger if isinstance(merger, BufferedMerger) else None
         self.ledger = ledger
+        self.view = self._look()
+        """Any thread may read it; it is of the moment after the last piece of work."""
+
+    def do(self, asked: Work) -> Any:
+        """Do a piece of work and return what its desk waits for; None where nobody waits."""
+        try:
+            return self._do(asked)
+        finally:
+            self.view = self._look()
+
+    def _do(self, asked: Work) -> Any:
+        match asked:
+            case work.Run(ticket=ticket) | work.Generate(ticket=ticket) if ticket.is_void:
+                return None
+            case work.Run(message=Backward() as message):
+                return self.backward(asked.asked_by, message)
+            case work.Run(message=Forward() as message):
+                return (self.evaluate if asked.is_evaluation else self.forward)(asked.asked_by, message)
+            case work.Generate(message=message, objection=""):
+                return self.decode(asked.asked_by, message)
+            case work.Generate(message=message, objection=objection):
+                return Declined(request_id=message.request_id, reason=objection)
+            case work.FreeCache():
+                return self.worker.end_cache(asked.client_id, asked.cache_id)
+            case work.FreeCaches():
+                return self.worker.end_caches(asked.client_id)
+            case work.Discard():
+                return self.worker.discard(asked.client_id)
+            case work.GiveUpStep():
+                return self.discarded(asked.client_id, asked.step)
+            case work.Decide():
+                return self.decide(asked.contributions)
+            case work.ApplyStep():
+                return self.apply(asked.contributions)
+            case work.CloseStep():
+                return self.closed(asked.client_id, asked.step, asked.next_step)
+            case work.OpenRound():
+                return self.opened(asked.round)
+            case work.FindFinished():
+                return self.last_call()
+            case work.MakeMerge():
+                return self.merge(asked.merge)
+            case work.JudgeMerge():
+                return self.judge(asked.round_number)
+            case work.EndRounds():
+                return self.end_rounds(asked.reason)
+            case work.Spool():
+                return self.spool(asked.asked_by, asked.upload)
+            case work.Announce():
+                return self.announced(asked.client_id, asked.num_examples)
+            case work.NoteMeasured():
+                return self.measured(asked.client_id, asked.round_number, asked.measured)
+            case work.KeepSnapshot():
+                return self.keep(asked.client_id)
+            case work.GoBack():
+                return self.go_back(asked.client_id, asked.commit_number)
+            case work.TakeSnapshot():
+                return self.snapshot()
+            case work.FindSnapshotBefore():
+                return self.generation_before_the_merge()
+            case work.Write():
+                return self.ledger.write(asked.entry)
+            case work.Settle():
+                return None
+
+    def refresh(self) -> None:
+        """Show others what was done outside of `do`, before there was a compute thread."""
+        self.view = self._look()
+
+    def _look(self) -> View:
+        return View(
+            state=self.ledger.state,
+            compute_seconds=self.worker.compute.seconds,
+            most_copies=self.worker.most_copies,
+        )
 
     # micro-batches
 
@@ -189,13 +286,11 @@ class Engine:
     def decide(self, contributions: Sequence[Contribution]) -> Decided:
         """Reduce a step's gradients and write its record: from here on the step counts, whatever dies."""
         clip_coefficient, gradients = self._reduce(contributions)
+        learning_rate = self.worker.learning_rate_of(contributions[0])
         crash_point("commit-before-record")
         try:
             number = self.ledger.commit(
-                contributions,
-                gradients,
-                clip_coefficient=clip_coefficient,
-                learning_rate=self.worker.learning_rate_of(contributions[0]),
+                contributions, gradients, clip_coefficient=clip_coefficient, learning_rate=learning_rate
             )
         except StorageError:
             self.worker.withdraw()
@@ -203,7 +298,12 @@ class Engine:
         crash_point("commit-after-record")
         is_redo = self._run.storage.durability == "redo"
         durable_step = contributions[0].step if is_redo else self.ledger.state.durable_step
-        return Decided(commit_number=number, clip_coefficient=clip_coefficient, durable_step=durable_step)
+        return Decided(
+            commit_number=number,
+            clip_coefficient=clip_coefficient,
+            durable_step=durable_step,
+            learning_rate=learning_rate,
+        )
 
     def _reduce(self, contributions: Sequence[Contribution]) -> tuple[float, dict[str, Tensor]]:
         """Add up a step's gradients; raise `Mishap`, with none of them left, where torch could not."""
@@ -249,8 +349,9 @@ class Engine:
 
     # rounds
 
-    def opened(self, round_: Open, num_steps: int) -> None:
+    def opened(self, round_: Open) -> None:
         """Write that a round opens."""
+        num_steps = self._run.federation.local_steps
         begins = log.RoundBegan if self._buffer is None else log.TurnBegan
         entry = begins(
             number=round_.round_number,
@@ -458,8 +559,8 @@ class Engine:
         if keeps:
             self.merger.forget_other_bests(round_number)
 
-    def end_rounds(self, reason: str) -> str:
-        """Write that there is no further round, and go back to the best one if that is asked for; return a note."""
+    def end_rounds(self, reason: str) -> EndedRounds:
+        """Write that there is no further round, and go back to the best one if that is asked for."""
         state, note = self.ledger.state, ""
         best_round = state.standing.best_round if self._run.federation.load_best_model_at_end else 0
         best = None
@@ -475,11 +576,18 @@ class Engine:
             self.worker.load_trained(best[1])
             self.merger.save(self.worker.trained())
         self.merger.forget_other_bests(0)
-        return note
+        return EndedRounds(layers=self.describe_layers(), note=note)
 
     def describe_layers(self) -> tuple[TensorFrames, ...]:
         """Describe everyone's layers: those of the last merge, or what every client starts with; and their controls."""
         return tuple(self._describe(layer) for layer in (*self.merger.layers().values(), *self.merger.controls()))
+
+    def save(self) -> str:
+        """Save this moment, when the compute thread has ended; return why no snapshot could be taken, else ""."""
+        note = self.snapshot()
+        if self._run.has_own_loops:
+            self.save_trained()
+        return note
 
     # loops of clients' own
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from server_backbone.deciding.rounds import Open
 from server_backbone.deciding.standing import Standing
 from server_backbone.records import entries as log
 from server_backbone.records.entries import Entry
@@ -54,6 +55,10 @@ class RoundState:
         """Read what a snapshot holds."""
         lists = {name: tuple(values[name]) for name in ("clients", "trainers", "out")}
         return cls(**{**values, **lists})
+
+    def opened(self) -> Open:
+        """Say again how the round opened."""
+        return Open(round_number=self.number, clients=self.clients, trainers=self.trainers, first_step=self.first_step)
 
     def committed(self, entry: log.Committed, clients: frozenset[str]) -> "RoundState":
         """Take in a step of these clients."""

@@ -1,8 +1,9 @@
-"""What clients have measured of each round's layers, until it has been put together and said: pure."""
+"""What clients have measured of each round's layers, until it has been put together and said."""
 
 from collections.abc import Iterator, Mapping
 
-from splitfl.telemetry.measures import Measured
+from splitfl.telemetry.measures import Measured, federated
+from splitfl.telemetry.metrics import MetricsLog
 
 # Rounds whose measurements are still put together when another client's come in; a run may have thousands.
 _ROUNDS_KEPT = 8
@@ -37,3 +38,22 @@ class Measurements:
 
     def _newest_round(self) -> int:
         return max((round_number for phase, round_number in self._found if phase == "round"), default=0)
+
+
+class Sayer:
+    """Says what all clients have measured together."""
+
+    def __init__(self, metrics: MetricsLog) -> None:
+        self._metrics = metrics
+        self.measurements = Measurements()
+
+    def say(self) -> None:
+        """Say what has changed since this was last said."""
+        for phase, round_number, clients in self.measurements.news():
+            self._metrics.emit(
+                "federated",
+                phase=phase,
+                round=round_number,
+                num_clients=len(clients),
+                measures=federated(clients),
+            )

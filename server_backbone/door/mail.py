@@ -1,0 +1,94 @@
+"""The only owner of the listener: it knows members and messages, and none of the rules of a run."""
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+
+from server_backbone.door.members import Connection, Member
+from splitfl.errors import LocalProtocolError, PeerGone, RemoteProtocolError
+from splitfl.protocol import codec
+from splitfl.protocol.messages import Buffer, Message, Refusal, Why
+from splitfl.session.limits import Limits
+from splitfl.telemetry.units import printable
+from splitfl.transport.watch import Cut
+from splitfl.transport.zeromq import Arrived, Listener
+
+log = logging.getLogger(__name__)
+
+
+class Mail:
+    """What comes in and goes out. Sending never loses anybody: who is gone is noted, and met by the loop."""
+
+    def __init__(self, listener: Listener, limits: Limits) -> None:
+        self._listener = listener
+        self._limits = limits
+        self.gone: deque[tuple[Connection, str]] = deque()
+        """Connections that were found closed, and how."""
+
+    def receive(self, timeout_s: float) -> Arrived | None:
+        """Return the next message as it came, None if there is none within `timeout_s`."""
+        return self._listener.recv(timeout_s)
+
+    def wake(self) -> None:
+        """Have `receive` return; any thread may call it."""
+        self._listener.wake()
+
+    def cut_off(self) -> Iterable[Cut]:
+        """Return who was cut off for a message without end, since this was last asked."""
+        return self._listener.sweep()
+
+    def read(self, arrived: Arrived) -> Message:
+        """Decode a message; raise `RemoteProtocolError` for what is none, or too large."""
+        if len(arrived.frames) > self._limits.message_frames:
+            raise RemoteProtocolError(f"a message of more than message_frames = {self._limits.message_frames}")
+        if _payload(arrived.frames) > self._limits.message_bytes:
+            raise RemoteProtocolError(f"a message of more than message_bytes = {self._limits.message_bytes}")
+        return codec.decode(arrived.frames, max_frame_bytes=self._limits.frame_bytes)
+
+    def count(self, connection: Connection, arrived: Arrived, now_s: float) -> None:
+        """Take note that a connection's client was heard."""
+        connection.last_heard_s, connection.heard_at = now_s, arrived.peer
+        connection.member.received += arrived.num_bytes
+        if arrived.peer == connection.peer:
+            connection.data_received += _payload(arrived.frames)
+
+    def tell(self, member: Member, message: Message) -> None:
+        """Send to a member if it is connected; if not, it learns what it must when it resumes."""
+        if member.connection is not None:
+            self.send(member.connection, message)
+
+    def send(self, connection: Connection, message: Message, peer: bytes | None = None) -> None:
+        """Send on a connection, or on its control connection if that is `peer`."""
+        if connection.is_gone:
+            return
+        peer = peer or connection.peer
+        frames = codec.encode(message)
+        num_bytes = _payload(frames)
+        if num_bytes > self._limits.message_bytes:
+            raise LocalProtocolError(
+                f"{type(message).__name__} of {num_bytes} bytes, more than message_bytes = {self._limits.message_bytes}"
+            )
+        try:
+            connection.member.sent += self._listener.send(peer, frames)
+        except PeerGone as error:
+            connection.is_gone = True
+            self.gone.append((connection, str(error)))
+            return
+        if peer == connection.peer:
+            connection.data_sent += num_bytes
+
+    def refuse(self, peer: bytes, code: Why, reason: str) -> None:
+        """Tell a peer why it is sent away."""
+        log.info("refused a peer (%s): %s", code, printable(reason))
+        self.say_last(peer, Refusal(code=code, reason=reason))
+
+    def say_last(self, peer: bytes, message: Message) -> None:
+        """Send what nothing follows; a peer that has gone already misses nothing."""
+        try:
+            self._listener.send(peer, codec.encode(message))
+        except PeerGone:
+            log.info("a peer had gone before it was told of %s", type(message).__name__)
+
+
+def _payload(frames: Iterable[Buffer]) -> int:
+    return sum(map(len, frames))

@@ -1,0 +1,312 @@
+"""The server's loop: one thread that takes what comes, asks the desks what follows, and carries it out.
+
+A training step, as seen here: `Forward` -> gate -> queue -> `ForwardDone`; `Backward` -> queue -> `BackwardDone`;
+`Commit` -> gate -> (all members in) -> gradients reduced and recorded -> `Committed` to every member, and the worker's
+optimizer step while the members take theirs.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypedDict
+
+from server_backbone.compute.queue import Done, Queue
+from server_backbone.deciding.caches import CacheBook
+from server_backbone.deciding.gates import gate_for
+from server_backbone.deciding.rounds import Rounds
+from server_backbone.deciding.turns import Turns
+from server_backbone.desks.arrivals import Arrivals
+from server_backbone.desks.course import Course
+from server_backbone.desks.desk import NOTHING, Desk, Effect, Effects, HasLeft, Lost
+from server_backbone.desks.excuses import Excuses
+from server_backbone.desks.files import Files
+from server_backbone.desks.generations import Generations
+from server_backbone.desks.measurements import Sayer
+from server_backbone.desks.presence import Presence
+from server_backbone.desks.reports import Reports
+from server_backbone.desks.snapshots import Snapshots
+from server_backbone.desks.steps import Steps
+from server_backbone.desks.waiting import Waiting
+from server_backbone.door.admission import Admission
+from server_backbone.door.mail import Mail
+from server_backbone.door.members import Connection, Members
+from server_backbone.engine.engine import Engine
+from server_backbone.engine.work import Work
+from server_backbone.provisions import Provisions
+from splitfl.config import RunConfig
+from splitfl.errors import RemoteProtocolError
+from splitfl.protocol.messages import Fetch, Leave, Message, Ping, Probe, Resume, Shutdown, Welcome, Why
+from splitfl.session.limits import Limits
+from splitfl.session.server import Reply
+from splitfl.session.terms import Terms
+from splitfl.stopping import StopRequest
+from splitfl.telemetry.history import History
+from splitfl.telemetry.metrics import MetricsLog
+from splitfl.transport.zeromq import Arrived, Listener
+
+# How often the loop looks at its deadlines.
+_TICK_S = 0.25
+# If the loop took longer than this, that was no silence of the clients.
+_STALL_S = 1.0
+# What a client may ask for ahead of the answers; more is a violation. docs/limits.md has it.
+_MAX_JOBS = 64
+_ON_EITHER_CONNECTION = (Ping, Leave)
+_BEFORE_RESUMED = (Resume, Fetch, Probe)
+
+
+class _Shared(TypedDict):
+    """For almost every desk."""
+
+    members: Members
+    queue: Queue[Work]
+    mail: Mail
+    metrics: MetricsLog
+
+
+@dataclass(kw_only=True)
+class Server:
+    """One run on one socket."""
+
+    run: RunConfig
+    run_id: str
+    terms: Terms
+    limits: Limits
+    listener: Listener
+    admission: Admission
+    engine: Engine
+    provisions: Provisions
+    metrics: MetricsLog
+    history: History
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        run, members, metrics, engine, now_s = self.run, Members(), self.metrics, self.engine, time.monotonic()
+        federation = run.federation
+        gate = gate_for(
+            federation.server_mode, federation.step_timeout, federation.max_missed_steps, is_patient=run.has_own_loops
+        )
+        if run.has_own_loops:
+            gate.round_opened((), first_step=1)  # and never closed
+        rounds: Rounds = (
+            Turns(federation, run.strategy.buffer_size, now_s)
+            if run.is_buffered
+            else Rounds(federation, engine.merger.strategy.configure_train, now_s)
+        )
+        self._members, self._gate = members, gate
+        self._mail = mail = Mail(self.listener, self.limits)
+        self._queue: Queue[Work] = Queue(engine.do, mail.wake)
+        shared: _Shared = {"members": members, "queue": self._queue, "mail": mail, "metrics": metrics}
+        self._presence = Presence(run=run, limits=self.limits, admission=self.admission, **shared)
+        excuses = Excuses(members=members, engine=engine, queue=self._queue, metrics=metrics)
+        self._snapshots = snapshots = Snapshots(run=run, engine=engine, **shared)
+        sayer = Sayer(metrics)
+        self._course = course = Course(
+            run=run,
+            gate=gate,
+            rounds=rounds,
+            excuses=excuses,
+            engine=engine,
+            sayer=sayer,
+            snapshots=snapshots,
+            num_tensors=len(self.terms.layer_shapes),
+            **shared,
+        )
+        self._arrivals = Arrivals(
+            run=run,
+            terms=self.terms,
+            greeting=self._greeting(),
+            admission=self.admission,
+            gate=gate,
+            course=course,
+            engine=engine,
+            **shared,
+        )
+        self._waiting = Waiting(
+            run=run,
+            limits=self.limits,
+            members=members,
+            gate=gate,
+            rounds=rounds,
+            mail=mail,
+            metrics=metrics,
+            now_s=now_s,
+        )
+        self._desks: tuple[Desk, ...] = (
+            self._presence,
+            self._arrivals,
+            Generations(members=members, queue=self._queue, mail=mail, caches=CacheBook(run.link)),
+            self._waiting,
+            excuses,
+            Steps(
+                run=run,
+                gate=gate,
+                excuses=excuses,
+                engine=engine,
+                history=self.history,
+                **shared,
+            ),
+            course,
+            Reports(course=course, engine=engine, queue=self._queue, metrics=metrics, sayer=sayer),
+            snapshots,
+            Files(link=run.link, provisions=self.provisions, mail=mail),
+        )
+        self._takes = {message: desk for desk in self._desks for message in desk.takes}
+        self._finishes = {work: desk for desk in self._desks for work in desk.finishes}
+        self._carries = {effect: desk for desk in self._desks for effect in desk.carries}
+        self._most_jobs = _MAX_JOBS + 8 * self.limits.micro_batches_in_flight
+        self._tick_due_s = now_s
+
+    def _greeting(self) -> Welcome:
+        files = self.provisions.files
+        return Welcome(
+            session="",
+            session_number=0,
+            run_id=self.run_id,
+            settings=self.run.to_json(),
+            fingerprint=self.run.fingerprint(),
+            file_names=tuple(files),
+            file_sizes=tuple(file.num_bytes for file in files.values()),
+            file_hashes=tuple(file.digest for file in files.values()),
+            limits=self.limits.announced(),
+        )
+
+    @property
+    def reason(self) -> str:
+        """Why the run ended before its last round, "" once it has gone through it."""
+        return self._course.reason
+
+    def serve(self) -> None:
+        """Run until the last client has said goodbye, or the run is given up (see `reason`).
+
+        Raises `Stopped` when that was asked for, after the work that the compute thread was at.
+        """
+        try:
+            before_s = time.monotonic()
+            while not self._course.is_over and not self.stop.is_asked:
+                arrived = self._mail.receive(_TICK_S)
+                now_s = time.monotonic()
+                self._forgive(now_s - before_s)
+                before_s = now_s
+                if arrived is not None:
+                    self._carry_out(self._hear(arrived, now_s), now_s)
+                self._go_on(now_s)
+                if now_s >= self._tick_due_s:
+                    self._tick_due_s = now_s + _TICK_S
+                    self._tick(now_s)
+        finally:
+            self._queue.close(drops=self.stop.is_asked)
+        if not self._course.is_over:
+            self._go_on(time.monotonic())  # whoever waits for what is decided hears of it
+        if not self._course.is_over:
+            self.stop.check()
+
+    def recover(self) -> None:
+        """Go on where the log ends: every client is expected back."""
+        state, now_s = self.engine.view.state, time.monotonic()
+        self._course.hold()
+        if state.round is not None or state.turns:
+            self._gate.round_opened((), state.round.step if state.round is not None else 1)
+        for client_id, known in state.members.items():
+            self._arrivals.restore(client_id, known, now_s)
+        self._carry_out(self._course.recover(now_s), now_s)
+
+    def dismiss(self, reason: str) -> None:
+        """Tell every client that the run is over."""
+        for connection in self._members.connections():
+            self._mail.refuse(connection.peer, Why.OVER if self.reason else Why.FINISHED, reason)
+
+    def suspend(self) -> None:
+        """Save this moment after an interruption, and tell every client where to resume."""
+        try:
+            if self._queue.is_quiet:  # else the compute thread may be in the middle of a step
+                self._snapshots.say_failed(self.engine.save())
+        finally:
+            self.say_shutdown()
+
+    def say_shutdown(self) -> None:
+        """Tell every client at which step it resumes."""
+        members = self.engine.view.state.members
+        for connection in self._members.connections():
+            known = members.get(connection.member.client_id)
+            self._mail.say_last(connection.peer, Shutdown(resume_at=known.step + 1 if known is not None else 1))
+
+    def _forgive(self, stalled_s: float) -> None:
+        """After a stall of this loop nobody has been silent: what they have said waits to be read."""
+        if stalled_s > _STALL_S:
+            for connection in self._members.connections():
+                connection.last_heard_s += stalled_s
+
+    def _hear(self, arrived: Arrived, now_s: float) -> Effects:
+        connection = self._members.at(arrived.peer)
+        if not arrived.intact:
+            return self._presence.damaged(arrived, connection)
+        if not self.admission.is_let_in(arrived.user_id):
+            return self._presence.lock_out(arrived.peer, connection)
+        if connection is not None:
+            self._mail.count(connection, arrived, now_s)
+        try:
+            message = self._mail.read(arrived)
+            if connection is None:
+                return self._arrivals.hear_stranger(arrived, message, now_s)
+            return self._take(connection, message, now_s)
+        except RemoteProtocolError as error:
+            return self._presence.punish(arrived.peer, arrived.user_id, connection, str(error))
+
+    def _take(self, connection: Connection, message: Message, now_s: float) -> Effects:
+        """Hand a message to its desk if it is legal now."""
+        member = connection.member
+        if not isinstance(message, _ON_EITHER_CONNECTION):
+            if connection.heard_at != connection.peer:
+                raise RemoteProtocolError(f"{type(message).__name__} on the control connection")
+            if not isinstance(message, _BEFORE_RESUMED):
+                if not connection.is_resumed:
+                    raise RemoteProtocolError(f"{type(message).__name__} before Resume")
+                if self._queue.num_asked_by(member.client_id) >= self._most_jobs:
+                    raise RemoteProtocolError(f"more than {self._most_jobs} messages that nothing was waited for after")
+                accepted = member.session.receive(message)
+                if isinstance(accepted, Reply):
+                    self._mail.tell(member, accepted.message)
+                if accepted is None or isinstance(accepted, Reply):
+                    return NOTHING
+                message = accepted
+        return self._takes[type(message)].receive(connection, message, now_s)
+
+    def _go_on(self, now_s: float) -> None:
+        """Hand over what the compute thread has done, and take note of who was found gone."""
+        for done in self._queue.done():
+            self._carry_out(self._follow_up(done, now_s), now_s)
+        while self._mail.gone:
+            connection, reason = self._mail.gone.popleft()
+            self._carry_out(self._presence.lose(connection, reason), now_s)
+
+    def _follow_up(self, done: Done[Work], now_s: float) -> Effects:
+        desk = self._finishes.get(type(done.work))
+        if done.error is None:
+            return desk.done(done.work, done.result, now_s) if desk is not None else NOTHING
+        effects = desk.failed(done.work, done.error, now_s) if desk is not None else None
+        if effects is None:
+            raise done.error
+        return effects
+
+    def _tick(self, now_s: float) -> None:
+        for desk in self._desks:
+            self._carry_out(desk.ticked(now_s), now_s)
+        self._waiting.say(now_s)
+
+    def _carry_out(self, effects: Iterable[Effect], now_s: float) -> None:
+        """Work a list of effects off; what follows from one comes before the next."""
+        pending = deque(effects)
+        while pending:
+            pending.extendleft(reversed(self._follow(pending.popleft(), now_s)))
+
+    def _follow(self, effect: Effect, now_s: float) -> Effects:
+        match effect:
+            case Lost(client_id=client_id):
+                member = self._members[client_id]
+                return [each for desk in self._desks for each in desk.lost(member, now_s)]
+            case HasLeft(client_id=client_id):
+                member = self._members[client_id]
+                return [each for desk in self._desks for each in desk.left(member, now_s)]
+            case _:
+                return self._carries[type(effect)].carry_out(effect, now_s)
