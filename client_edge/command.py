@@ -59,6 +59,6 @@ def add_accept_argument(parser: argparse.ArgumentParser) -> None:
 
 def check(path: Path, overrides: Sequence[str]) -> "Iterator[Finding]":
     """Say what a client with this config will do, without doing it (`splitfl check`)."""
-    from client_edge.check import check_client
+    from client_edge.client_check import check_client
 
     return check_client(path, overrides)

@@ -97,6 +97,6 @@ class Rollback:
 
 def check(path: Path, overrides: Sequence[str]) -> "Iterator[Finding]":
     """Say what a server with this config will do, without doing it (`splitfl check`)."""
-    from server_backbone.check import check_server
+    from server_backbone.server_check import check_server
 
     return check_server(path, overrides)

@@ -38,7 +38,7 @@ from splitfl.config import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Fetch, Leave, Message, Ping, Probe, Resume, Shutdown, Welcome, Why
 from splitfl.session.limits import Limits
-from splitfl.session.server import Reply
+from splitfl.session.server_session import Reply
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History

@@ -16,7 +16,7 @@ from torch import Tensor
 from client_edge.link.link import Link
 from splitfl.errors import ModelError, Refused, TransportError
 from splitfl.models.far_cache import lengths_of
-from splitfl.session.client import ClientSession
+from splitfl.session.client_session import ClientSession
 
 T = TypeVar("T")
 

@@ -67,7 +67,7 @@ from splitfl.protocol.messages import (
     Why,
 )
 from splitfl.protocol.tensors import describe, realise
-from splitfl.session.client import ClientSession
+from splitfl.session.client_session import ClientSession
 from splitfl.session.limits import limits_of, messages_queued
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest

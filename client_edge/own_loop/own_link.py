@@ -11,7 +11,7 @@ from splitfl.errors import Refused, RemoteProtocolError
 from splitfl.models.layout import Layout
 from splitfl.protocol.messages import BackwardDone, Committed, Declined, ForwardDone, Kept, WentBack
 from splitfl.protocol.tensors import describe
-from splitfl.session.client import ClientSession
+from splitfl.session.client_session import ClientSession
 from splitfl.session.own_loop import OwnLoopClientSession
 from splitfl.session.terms import Terms
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from client_edge.layers.edge import Edge, Scored
 from client_edge.link.link import Link
-from client_edge.part.measures import accuracy, exact_match, macro_f1, rouge_l
+from client_edge.part.scores import accuracy, exact_match, macro_f1, rouge_l
 from client_edge.text.data import Batch, Dataset, Example, collate, eval_batches
 from splitfl.config import OPTIONAL_MEASURES, RunConfig
 from splitfl.errors import DataError

@@ -29,7 +29,7 @@ from splitfl.config import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Attach, Hello, Message, Resume, Resumed, Welcome, Why
 from splitfl.session.own_loop import OwnLoopServerSession
-from splitfl.session.server import Phase, ServerSession
+from splitfl.session.server_session import Phase, ServerSession
 from splitfl.session.terms import Terms
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.transport.zeromq import Arrived

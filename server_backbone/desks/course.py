@@ -30,7 +30,7 @@ from server_backbone.engine.work import Work
 from splitfl.config import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Merged, Message, Ready, RoundOpened, RoundsEnded, TensorFrames, Upload
-from splitfl.session.server import Phase
+from splitfl.session.server_session import Phase
 from splitfl.telemetry.metrics import MetricsLog
 
 _MAX_ENDS_TOLD = 8

@@ -31,7 +31,7 @@ from splitfl.durability.crash import crash_point
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Backward, BackwardDone, Commit, Committed, Discard, Forward, ForwardDone, Message
 from splitfl.protocol.tensors import OutOfBounds, realise
-from splitfl.session.server import Applied, Phase
+from splitfl.session.server_session import Applied, Phase
 from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.optimizer import NO_GRADIENT

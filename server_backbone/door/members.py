@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from server_backbone.engine.work import Ticket
-from splitfl.session.server import ServerSession
+from splitfl.session.server_session import ServerSession
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

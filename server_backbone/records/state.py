@@ -9,7 +9,7 @@ from server_backbone.deciding.standing import Standing
 from server_backbone.records import entries as log
 from server_backbone.records.entries import Entry
 from splitfl.config import FederationSection
-from splitfl.session.server import Applied
+from splitfl.session.server_session import Applied
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

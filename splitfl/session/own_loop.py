@@ -26,8 +26,8 @@ from splitfl.protocol.messages import (
     TensorFrames,
     WentBack,
 )
-from splitfl.session.client import ClientSession
-from splitfl.session.server import Accepted, Applied, Phase, Reply, ServerSession
+from splitfl.session.client_session import ClientSession
+from splitfl.session.server_session import Accepted, Applied, Phase, Reply, ServerSession
 from splitfl.session.terms import Terms
 
 _ENDLESS = 1 << 61  # whole numbers on the wire end at 2**62

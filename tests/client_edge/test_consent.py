@@ -20,7 +20,7 @@ from conftest import free_port, write_text
 from served import ServedRun
 
 import client_edge
-from client_edge.check import check_client
+from client_edge.client_check import check_client
 from client_edge.command import Client
 from client_edge.consent.consent import CONSENT_FILE, Consent
 from client_edge.consent.gate import Gate, answers_for

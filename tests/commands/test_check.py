@@ -12,7 +12,7 @@ import pytest
 from conftest import Finished, free_port, write_text
 from safetensors.torch import load_file
 
-from client_edge.check import check_client
+from client_edge.client_check import check_client
 from client_edge.consent.gate import OpenGate
 from client_edge.link.link import Link
 from server_backbone.run_folder import search

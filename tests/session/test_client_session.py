@@ -19,7 +19,7 @@ from splitfl.protocol.messages import (
     StepRefused,
     TensorFrames,
 )
-from splitfl.session.client import ClientSession
+from splitfl.session.client_session import ClientSession
 
 ACTIVATIONS = frames_of(2, 3, WIDTH)
 

@@ -23,7 +23,7 @@ from splitfl.protocol.messages import (
     WentBack,
 )
 from splitfl.session.own_loop import OwnLoopClientSession, OwnLoopServerSession
-from splitfl.session.server import Applied, Phase, Reply
+from splitfl.session.server_session import Applied, Phase, Reply
 
 ACTIVATIONS = frames_of(2, 3, WIDTH)
 NORMS = frames_of(0)

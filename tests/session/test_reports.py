@@ -7,7 +7,7 @@ from sample_messages import terms
 
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Report
-from splitfl.session.server import ServerSession
+from splitfl.session.server_session import ServerSession
 
 
 def report(topic: str = "evaluated", phase: str = "round", **metrics: float) -> Report:

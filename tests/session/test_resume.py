@@ -5,8 +5,8 @@ from sample_messages import WIDTH, commit, forward, frames_of, layers, merged, o
 
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Backward, BackwardDone, Committed, ForwardDone, Ready, Resume, Resumed, Upload
-from splitfl.session.client import ClientSession
-from splitfl.session.server import Applied, Phase, ServerSession
+from splitfl.session.client_session import ClientSession
+from splitfl.session.server_session import Applied, Phase, ServerSession
 
 ACTIVATIONS = frames_of(2, 3, WIDTH)
 

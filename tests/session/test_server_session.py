@@ -28,7 +28,7 @@ from splitfl.protocol.messages import (
     StepRefused,
     Upload,
 )
-from splitfl.session.server import Phase, Reply, ServerSession
+from splitfl.session.server_session import Phase, Reply, ServerSession
 from splitfl.session.terms import MAX_PACKED_EXAMPLES
 
 ACTIVATIONS = frames_of(2, 3, WIDTH)

@@ -23,8 +23,8 @@ from splitfl.protocol.messages import (
     StepRefused,
     Upload,
 )
-from splitfl.session.client import ClientSession
-from splitfl.session.server import Phase, Reply, ServerSession
+from splitfl.session.client_session import ClientSession
+from splitfl.session.server_session import Phase, Reply, ServerSession
 
 ACTIVATIONS = frames_of(2, 3, WIDTH)
 MICRO_BATCHES = 3

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from client_edge.part.measures import accuracy, exact_match, macro_f1, rouge_l
+from client_edge.part.scores import accuracy, exact_match, macro_f1, rouge_l
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "rouge_score_and_scikit_learn.json").read_text())
 

@@ -1,4 +1,4 @@
-"""Measures of generated text and of classification, from texts alone: pure Python, no model."""
+"""Scores of answers and of chosen labels, from texts alone: pure Python, no model."""
 
 import re
 from collections.abc import Hashable, Sequence
