@@ -44,7 +44,7 @@ soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.soak --minutes 2 $(ARGS)
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m splitfl.config_page > docs/configuration.md
+	$(BIN)/python -m splitfl.config.page > docs/configuration.md
 	$(BIN)/python -m pytest --quiet --write-models tests/models/test_families.py
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt

@@ -43,7 +43,9 @@ from benchmarks.replay import differences
 from splitfl.commands.demo import prepare_model
 from splitfl.commands.fleet import free_port
 from splitfl.commands.hpo import write_clinics
-from splitfl.config import ClientConfig, LinkSection, default_cache_dir
+from splitfl.config.operation import LinkSection
+from splitfl.config.own import default_cache_dir
+from splitfl.config.trees import ClientConfig
 from splitfl.telemetry.metrics import read_events
 from splitfl.telemetry.versions import versions_of
 

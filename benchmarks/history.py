@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from splitfl.config import ServerConfig
+from splitfl.config.trees import ServerConfig
 from splitfl.telemetry.history import HISTORY_FILE
 from splitfl.telemetry.metrics import Event, read_events
 

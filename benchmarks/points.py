@@ -33,7 +33,7 @@ from benchmarks.history import HISTORY_FILE, check
 from benchmarks.keyed import KeyRing
 from benchmarks.replay import differences
 from splitfl.commands.fleet import free_port
-from splitfl.config import ClientConfig
+from splitfl.config.trees import ClientConfig
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.export import TRAINED_FILE
 from splitfl.telemetry.versions import versions_of

@@ -29,7 +29,7 @@ from server_backbone.provisions import prepare
 from server_backbone.records import entries as log
 from server_backbone.records.entries import from_fields
 from server_backbone.run_folder import STATE_DIR
-from splitfl.config import ClientConfig, RunConfig, ServerConfig
+from splitfl.config.trees import ClientConfig, RunConfig, ServerConfig
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
 from splitfl.federation.strategies import strategy_for

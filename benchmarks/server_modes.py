@@ -26,7 +26,8 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.material import TINY, Shape, write_lines, write_model
 from benchmarks.processes import Watch, python_module, wait_for
 from splitfl.commands.fleet import free_port
-from splitfl.config import ClientConfig, ServerConfig, to_toml
+from splitfl.config.reading import to_toml
+from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.telemetry.metrics import read_events
 from splitfl.telemetry.units import format_bytes
 from splitfl.telemetry.versions import versions_of

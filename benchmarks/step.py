@@ -37,7 +37,8 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.material import LLAMA_34M, TINY, Shape, write_lines, write_model
 from benchmarks.processes import Watch, python_module, wait_for
 from splitfl.commands.fleet import free_port
-from splitfl.config import ClientConfig, ServerConfig, to_toml
+from splitfl.config.reading import to_toml
+from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.errors import Incomplete
 from splitfl.telemetry.metrics import Event, read_events
 from splitfl.telemetry.versions import versions_of

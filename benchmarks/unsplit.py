@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from client_edge.text.data import Batch, TrainBatches, read_examples
-from splitfl.config import ClientConfig, RunConfig, ServerConfig
+from splitfl.config.trees import ClientConfig, RunConfig, ServerConfig
 from splitfl.errors import ConfigError
 
 

@@ -15,7 +15,8 @@ from client_edge.link.received import fetch_description
 from client_edge.part.run import Text, check_files, describe, read_text
 from client_edge.screen import screen
 from client_edge.text.data import TrainBatches, padding_share
-from splitfl.config import ClientConfig, ClientSection, RunConfig
+from splitfl.config.own import ClientSection
+from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.models.foreign import foreign_cut
 from splitfl.models.source import WEIGHTS_FILE
 from splitfl.telemetry.findings import Finding

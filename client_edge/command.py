@@ -36,7 +36,7 @@ class Client:
         """Read the config and take part."""
         with saved_on_sigterm():
             from client_edge.part.run import take_part
-            from splitfl.config import ClientConfig
+            from splitfl.config.trees import ClientConfig
 
             config = ClientConfig.load(arguments.config, arguments.overrides)
             accept = ACCEPT if arguments.accept else False

@@ -13,7 +13,7 @@ from splitfl.errors import ConfigError
 
 if TYPE_CHECKING:
     from client_edge.consent.consent import Consent
-    from splitfl.config import ClientConfig
+    from splitfl.config.trees import ClientConfig
 
 # A server that is there answers at once; one that is not is not waited for.
 _TELLING_S = 10.0
@@ -33,7 +33,7 @@ class ConsentCommand:
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Do it."""
-        from splitfl.config import ClientConfig
+        from splitfl.config.trees import ClientConfig
 
         config = ClientConfig.load(arguments.config, arguments.overrides)
         found = {folder: consent for folder, consent in _consents(config) if arguments.run in ("", consent.run_id)}

@@ -34,7 +34,7 @@ class Generate:
         if not prompt:
             raise DataError("an empty prompt: there is nothing to go on from")
         from client_edge.generating.speak import plain_lines, printer, speaker
-        from splitfl.config import ClientConfig
+        from splitfl.config.trees import ClientConfig
 
         config = ClientConfig.load(arguments.config, arguments.overrides)
         with speaker(config, accept=ACCEPT if arguments.accept else False) as said:
@@ -62,7 +62,7 @@ class Chat:
         """Answer a line at a time, until Ctrl-D, or Ctrl-C where a line is waited for."""
         how = _ways(arguments)
         from client_edge.generating.speak import chat, speaker
-        from splitfl.config import ClientConfig
+        from splitfl.config.trees import ClientConfig
 
         config = ClientConfig.load(arguments.config, arguments.overrides)
         with speaker(config, accept=ACCEPT if arguments.accept else False) as said:

@@ -37,7 +37,7 @@ class Server:
         """Read the config and serve one run."""
         with saved_on_sigterm():
             from server_backbone.host import serve
-            from splitfl.config import ServerConfig
+            from splitfl.config.trees import ServerConfig
 
             config = ServerConfig.load(arguments.config, arguments.overrides)
             serve(config, as_json=arguments.json, resumes=arguments.resume == "auto", stop=arguments.stop)

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from splitfl.config import ServerConfig
+from splitfl.config.trees import ServerConfig
 from splitfl.errors import StorageError
 from splitfl.models.cut import Cut
 from splitfl.telemetry.findings import Finding

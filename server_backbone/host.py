@@ -27,7 +27,8 @@ from server_backbone.records.ledger import Ledger
 from server_backbone.records.untold import untold
 from server_backbone.run_folder import STATE_DIR, RunFolder, search
 from server_backbone.server import Server
-from splitfl.config import RunConfig, ServerConfig, default_cache_dir
+from splitfl.config.own import default_cache_dir
+from splitfl.config.trees import RunConfig, ServerConfig
 from splitfl.durability.crash import crash_point
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store

@@ -12,7 +12,7 @@ from server_backbone.records.entries import Committed, from_fields
 from server_backbone.records.ledger import Ledger
 from server_backbone.records.state import RunState
 from server_backbone.run_folder import FINISHED_FILE, STATE_DIR
-from splitfl.config import ServerConfig
+from splitfl.config.trees import ServerConfig
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
 from splitfl.errors import ConfigError

@@ -11,7 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from splitfl.config import RunConfig, ServerConfig, differences, to_toml
+from splitfl.config.reading import to_toml
+from splitfl.config.run import differences
+from splitfl.config.trees import RunConfig, ServerConfig
 from splitfl.durability.disk import RealDisk, sync_dir
 from splitfl.durability.format import check_format
 from splitfl.errors import ConfigError, StorageError

@@ -34,7 +34,7 @@ from server_backbone.door.members import Connection, Members
 from server_backbone.engine.engine import Engine
 from server_backbone.engine.work import Work
 from server_backbone.provisions import Provisions
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Fetch, Leave, Message, Ping, Probe, Resume, Shutdown, Welcome, Why
 from splitfl.session.limits import Limits

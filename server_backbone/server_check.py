@@ -7,7 +7,8 @@ from pathlib import Path
 from server_backbone.disk_space import room_for
 from server_backbone.host import listen, security_of
 from server_backbone.run_folder import search
-from splitfl.config import ServerConfig, default_cache_dir
+from splitfl.config.own import default_cache_dir
+from splitfl.config.trees import ServerConfig
 from splitfl.models.content import content_sha256
 from splitfl.models.cut import Cut
 from splitfl.models.origin import locate

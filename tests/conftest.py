@@ -128,7 +128,7 @@ def federate(tmp_path: Path) -> Callable[..., Finished]:
     """Run a server and its clients to their end, each in a thread, over a real transport."""
     from client_edge.part.run import take_part
     from server_backbone.host import serve
-    from splitfl.config import ClientConfig, ServerConfig
+    from splitfl.config.trees import ClientConfig, ServerConfig
 
     def run(
         server: Mapping[str, Any],

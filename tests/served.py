@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from server_backbone.host import serve
-from splitfl.config import ServerConfig
+from splitfl.config.trees import ServerConfig
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.metrics import read_events
 

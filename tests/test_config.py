@@ -5,27 +5,19 @@ import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from splitfl.config import (
-    _OTHER_NAMES,
-    ClientConfig,
-    ClientSection,
-    Config,
-    DataSection,
-    RunConfig,
-    Section,
-    ServerConfig,
-    ServerSection,
-    SettingClass,
-    StrategySection,
-    _known,
-    classes_of,
-    differences,
-    to_toml,
-)
+from splitfl.config import exposure, identity, operation
+from splitfl.config.explain import OTHER_NAMES, known_settings
+from splitfl.config.own import ClientSection, DataSection, ServerSection
+from splitfl.config.reading import Config, to_toml
+from splitfl.config.run import differences
+from splitfl.config.section import Section, SettingClass, classes_of
+from splitfl.config.sections import StrategySection
+from splitfl.config.trees import ClientConfig, RunConfig, ServerConfig
 from splitfl.errors import ConfigError
 
 MODEL = {"model": {"model_name_or_path": "/srv/models/llama"}}
@@ -164,8 +156,8 @@ class TestNamesOfOtherPrograms:
             ClientConfig.load(None, ["client.client_id=a", "client.host=gpu-box"])
 
     def test_each_is_one_of_ours(self) -> None:
-        ours = {*_known(ServerConfig), *_known(ClientConfig)}
-        assert {name for names in _OTHER_NAMES.values() for name in names} <= ours
+        ours = {*known_settings(ServerConfig), *known_settings(ClientConfig)}
+        assert {name for names in OTHER_NAMES.values() for name in names} <= ours
 
 
 class TestKindsOfValues:
@@ -498,7 +490,7 @@ def classes_of_setting(path: tuple[str, ...]) -> tuple[SettingClass, ...]:
     section: type[Section] = RunConfig
     for name in path[:-1]:
         section = typing.cast(type[Section], section.model_fields[name].annotation)
-    return classes_of(section.model_fields[path[-1]])
+    return classes_of(section, path[-1])
 
 
 class TestClasses:
@@ -512,11 +504,22 @@ class TestClasses:
             (SettingClass.IDENTITY,),
             (SettingClass.EXPOSURE,),
             (SettingClass.IDENTITY, SettingClass.EXPOSURE),
-        ), f"{'.'.join(path)}: write Identity[...], Exposure[...], Identity[Exposure[...]] or Operation[...]"
+        ), f"{'.'.join(path)}: let it stand in identity.py (as Exposure[...] too), exposure.py or operation.py"
+
+    @pytest.mark.parametrize("module", [identity, exposure, operation], ids=lambda module: module.__name__)
+    def test_all_that_stands_in_a_file_is_of_its_class(self, module: ModuleType) -> None:
+        wanted = SettingClass[module.__name__.rpartition(".")[2].upper()]
+        there = [
+            each for each in vars(module).values() if isinstance(each, type) and each.__module__ == module.__name__
+        ]
+        assert there
+        for section in there:
+            assert issubclass(section, Section)
+            assert all(wanted in classes_of(section, name) for name in section.model_fields)
 
     @pytest.mark.parametrize("tree", [ServerSection, ClientSection, DataSection], ids=lambda tree: tree.__name__)
     def test_what_is_one_sides_own_has_none(self, tree: type[Section]) -> None:
-        assert not any(map(classes_of, tree.model_fields.values()))
+        assert not any(classes_of(tree, name) for name in tree.model_fields)
 
     def test_differences_are_named_with_both_values(self) -> None:
         before = {"a": {"b": 1, "c": [1]}, "d": 2}

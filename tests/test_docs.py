@@ -19,8 +19,8 @@ from conftest import Finished
 
 import splitfl.errors
 from splitfl.command_line import main
-from splitfl.config import ClientConfig, ServerConfig
-from splitfl.config_page import render
+from splitfl.config.page import render
+from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.errors import ConfigError, SplitflError
 from splitfl.protocol.messages import KINDS
 

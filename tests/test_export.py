@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from splitfl.command_line import run_one
 from splitfl.commands.export import Export
-from splitfl.config import RunConfig, ServerConfig
+from splitfl.config.trees import RunConfig, ServerConfig
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
 from splitfl.models.export import export_run

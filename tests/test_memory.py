@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port, tiny_config, tiny_tokenizer, write_text
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.source import empty_model, read_config
 from splitfl.models.trainable import is_adapter
@@ -30,7 +30,7 @@ from pathlib import Path
 import peft, transformers.models.llama.modeling_llama
 from transformers import AutoTokenizer
 import client_edge.part.run
-from splitfl.config import ClientConfig
+from splitfl.config.trees import ClientConfig
 from splitfl.telemetry.memory import peak_rss_bytes, rss_bytes
 before = rss_bytes()
 client_edge.part.run.take_part(ClientConfig.load(Path(sys.argv[1])), accept=True)
@@ -47,7 +47,7 @@ import torch, transformers.models.llama.modeling_llama
 from transformers import AutoConfig
 from client_edge.text.data import Batch
 from client_edge.layers.edge import Edge
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.source import empty_model
 from splitfl.models.trainable import choose_trainable

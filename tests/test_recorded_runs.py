@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.replay import Replayed, quiet_replay
 from server_backbone.replay import replay
-from splitfl.config import ClientConfig
+from splitfl.config.trees import ClientConfig
 
 RECORDED = Path(__file__).parent / "recorded"
 RUNS = ("buffered", "copies", "rounds")

@@ -36,7 +36,7 @@ from benchmarks.split_vs_full.page import results_page, terminal_tables
 from benchmarks.split_vs_full.plan import Cell, Preset
 from benchmarks.split_vs_full.plots import write_plots
 from benchmarks.split_vs_full.text import Source, source_of
-from splitfl.config import default_cache_dir
+from splitfl.config.own import default_cache_dir
 from splitfl.errors import ConfigError, SplitflError
 from splitfl.telemetry.versions import versions_of
 

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from splitfl.config import default_cache_dir
+from splitfl.config.own import default_cache_dir
 from splitfl.errors import DataError
 
 REQUIREMENTS = Path(__file__).with_name("flower-requirements.txt")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from benchmarks.split_vs_full.plan import Budget, ClientText, Job, Learned
 from client_edge.text.data import Batch, Dataset, TrainBatches, read_examples
-from splitfl.config import DataSection
+from splitfl.config.own import DataSection
 from splitfl.models.trainable import first_adapter_values
 
 _PEFT_PREFIX = "base_model.model."

@@ -14,7 +14,8 @@ from benchmarks.split_vs_full.plan import Cell, Job, round_file
 from benchmarks.split_vs_full.processes import Processes
 from benchmarks.split_vs_full.relay import Relay
 from splitfl.commands.fleet import free_port
-from splitfl.config import ClientConfig, ServerConfig, to_toml
+from splitfl.config.reading import to_toml
+from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.errors import Incomplete
 from splitfl.telemetry.metrics import read_events
 

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-from splitfl.config import RunConfig, differences
+from splitfl.config.run import differences
+from splitfl.config.trees import RunConfig
 from splitfl.durability.disk import RealDisk, make_private_dir
 from splitfl.errors import NotAccepted
 from splitfl.telemetry.units import counted, printable

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from client_edge.consent.consent import Answer, Consent, require_consent
 from client_edge.consent.policy import Allowance, check_policy
-from splitfl.config import ClientSection, PolicySection, RunConfig
+from splitfl.config.own import ClientSection, PolicySection
+from splitfl.config.trees import RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import NotAccepted
 from splitfl.protocol.messages import Welcome

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from splitfl.config import PolicySection, RunConfig
+from splitfl.config.own import PolicySection
+from splitfl.config.rules import objections_to
+from splitfl.config.trees import RunConfig
 from splitfl.durability.disk import RealDisk
 from splitfl.errors import NotAllowed
 from splitfl.models.checkpoint import TensorFile
@@ -24,7 +26,7 @@ _OTHERWISE = (
 
 def check_policy(policy: PolicySection, run: RunConfig, welcome: Welcome) -> None:
     """Raise `NotAllowed` for settings or files that this client does not take part with."""
-    objections = policy.objections_to(run)
+    objections = objections_to(policy, run)
     if (size := sum(welcome.file_sizes)) > policy.max_file_bytes:
         objections.append(f"{size:,} bytes of files (policy.max_file_bytes = {policy.max_file_bytes:,})")
     if objections:

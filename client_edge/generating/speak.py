@@ -16,7 +16,7 @@ from client_edge.generating.generation import FarGenerator
 from client_edge.link.link import Link
 from client_edge.link.received import fetch_description, fetch_layers
 from client_edge.screen import screen
-from splitfl.config import ClientConfig
+from splitfl.config.trees import ClientConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import DataError, ModelError
 from splitfl.models.cut import Cut

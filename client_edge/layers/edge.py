@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from client_edge.layers.controls import Controls
 from client_edge.text.data import Batch
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.packing import check_packing
 from splitfl.protocol.tensors import digest_of

@@ -27,7 +27,10 @@ from client_edge.link.progress import Arriving, Progress
 from client_edge.link.setbacks import Setbacks
 from client_edge.link.welcome import check_welcome, settings_of
 from splitfl import __version__
-from splitfl.config import ClientSection, LinkSection, RunConfig, differences
+from splitfl.config.operation import LinkSection
+from splitfl.config.own import ClientSection
+from splitfl.config.run import differences
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ConfigError, LocalProtocolError, PeerGone, Refused, RemoteProtocolError, SplitflError
 from splitfl.models.layout import Layout
 from splitfl.protocol import codec

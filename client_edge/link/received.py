@@ -10,7 +10,7 @@ from torch import Tensor
 from client_edge.consent.policy import check_known
 from client_edge.link.link import Link
 from client_edge.link.local_copy import digest_of_local_copy, take_from_local_copy
-from splitfl.config import ClientSection, default_cache_dir
+from splitfl.config.own import ClientSection, default_cache_dir
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut
 from splitfl.models.foreign import check_description, check_finite, check_fits, foreign_cut

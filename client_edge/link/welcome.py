@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from splitfl.config import NAME_PATTERN, RunConfig
+from splitfl.config.patterns import NAME_PATTERN
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ConfigError, RemoteProtocolError
 from splitfl.models.origin import DESCRIPTION_FILES
 from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE

@@ -19,7 +19,7 @@ from client_edge.own_loop.optimizer_hook import watch_optimizers_of
 from client_edge.own_loop.own_link import OwnLoopLink
 from client_edge.own_loop.owner_thread import OwnerThread
 from client_edge.own_loop.proxies import Proxies
-from splitfl.config import ClientConfig, RunConfig
+from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import ConfigError, DataError, ModelError
 from splitfl.models.cut import Cut

@@ -16,7 +16,7 @@ from client_edge.generating.generation import FarGenerator
 from client_edge.link.link import StepClosed
 from client_edge.own_loop.own_link import OwnLoopLink, Rows
 from client_edge.own_loop.owner_thread import OwnerThread
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ConfigError, ModelError, PeerGone, Refused
 from splitfl.protocol.messages import Resumed
 from splitfl.telemetry.units import counted

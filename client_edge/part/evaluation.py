@@ -18,7 +18,8 @@ from client_edge.layers.edge import Edge, Scored
 from client_edge.link.link import Link
 from client_edge.part.scores import accuracy, exact_match, macro_f1, rouge_l
 from client_edge.text.data import Batch, Dataset, Example, collate, eval_batches
-from splitfl.config import OPTIONAL_MEASURES, RunConfig
+from splitfl.config.identity import OPTIONAL_MEASURES
+from splitfl.config.trees import RunConfig
 from splitfl.errors import DataError
 from splitfl.models.loss import IGNORED_LABEL
 from splitfl.telemetry.measures import complete

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from client_edge.layers.edge import Edge
-from splitfl.config import StorageSection
+from splitfl.config.sections import StorageSection
 from splitfl.durability.crash import crash_point
 from splitfl.durability.record import Damaged, Record
 from splitfl.durability.store import Store

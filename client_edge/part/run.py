@@ -26,7 +26,8 @@ from client_edge.part.totals import Totals, goodbye_before, totals_before
 from client_edge.screen import screen
 from client_edge.text.data import Dataset, TrainBatches, check_examples, hold_out, read_examples
 from client_edge.text.overseer import Overseer
-from splitfl.config import ClientConfig, RunConfig, differences
+from splitfl.config.run import differences
+from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import (

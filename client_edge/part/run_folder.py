@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from splitfl.config import RunConfig, differences
+from splitfl.config.run import differences
+from splitfl.config.trees import RunConfig
 from splitfl.durability.disk import sync_dir
 from splitfl.errors import ConfigError, StorageError
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from client_edge.text.chat import Conversation, messages_in, render
-from splitfl.config import ClientSection, DataSection, RunConfig
+from splitfl.config.own import ClientSection, DataSection
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ConfigError, DataError, ModelError
 from splitfl.federation.records import PLAIN_TEXT_FIELD, Record, is_plain_text, name_fields, read_file
 from splitfl.models.layout import Layout

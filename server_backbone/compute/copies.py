@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.training.optimizer import PartOptimizer, is_moment
 
 _OWN = "own/"  # before a client's id, in the names of a state

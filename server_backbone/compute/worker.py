@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server_backbone.compute.copies import Copies, Copy
 from server_backbone.compute.placement import DeviceMap, connect_devices
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import DataError, RemoteProtocolError
 from splitfl.models.cut import Cut
 from splitfl.models.far_cache import BackboneCache

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from splitfl.config import LinkSection
+from splitfl.config.operation import LinkSection
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Decode
 from splitfl.telemetry.units import counted

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
 
-from splitfl.config import FederationSection
+from splitfl.config.sections import FederationSection
 from splitfl.telemetry.units import counted
 
 Choose: TypeAlias = Callable[[int, Sequence[str]], Sequence[str]]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from splitfl.config import FederationSection
+from splitfl.config.sections import FederationSection
 from splitfl.telemetry.measures import MEASURES, Measured, complete, federated
 from splitfl.telemetry.units import counted
 

@@ -8,7 +8,7 @@ uploads, from whomever, are a merge. Nobody waits for another client but at the 
 from collections.abc import Iterable, Mapping
 
 from server_backbone.deciding.rounds import Decision, Merge, Open, Release, Rounds, Stage
-from splitfl.config import FederationSection
+from splitfl.config.sections import FederationSection
 
 
 class Turns(Rounds):

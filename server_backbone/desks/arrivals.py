@@ -25,7 +25,7 @@ from server_backbone.engine.engine import Engine
 from server_backbone.engine.work import Work
 from server_backbone.records.entries import Joined, Left, Returned, TurnEnded
 from server_backbone.records.state import MemberState
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Attach, Hello, Message, Resume, Resumed, Welcome, Why
 from splitfl.session.own_loop import OwnLoopServerSession

@@ -27,7 +27,7 @@ from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
 from server_backbone.engine.engine import EndedRounds, Engine, MergedLayers, Spooled, Verdict
 from server_backbone.engine.work import Work
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Merged, Message, Ready, RoundOpened, RoundsEnded, TensorFrames, Upload
 from splitfl.session.server_session import Phase

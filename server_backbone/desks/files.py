@@ -9,7 +9,7 @@ from server_backbone.desks.desk import NOTHING, CouldNot, Desk, Effects
 from server_backbone.door.mail import Mail
 from server_backbone.door.members import Connection
 from server_backbone.provisions import Provisions
-from splitfl.config import LinkSection
+from splitfl.config.operation import LinkSection
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Chunk, Fetch, Message, Probe, Probed, TensorFrames
 from splitfl.telemetry.units import printable

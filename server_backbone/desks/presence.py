@@ -22,7 +22,7 @@ from server_backbone.door.mail import Mail
 from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
 from server_backbone.records.entries import Finished, Left
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.protocol import messages
 from splitfl.protocol.messages import Farewell, Goodbye, Message, Why

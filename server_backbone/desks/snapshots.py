@@ -10,7 +10,7 @@ from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
 from server_backbone.engine.engine import Engine
 from server_backbone.engine.work import Work
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.protocol.messages import Declined, GoBack, Keep, Kept, Message, WentBack
 from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.telemetry.metrics import MetricsLog

@@ -26,7 +26,7 @@ from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
 from server_backbone.engine.engine import Decided, Engine
 from server_backbone.engine.work import Work
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Backward, BackwardDone, Commit, Committed, Discard, Forward, ForwardDone, Message

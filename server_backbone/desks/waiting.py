@@ -8,7 +8,7 @@ from server_backbone.deciding.rounds import Rounds
 from server_backbone.desks.desk import NOTHING, Desk, Effect, Effects, Evaluates, ShowsWork
 from server_backbone.door.mail import Mail
 from server_backbone.door.members import Connection, Member, Members
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Message, Ping, Pong
 from splitfl.session.limits import Limits

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from server_backbone.door.members import Members
-from splitfl.config import NAME_PATTERN
+from splitfl.config.patterns import NAME_PATTERN
 from splitfl.protocol.messages import WIRE_VERSION, Hello, Why
 from splitfl.session.limits import Limits
 from splitfl.telemetry.units import counted, printable

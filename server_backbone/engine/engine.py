@@ -22,7 +22,7 @@ from server_backbone.merging.merger import Merger, Seen, Weighed
 from server_backbone.records import entries as log
 from server_backbone.records.ledger import Ledger
 from server_backbone.records.state import RoundState, RunState
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.durability.record import Damaged
 from splitfl.errors import ModelError, RemoteProtocolError, StorageError

@@ -8,7 +8,7 @@ from server_backbone.deciding.rounds import Open
 from server_backbone.deciding.standing import Standing
 from server_backbone.records import entries as log
 from server_backbone.records.entries import Entry
-from splitfl.config import FederationSection
+from splitfl.config.sections import FederationSection
 from splitfl.session.server_session import Applied
 
 

@@ -24,7 +24,7 @@ class Check:
 
     def run(self, arguments: argparse.Namespace) -> None:
         """Say what is found as it is found, and raise what is wrong."""
-        from splitfl.config import role_of
+        from splitfl.config.reading import role_of
 
         role = role_of(arguments.config, arguments.overrides)
         (entry,) = entry_points(group="splitfl.checks", name=role)

@@ -75,7 +75,7 @@ class _Plan:
 def run_demo(arguments: argparse.Namespace, console: "Console") -> tuple[dict[str, Any], Path]:
     """Do all of it; returns the report and the path of its page."""
     from splitfl.commands.hpo import CITATION, write_clinics
-    from splitfl.config import default_cache_dir
+    from splitfl.config.own import default_cache_dir
     from splitfl.reporting.report import write_report
 
     for name in ("num_rounds", "local_steps", "num_eval"):

@@ -11,7 +11,7 @@ from splitfl.command_line import add_config_arguments
 from splitfl.errors import ConfigError, Incomplete
 
 if TYPE_CHECKING:
-    from splitfl.config import ServerConfig
+    from splitfl.config.trees import ServerConfig
 
 
 class Simulate:
@@ -47,7 +47,9 @@ class Simulate:
 def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Run it all; returns the report and the run's folder."""
     from splitfl.commands.fleet import Fleet, free_port
-    from splitfl.config import ClientConfig, PolicySection, ServerConfig
+    from splitfl.config.own import PolicySection
+    from splitfl.config.rules import objections_to
+    from splitfl.config.trees import ClientConfig, ServerConfig
     from splitfl.federation.partition import partitioner_from, read_records, write_partitions
     from splitfl.reporting.report import write_report
 
@@ -71,7 +73,7 @@ def simulate(arguments: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     settings["server"].pop("keys", None)  # nothing leaves this machine, and these clients have none
     settings["federation"] |= {"min_available_clients": arguments.num_clients}
     # one user is both parties here, so nothing is kept from the run; what a clinic's own policy would say is said
-    policy, objections = _policy_for(config), PolicySection().objections_to(config)
+    policy, objections = _policy_for(config), objections_to(PolicySection(), config)
     if objections and not arguments.json:
         sys.stdout.write(f"note: a client's [policy] as shipped does not allow this: {'; '.join(objections)}\n")
     clients: dict[str, dict[str, Any]] = {}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitfl.config import OptimizerSection, RunConfig
+from splitfl.config.identity import OptimizerSection
+from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 
 _SLICE = 1 << 20  # elements

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from splitfl.config import FederationSection, StrategySection
+from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.federation.updates import Update
 
 

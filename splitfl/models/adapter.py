@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ConfigError
 from splitfl.models import checkpoint
 from splitfl.models.cut import Cut

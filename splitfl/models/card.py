@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.models.origin import is_hub_id
 from splitfl.telemetry.units import counted
 

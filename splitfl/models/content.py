@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from splitfl.config import ModelSection
+from splitfl.config.sections import ModelSection
 from splitfl.errors import ModelError
 from splitfl.models import checkpoint
 from splitfl.models.origin import DESCRIPTION_FILES, Origin, locate

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from splitfl.config import ServerConfig, default_cache_dir
+from splitfl.config.own import default_cache_dir
+from splitfl.config.trees import ServerConfig
 from splitfl.errors import ConfigError, ModelError
 from splitfl.models import checkpoint
 from splitfl.models.adapter import write_adapter

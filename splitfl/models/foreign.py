@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ModelError, SplitflError
 from splitfl.models.checkpoint import Entry
 from splitfl.models.cut import Cut

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from splitfl.config import ModelSection, RunConfig
+from splitfl.config.sections import ModelSection
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ConfigError, ModelError
 from splitfl.models import checkpoint
 from splitfl.models.anatomy import num_positions

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from splitfl.config import LoraSection, RunConfig
+from splitfl.config.identity import LoraSection
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ConfigError
 from splitfl.models.cut import Cut
 from splitfl.models.locks import TORCH_IS_PATCHED

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from splitfl.config import LinkSection
+from splitfl.config.operation import LinkSection
 from splitfl.protocol.codec import MAX_HEADER_BYTES
 from splitfl.session.terms import Terms
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
 
-from splitfl.config import ALSO_NAME_PATTERN, MAX_ALSO
+from splitfl.config.patterns import ALSO_NAME_PATTERN, MAX_ALSO
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
 from splitfl.protocol.messages import (
     Backward,

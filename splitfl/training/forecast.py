@@ -5,7 +5,8 @@ Nothing here is a guess: what no formula gives (seconds, and what autograd keeps
 
 from dataclasses import dataclass
 
-from splitfl.config import OptimizerSection, RunConfig
+from splitfl.config.identity import OptimizerSection
+from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut, Side
 from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding

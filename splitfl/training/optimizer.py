@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from transformers import get_scheduler
 
-from splitfl.config import OptimizerSection
+from splitfl.config.identity import OptimizerSection
 from splitfl.durability.crash import crash_point
 
 NO_GRADIENT = -1.0

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.protocol.tensors import wire_dtype
 from splitfl.session.terms import MAX_PACKED_EXAMPLES, Terms

@@ -17,7 +17,7 @@ from pathlib import Path
 import tomlkit
 import zmq
 
-from splitfl.config import NAME_PATTERN
+from splitfl.config.patterns import NAME_PATTERN
 from splitfl.errors import ConfigError
 
 log = logging.getLogger(__name__)

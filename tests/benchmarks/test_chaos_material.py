@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.chaos import MATERIALS, Chaos
 from benchmarks.keyed import KeyRing
-from splitfl.config import LinkSection, ServerConfig
+from splitfl.config.operation import LinkSection
+from splitfl.config.trees import ServerConfig
 from splitfl.transport.keys import AllowList, read_enrolment, read_key_pair
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.replay import Horizon, horizon_of, horizons
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 
 
 def started(num_training_steps: int, *, resumed_at: int | None = None) -> list[dict[str, Any]]:

@@ -28,7 +28,8 @@ from client_edge.consent_command import ConsentCommand
 from client_edge.link.link import Link
 from client_edge.screen import screen
 from splitfl.command_line import run_one
-from splitfl.config import ClientSection, PolicySection, RunConfig, ServerConfig
+from splitfl.config.own import ClientSection, PolicySection
+from splitfl.config.trees import RunConfig, ServerConfig
 from splitfl.errors import NotAccepted, NotAllowed, PeerGone
 from splitfl.training.forecast import READABLE
 

@@ -20,7 +20,7 @@ from client_edge.text.data import (
     hold_out,
     read_examples,
 )
-from splitfl.config import DataSection
+from splitfl.config.own import DataSection
 from splitfl.errors import ConfigError, DataError
 
 BOS, EOS = 256, 257

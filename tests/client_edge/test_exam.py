@@ -10,7 +10,8 @@ from conftest import tiny_tokenizer, write_text
 
 from client_edge.part.evaluation import Exam
 from client_edge.text.data import Dataset, read_examples
-from splitfl.config import DataSection, RunConfig
+from splitfl.config.own import DataSection
+from splitfl.config.trees import RunConfig
 from splitfl.errors import DataError
 
 MAX_LENGTH = 16

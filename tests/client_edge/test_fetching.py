@@ -16,7 +16,8 @@ from client_edge.consent.gate import OpenGate
 from client_edge.link.link import Link
 from client_edge.link.partial import PartialFile
 from client_edge.link.progress import Progress
-from splitfl.config import ClientSection, PolicySection, ServerConfig
+from splitfl.config.own import ClientSection, PolicySection
+from splitfl.config.trees import ServerConfig
 from splitfl.errors import PeerGone, Refused
 from splitfl.models.source import WEIGHTS_FILE
 from splitfl.protocol.messages import Probe, TensorFrames

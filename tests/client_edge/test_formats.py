@@ -12,7 +12,7 @@ from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
 from client_edge.text.data import Dataset, read_examples, read_preferences
-from splitfl.config import DataSection
+from splitfl.config.own import DataSection
 from splitfl.errors import DataError, ModelError
 from splitfl.federation.partition import read_records, write_partitions
 

@@ -14,7 +14,7 @@ from conftest import free_port
 from client_edge.consent.gate import OpenGate
 from client_edge.link.link import Link
 from splitfl.command_line import main
-from splitfl.config import ClientSection, PolicySection
+from splitfl.config.own import ClientSection, PolicySection
 from splitfl.errors import PeerGone
 from splitfl.transport.keys import Enrolment, keygen, write_enrolment
 

@@ -14,7 +14,7 @@ from served import ServedRun
 from benchmarks.proxy import ChaosProxy
 from client_edge.link.progress import Arriving
 from client_edge.part.run import take_part
-from splitfl.config import ClientConfig, ServerConfig
+from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.telemetry.metrics import read_events
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import Finished, write_text
 
 from client_edge.link.link import _fits
-from splitfl.config import LinkSection
+from splitfl.config.operation import LinkSection
 
 
 def test_frames_larger_than_usual_pass_on_the_first_connection(

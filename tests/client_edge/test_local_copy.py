@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from client_edge.link.local_copy import take_from_local_copy
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ModelError
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.origin import Origin

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from client_edge.consent.policy import SPENT_FILE, Allowance, check_known
-from splitfl.config import PolicySection, RunConfig, ServerConfig
+from splitfl.config.own import PolicySection
+from splitfl.config.rules import objections_to
+from splitfl.config.trees import RunConfig, ServerConfig
 from splitfl.errors import NotAllowed
 from splitfl.models.checkpoint import TensorFile, save_tensors
 
@@ -22,8 +24,8 @@ def run_with(**sections: Any) -> RunConfig:
 
 
 def test_the_shipped_settings_pass_the_shipped_policy() -> None:
-    assert PolicySection().objections_to(run_with()) == []
-    assert PolicySection().objections_to(run_with(model={"bottom_layers": 1, "top_layers": 2})) == []
+    assert objections_to(PolicySection(), run_with()) == []
+    assert objections_to(PolicySection(), run_with(model={"bottom_layers": 1, "top_layers": 2})) == []
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_the_shipped_settings_pass_the_shipped_policy() -> None:
     ],
 )
 def test_what_a_server_may_not_set(sections: dict[str, Any], says: str) -> None:
-    assert says in "; ".join(PolicySection().objections_to(run_with(**sections)))
+    assert says in "; ".join(objections_to(PolicySection(), run_with(**sections)))
 
 
 def test_what_is_allowed_is_allowed() -> None:
@@ -52,7 +54,7 @@ def test_what_is_allowed_is_allowed() -> None:
     run = run_with(
         model={"bottom_layers": 0}, train={"embeddings": True}, evaluation={"measures": ["rouge_l", "accuracy"]}
     )
-    assert policy.objections_to(run) == []
+    assert objections_to(policy, run) == []
 
 
 def test_a_policy_is_a_clients_and_no_servers() -> None:

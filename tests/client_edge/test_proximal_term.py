@@ -8,7 +8,7 @@ from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
 from client_edge.layers.edge import Edge
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 
 

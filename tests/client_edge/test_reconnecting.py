@@ -17,7 +17,7 @@ from client_edge.consent.gate import OpenGate
 from client_edge.link.link import Link
 from client_edge.link.setbacks import Setbacks
 from client_edge.part.run import take_part
-from splitfl.config import ClientConfig, ServerConfig
+from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.errors import PeerGone
 from splitfl.telemetry.metrics import read_events
 

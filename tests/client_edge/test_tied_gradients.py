@@ -10,7 +10,7 @@ from torch import Tensor
 
 from client_edge.layers.edge import Edge
 from client_edge.text.data import Batch
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.source import empty_model
 from splitfl.models.trainable import choose_trainable

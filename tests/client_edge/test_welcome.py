@@ -8,7 +8,7 @@ import pytest
 
 from client_edge.link.heard import MOST_CHARACTERS, heard
 from client_edge.link.welcome import check_welcome, settings_of
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol import codec
 from splitfl.protocol.messages import Pong, Refusal, Welcome

@@ -17,7 +17,9 @@ from client_edge.consent.gate import OpenGate
 from client_edge.link.link import Link
 from server_backbone.run_folder import search
 from splitfl.command_line import main
-from splitfl.config import ClientSection, PolicySection, ServerConfig, role_of
+from splitfl.config.own import ClientSection, PolicySection
+from splitfl.config.reading import role_of
+from splitfl.config.trees import ServerConfig
 from splitfl.durability.store import Store
 from splitfl.errors import DataError, ModelError, PeerGone, TransportError
 from splitfl.telemetry.metrics import read_events

@@ -10,7 +10,7 @@ from rich.console import Console
 from splitfl.command_line import run_one
 from splitfl.commands import demo
 from splitfl.commands.hpo import ClinicFiles
-from splitfl.config import ClientConfig, ServerConfig
+from splitfl.config.trees import ClientConfig, ServerConfig
 
 
 def plan(tmp_path: Path) -> demo._Plan:

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import PeerGone, Refused
 from splitfl.models.source import empty_cut
 from splitfl.protocol import codec

@@ -12,7 +12,7 @@ import pytest
 import torch
 from faults.town import Town
 
-from splitfl.config import ClientConfig
+from splitfl.config.trees import ClientConfig
 from splitfl.errors import PeerGone, Refused
 from splitfl.models.layout import Layout
 from splitfl.protocol import codec

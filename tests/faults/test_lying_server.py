@@ -23,7 +23,7 @@ from safetensors.torch import save
 from served import ServedRun
 from transformers import AutoModelForCausalLM
 
-from splitfl.config import RunConfig, ServerConfig
+from splitfl.config.trees import RunConfig, ServerConfig
 from splitfl.protocol.messages import (
     BackwardDone,
     Chunk,

@@ -9,7 +9,7 @@ from faults.town import HEARTBEAT_TIMEOUT_S, Town
 
 from client_edge.link.link import Link
 from client_edge.part import run as client_run
-from splitfl.config import ClientConfig
+from splitfl.config.trees import ClientConfig
 from splitfl.errors import PeerGone
 from splitfl.protocol.messages import Goodbye
 from splitfl.telemetry.metrics import read_events

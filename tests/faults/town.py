@@ -13,7 +13,7 @@ from forked import Forked
 
 from benchmarks.history import Verdict, check
 from benchmarks.replay import differences
-from splitfl.config import ClientConfig
+from splitfl.config.trees import ClientConfig
 from splitfl.telemetry.history import HISTORY_FILE
 from splitfl.telemetry.metrics import Event, read_events
 

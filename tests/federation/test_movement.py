@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from splitfl.config import OptimizerSection
+from splitfl.config.identity import OptimizerSection
 from splitfl.errors import RemoteProtocolError
 from splitfl.federation.movement import Bound
 from splitfl.training.optimizer import PartOptimizer, clip_coefficient

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from client_edge.layers.controls import Controls
 from server_backbone.merging.merger import Merger
-from splitfl.config import FederationSection, StrategyName, StrategySection
+from splitfl.config.identity import StrategyName
+from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.federation.strategies import strategy_for
 from splitfl.protocol.messages import Upload
 from splitfl.protocol.tensors import describe

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from server_backbone.merging.merger import Merger, Seen
-from splitfl.config import FederationSection, StrategyName, StrategySection
+from splitfl.config.identity import StrategyName
+from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.errors import ConfigError
 from splitfl.federation.strategies import STRATEGIES, strategy_for
 from splitfl.federation.strategies.fed_buff import Rebased, staleness_scale
@@ -351,7 +352,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from splitfl.config import FederationSection, StrategySection
+from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.federation.strategies import strategy_for
 from splitfl.models.checkpoint import TensorFile, save_tensors
 from splitfl.telemetry.memory import peak_rss_bytes, rss_bytes

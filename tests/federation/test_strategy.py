@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server_backbone.merging.merger import Merger
-from splitfl.config import FederationSection, StrategySection
+from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.errors import ConfigError, RemoteProtocolError
 from splitfl.federation.strategies.fed_avg import FedAvg
 from splitfl.federation.updates import weighted_mean

@@ -14,7 +14,7 @@ from field.machines import Network, why_not
 from rich.console import Console
 
 from splitfl.commands.demo import prepare_model
-from splitfl.config import default_cache_dir
+from splitfl.config.own import default_cache_dir
 
 _TIMEOUT_S = 600.0
 

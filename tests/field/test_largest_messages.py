@@ -7,7 +7,7 @@ from pathlib import Path
 from field.machines import Network
 from field.parties import Parties, settings
 
-from splitfl.config import LinkSection
+from splitfl.config.operation import LinkSection
 
 _EMBEDDING_BYTES = 49_152 * 576 * 4
 

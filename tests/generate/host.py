@@ -7,7 +7,7 @@ from typing import Any
 from conftest import free_port
 from served import ServedRun
 
-from splitfl.config import ClientConfig, ServerConfig
+from splitfl.config.trees import ClientConfig, ServerConfig
 
 
 class Host(ServedRun):

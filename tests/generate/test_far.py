@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, TextStreamer
 from client_edge.generating.speak import Speaker, speaker
 from client_edge.link.link import SessionLost
 from client_edge.part.run import take_part
-from splitfl.config import ClientConfig, DataSection
+from splitfl.config.own import DataSection
+from splitfl.config.trees import ClientConfig
 from splitfl.errors import DataError, ModelError, Refused
 from splitfl.protocol.messages import Decode, EndCache
 from splitfl.stopping import Stopped, StopRequest

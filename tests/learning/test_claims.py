@@ -13,7 +13,7 @@ from torch import Tensor
 
 from client_edge.link.link import Link
 from client_edge.part.run import take_part
-from splitfl.config import ClientConfig, ServerConfig
+from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.protocol.messages import Merged, RoundOpened, RoundsEnded
 from splitfl.telemetry.metrics import Event, read_events
 

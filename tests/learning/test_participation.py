@@ -10,7 +10,8 @@ from conftest import free_port, write_text
 from served import ServedRun
 
 from client_edge.part.run import take_part
-from splitfl.config import ClientConfig, FederationSection, ServerConfig, StrategySection
+from splitfl.config.sections import FederationSection, StrategySection
+from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.federation.strategies.fed_avg import FedAvg
 from splitfl.telemetry.metrics import Event, read_events
 

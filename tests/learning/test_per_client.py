@@ -21,7 +21,8 @@ from unsplit import backward
 from benchmarks.replay import quiet_replay
 from client_edge.text.data import Batch, TrainBatches, read_examples
 from server_backbone.replay import replay
-from splitfl.config import ClientConfig, ClientSection, DataSection, RunConfig
+from splitfl.config.own import ClientSection, DataSection
+from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.models.trainable import first_adapter_values
 from splitfl.telemetry.metrics import read_events
 

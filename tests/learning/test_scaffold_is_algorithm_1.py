@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unsplit import backward
 
 from client_edge.text.data import Batch, TrainBatches, read_examples
-from splitfl.config import DataSection
+from splitfl.config.own import DataSection
 from splitfl.telemetry.metrics import read_events
 
 CLIENTS = ("ash", "birch", "cedar", "date")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from unsplit import backward
 
 from client_edge.text.data import Batch, TrainBatches, read_examples
-from splitfl.config import DataSection
+from splitfl.config.own import DataSection
 
 STEPS = 5
 LEARNING_RATE = 0.5

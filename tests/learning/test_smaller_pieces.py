@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Finished, write_text
 
-from splitfl.config import ClientConfig
+from splitfl.config.trees import ClientConfig
 from splitfl.errors import ConfigError
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.export import trained_file

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from splitfl.config import ModelSection
+from splitfl.config.sections import ModelSection
 from splitfl.errors import ModelError
 from splitfl.models.checkpoint import (
     DTYPES,

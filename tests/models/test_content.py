@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from splitfl.config import ModelSection
+from splitfl.config.sections import ModelSection
 from splitfl.errors import ModelError
 from splitfl.models import content
 from splitfl.models.content import content_sha256, locate_same

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import splitfl
-from splitfl.config import ModelSection
+from splitfl.config.sections import ModelSection
 from splitfl.errors import ModelError
 from splitfl.models.anatomy import anatomy_of, num_positions
 from splitfl.models.cut import Cut, mask_of

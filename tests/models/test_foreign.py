@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ModelError
 from splitfl.models.checkpoint import entries_of, save_tensors
 from splitfl.models.cut import Cut

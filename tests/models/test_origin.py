@@ -18,7 +18,7 @@ from conftest import free_port, tiny_tokenizer, write_text
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ModelError
 from splitfl.models.origin import Origin, is_hub_id, locate
 from splitfl.models.source import Shards, empty_cut, server_weights
@@ -175,7 +175,7 @@ LOOK = """
 import sys
 from pathlib import Path
 import torch
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.models.origin import locate
 from splitfl.models.source import empty_cut, server_weights
 origin = locate("clinic/tiny", Path(sys.argv[1]))

@@ -8,7 +8,7 @@ from conftest import tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ConfigError
 from splitfl.models.cut import Cut
 from splitfl.models.trainable import checkpoint_name, choose_trainable, first_adapter_values, is_adapter

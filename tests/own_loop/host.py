@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import client_edge
 from server_backbone.replay import rollback
-from splitfl.config import ServerConfig
+from splitfl.config.trees import ServerConfig
 from splitfl.models.trainable import first_adapter_values
 from splitfl.telemetry.metrics import read_events
 

@@ -15,7 +15,8 @@ from own_loop.host import Host, adamw, batches, differing, settings, train, trai
 
 import client_edge
 from server_backbone.replay import replay
-from splitfl.config import ServerConfig, to_toml
+from splitfl.config.reading import to_toml
+from splitfl.config.trees import ServerConfig
 from splitfl.errors import ConfigError, Refused
 
 Start = Callable[..., Host]
@@ -175,7 +176,7 @@ class TestRuns:
 
     def test_without_rounds_are_not_for_the_command(self, host: Start, tmp_path: Path) -> None:
         from client_edge.part.run import take_part
-        from splitfl.config import ClientConfig
+        from splitfl.config.trees import ClientConfig
 
         text = tmp_path / "text.txt"
         text.write_text("abc\n" * 5, encoding="utf-8")

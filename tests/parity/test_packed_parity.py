@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.replay import quiet_replay
 from client_edge.text.data import Batch, TrainBatches
-from splitfl.config import ClientConfig, RunConfig
+from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.errors import ModelError
 
 STEPS = 4

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from unsplit import backward
 
 from client_edge.text.data import TrainBatches, read_examples
-from splitfl.config import ClientSection, DataSection, RunConfig
+from splitfl.config.own import ClientSection, DataSection
+from splitfl.config.trees import RunConfig
 from splitfl.models.trainable import first_adapter_values
 
 STEPS = 5

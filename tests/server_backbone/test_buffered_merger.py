@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server_backbone.merging.buffered import BufferedMerger
-from splitfl.config import FederationSection, StrategySection
+from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.federation.strategies.fed_buff import FedBuff
 from splitfl.protocol.messages import Upload
 from splitfl.protocol.tensors import describe

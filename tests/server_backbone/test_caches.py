@@ -4,7 +4,7 @@ import pytest
 from sample_messages import WIDTH, frames_of
 
 from server_backbone.deciding.caches import CacheBook
-from splitfl.config import LinkSection
+from splitfl.config.operation import LinkSection
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Decode
 

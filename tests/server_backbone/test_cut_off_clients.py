@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from server_backbone.door.admission import Admission
-from splitfl.config import LinkSection
+from splitfl.config.operation import LinkSection
 from splitfl.protocol.messages import Why
 from splitfl.session.limits import limits_of
 from splitfl.session.terms import Terms

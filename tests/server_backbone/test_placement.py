@@ -11,7 +11,7 @@ from torch import Tensor
 
 from server_backbone.compute.placement import device_map_of, devices_of
 from server_backbone.compute.worker import Contribution, Worker
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.errors import ModelError
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.cut import Cut

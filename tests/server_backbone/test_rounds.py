@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from server_backbone.deciding.rounds import Decision, End, Judge, LastCall, Merge, Open, Rounds, Stop
-from splitfl.config import FederationSection, StrategySection
+from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.federation.strategies.fed_avg import FedAvg
 
 

@@ -9,7 +9,8 @@ import pytest
 from server_backbone.records.entries import Prolonged
 from server_backbone.records.state import MemberState, RoundState, RunState
 from server_backbone.run_folder import RunFolder, search
-from splitfl.config import FederationSection, ServerConfig
+from splitfl.config.sections import FederationSection
+from splitfl.config.trees import ServerConfig
 from splitfl.errors import ConfigError
 
 SHA, OTHER = "a1" * 32, "b2" * 32

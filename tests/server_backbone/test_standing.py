@@ -7,7 +7,7 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 from server_backbone.deciding.standing import Standing, value_of
-from splitfl.config import FederationSection
+from splitfl.config.sections import FederationSection
 
 
 def federation(**settings: Any) -> FederationSection:

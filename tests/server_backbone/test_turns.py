@@ -6,7 +6,7 @@ import pytest
 
 from server_backbone.deciding.rounds import Decision, End, Merge, Open, Release
 from server_backbone.deciding.turns import Turns
-from splitfl.config import FederationSection
+from splitfl.config.sections import FederationSection
 
 
 def turns_of(*clients: str, buffer_size: int = 2, **settings: Any) -> Turns:

@@ -6,7 +6,7 @@ from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
 from server_backbone.compute.worker import Contribution, Worker
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.layout import Layout
 from splitfl.models.trainable import choose_trainable

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from splitfl.config import LinkSection
+from splitfl.config.operation import LinkSection
 from splitfl.protocol import codec
 from splitfl.protocol.messages import Backward, BackwardDone, Buffer, Chunk, Merged, Message, TensorFrames, Upload
 from splitfl.protocol.tensors import describe

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from splitfl.config import RunConfig
+from splitfl.config.trees import RunConfig
 from splitfl.training.forecast import EvaluationWork, evaluations_of
 
 

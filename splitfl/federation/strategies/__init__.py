@@ -1,6 +1,7 @@
 """The strategies, by the names that the config knows them by."""
 
-from splitfl.config import FederationSection, StrategyName, StrategySection
+from splitfl.config.identity import StrategyName
+from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.federation.strategies.adaptive import FedAdagrad, FedAdam, FedYogi
 from splitfl.federation.strategies.fed_avg import FedAvg, FedProx
 from splitfl.federation.strategies.fed_avg_m import FedAvgM

@@ -1,4 +1,4 @@
-"""Renders docs/configuration.md from the settings themselves: `python -m splitfl.config_page` writes it to stdout."""
+"""Renders docs/configuration.md from the settings themselves: `python -m splitfl.config.page` writes it to stdout."""
 
 import inspect
 import json
@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from splitfl.config import NAME_PATTERN, SHA256_PATTERN, ClientConfig, Config, Section, ServerConfig, classes_of
+from splitfl.config.patterns import NAME_PATTERN, SHA256_PATTERN
+from splitfl.config.reading import Config
+from splitfl.config.section import Section, classes_of, is_section
+from splitfl.config.trees import ClientConfig, ServerConfig
 
 _INTRODUCTION = """\
 # Configuration
 
-<!-- Written by `make docs` from splitfl/config.py; a test compares the two. Change the settings there, not here. -->
+<!-- Written by `make docs` from splitfl/config/; a test compares the two. Change the settings there, not here. -->
 
 A server and a client read one TOML file each. A section below is a TOML table; every setting has a default, and only
 `model.model_name_or_path` (server) and `client.client_id` (client) must be given. `--set section.key=value` on the
@@ -67,27 +70,28 @@ def render() -> str:
 
 def _tables(tree: type[Config]) -> Iterator[str]:
     """Render a tree's own settings first, as TOML wants them, then a table a section."""
-    sections = {name: field for name, field in tree.model_fields.items() if _is_section(field.annotation)}
+    sections = {name: field for name, field in tree.model_fields.items() if is_section(field.annotation)}
     top = {name: field for name, field in tree.model_fields.items() if name not in sections}
     if top:
-        yield f"### At the top of the file\n\n{_table(top)}\n"
+        yield f"### At the top of the file\n\n{_table(tree, top)}\n"
     for name, field in sections.items():
-        section: type[Section] = typing.cast(type[Section], field.annotation)
-        yield f"### `[{name}]`\n\n{_sentence_of(section)}\n\n{_table(section.model_fields)}\n"
+        section = typing.cast(type[Section], field.annotation)
+        yield f"### `[{name}]`\n\n{_sentence_of(section)}\n\n{_table(section, section.model_fields)}\n"
 
 
-def _table(fields: dict[str, FieldInfo]) -> str:
-    has_classes = any(map(classes_of, fields.values()))
+def _table(section: type[Section], fields: Mapping[str, FieldInfo]) -> str:
+    classes = {name: [each.value for each in classes_of(section, name)] for name in fields}
+    has_classes = any(classes.values())
     head = ["setting", *(["class"] if has_classes else []), "type", "default", "bounds", "meaning"]
     rows = [_line(head), "|---" * len(head) + "|"]
-    rows += [_row(name, field, has_classes=has_classes) for name, field in fields.items()]
+    rows += [_row(name, field, [", ".join(classes[name])] if has_classes else []) for name, field in fields.items()]
     return "\n".join(rows)
 
 
-def _row(name: str, field: FieldInfo, *, has_classes: bool) -> str:
+def _row(name: str, field: FieldInfo, classes: list[str]) -> str:
     cells = [
         f"`{name}`",
-        *([", ".join(mark.value for mark in classes_of(field))] if has_classes else []),
+        *classes,
         _type_of(field.annotation),
         _default_of(field),
         _bounds_of(field),
@@ -155,10 +159,6 @@ def _sentence_of(described: type[Section]) -> str:
 
 def _one_line(text: str | None) -> str:
     return " ".join((text or "").split())
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 if __name__ == "__main__":
