@@ -17,6 +17,8 @@ from splitfl.commands.fleet import free_port
 from splitfl.config.reading import to_toml
 from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.errors import Incomplete
+from splitfl.reporting.view import RunView
+from splitfl.reporting.whole_run import whole_run
 from splitfl.telemetry.metrics import read_events
 
 _RUN_ID = "run"
@@ -99,20 +101,20 @@ def run_split(job: Job, cell: Cell, *, server_mode: str) -> Outcome:
         wall_seconds = processes.seconds()
     if len(watch.rounds) < job.budget.num_rounds:
         raise Incomplete(f"only {len(watch.rounds)} of {job.budget.num_rounds} rounds were merged; see {folder}")
-    events = read_events(folder / "server-runs" / _RUN_ID / "metrics.jsonl")
+    run = whole_run(read_events(folder / "server-runs" / _RUN_ID / "metrics.jsonl"))
     used = processes.used("server")
     # the tokenizer comes from the server unless an earlier run has brought it: clients of other arms have it at home
-    files = {event["client_id"]: event["bytes_of_files"] for event in events if event["event"] == "client_done"}
+    files = {name: client.done["bytes_of_files"] for name, client in run.now.clients.items() if client.done}
     share = sum(files.values()) / len(files)
     rounds = [dataclasses.replace(end, bytes_per_client=end.bytes_per_client - share) for end in watch.rounds]
     return Outcome(
         rounds={"everyone": rounds},
         clients={name: _use(processes.used(name), relay, imports, files[name]) for name, relay in relays.items()},
-        num_label_tokens=sum(event["num_label_tokens"] for event in events if event["event"] == "step"),
+        num_label_tokens=sum(step.num_label_tokens for steps in run.steps.values() for step in steps.values()),
         wall_seconds=wall_seconds,
         server_cpu_seconds=used.cpu_seconds,
         server_peak_rss=used.peak_rss,
-        notes=_own_counts(events) | {"bytes_of_files": files},
+        notes=_own_counts(run.now) | {"bytes_of_files": files},
     )
 
 
@@ -187,7 +189,11 @@ def _imports() -> tuple[int, float]:
     return imports_of([sys.executable, "-c", _IMPORTS], {})
 
 
-def _own_counts(events: list[dict[str, Any]]) -> dict[str, Any]:
+def _own_counts(view: RunView) -> dict[str, Any]:
     """Return the bytes that splitfl counts itself, to be compared with the relay's."""
-    done = [event for event in events if event["event"] == "client_done"]
-    return {"counted_by_splitfl": {e["client_id"]: {"up": e["bytes_sent"], "down": e["bytes_received"]} for e in done}}
+    done = {name: client.done for name, client in view.clients.items() if client.done}
+    return {
+        "counted_by_splitfl": {
+            n: {"up": told["bytes_sent"], "down": told["bytes_received"]} for n, told in done.items()
+        }
+    }

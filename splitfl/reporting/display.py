@@ -1,9 +1,8 @@
 """The progress of a run for people: a live panel on a terminal, one line an event elsewhere."""
 
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from splitfl.reporting.view import ClientView, RunView
 from splitfl.telemetry.measures import MEASURES
 from splitfl.telemetry.metrics import Event
 from splitfl.telemetry.units import (
@@ -32,117 +32,14 @@ _DIGEST_CHARACTERS = 12
 _STATE_STYLES = {"training": "green", "waiting": "yellow", "done": "cyan", "left": "red"}
 
 
-@dataclass(slots=True, kw_only=True)
-class ClientProgress:
-    """What is known of one client; bytes are its totals so far."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown:
+    """What the panel is drawn from."""
 
-    client_id: str
-    state: str = "connected"
-    round: int = 0
-    step: int = 0
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    """Of all tokens that went through in this round's steps, those without a loss included."""
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    round_tokens: int = 0
-    round_steps: int = 0
-    num_tokens: int = 0
-    num_positions: int = 0
-    """Tokens and padding of all its steps that were seen."""
-
-
-@dataclass(slots=True, kw_only=True)
-class RunProgress:
-    """What the events so far say of the run; `elapsed_s` is that of the last event."""
-
-    run: Event = field(default_factory=dict)
-    round: Event = field(default_factory=dict)
-    clients: dict[str, ClientProgress] = field(default_factory=dict)
-    waiting_for: str = ""
-    elapsed_s: float = 0.0
-    finished: bool = False
-    complete: bool = False
-
-    def client(self, client_id: str) -> ClientProgress:
-        """Return the client's row, made at the first word of it."""
-        return self.clients.setdefault(client_id, ClientProgress(client_id=client_id))
-
-    def receive(self, event: Event) -> None:
-        """Take one event in; events the display has no use for change nothing but the time."""
-        self.elapsed_s = event["elapsed_s"]
-        match event["event"]:
-            case "run_started":
-                self.run = event
-            case "waiting":
-                self.waiting_for = event["text"]
-            case "client_joined":
-                self.client(event["client_id"]).state = "connected"
-            case "round_opened":
-                self._open_round(event)
-            case "step":
-                self._step(event)
-            case "merged":
-                self.waiting_for = ""
-            case "client_done":
-                self._leave(event, "done")
-            case "client_lost":
-                self._leave(event, "away")
-            case "client_returned":
-                self._leave(event, "connected")
-            case "client_left" if self.client(event["client_id"]).state != "done":
-                self._leave(event, "left")
-            case "run_finished":
-                self.finished, self.complete, self.waiting_for = True, event["complete"], ""
-
-    @property
-    def round_steps(self) -> int:
-        """Steps of the open round that its furthest client has done."""
-        return max((client.round_steps for client in self._trainers()), default=0)
-
-    @property
-    def fraction(self) -> float:
-        """Share of the run that is done, from 0 to 1, all trainers of the open round counted alike."""
-        if self.complete:
-            return 1.0
-        if not self.round or not self.run:
-            return 0.0
-        trainers = self._trainers()
-        steps = sum(client.round_steps for client in trainers) / max(1, len(trainers) * self.round["num_steps"])
-        rounds: float = self.round["round"] - 1 + steps
-        num_rounds: int = self.run["num_rounds"]
-        return min(1.0, rounds / max(1, num_rounds))
-
-    def _trainers(self) -> list[ClientProgress]:
-        return [self.client(client_id) for client_id in self.round.get("trainers", ())]
-
-    def _open_round(self, event: Event) -> None:
-        self.round, self.waiting_for = event, ""
-        for client_id in event["trainers"]:
-            self.client(client_id)
-        for client in self.clients.values():
-            client.round_tokens = client.round_steps = 0
-            if client.state not in {"done", "left"}:
-                client.state = "training" if client.client_id in event["trainers"] else "waiting"
-
-    def _step(self, event: Event) -> None:
-        client = self.client(event["client_id"])
-        client.round, client.step, client.loss = event["round"], event["step"], event["loss"]
-        client.bytes_sent, client.bytes_received = event["bytes_sent"], event["bytes_received"]
-        client.round_tokens += event.get("num_tokens", 0)
-        client.round_steps += 1
-        client.num_tokens += event.get("num_tokens", 0)
-        client.num_positions += event.get("num_positions", 0)
-        seconds = event["elapsed_s"] - self.round.get("elapsed_s", 0.0)
-        client.tokens_per_second = client.round_tokens / seconds if seconds > 0 else None
-        client.state = "waiting" if client.round_steps >= self.round.get("num_steps", 0) else "training"
-        self.waiting_for = ""
-
-    def _leave(self, event: Event, state: str) -> None:
-        client = self.client(event["client_id"])
-        client.state = state
-        client.bytes_sent = event.get("bytes_sent") or client.bytes_sent
-        client.bytes_received = event.get("bytes_received") or client.bytes_received
+    view: RunView
+    at_s: float
+    """When its last event came, by the display's clock."""
+    news: str
 
 
 class Display:
@@ -154,22 +51,17 @@ class Display:
     def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
-        self._progress = RunProgress()
-        self._last_event_at_s = clock()
+        self._shown = _Shown(view=RunView(), at_s=clock(), news="")  # read by rich's refresh thread, replaced whole
         self._last_step_line_s = -_STEP_LINE_EVERY_S
         self._last_waiting_line = ""
-        self._news = ""
-        self._lock = threading.Lock()  # the panel is drawn from rich's refresh thread
         self._live: Live | None = None
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        with self._lock:
-            self._progress.receive(event)
-            self._last_event_at_s = self._clock()
-            line = log_line(event, self._progress)
-            if event["event"] not in {"step", "waiting"}:
-                self._news = line or self._news
+        view = self._shown.view.after(event)
+        line = log_line(event, view)
+        is_news = bool(line) and event["event"] not in {"step", "waiting"}
+        self._shown = _Shown(view=view, at_s=self._clock(), news=line if is_news else self._shown.news)
         if self._live is None and line and self._is_due(event):
             self._console.print(Text(line), soft_wrap=True)
 
@@ -200,32 +92,32 @@ class Display:
         return bool(due)
 
     def _panel(self) -> Panel:
-        with self._lock:
-            since_s = 0.0 if self._progress.finished else self._clock() - self._last_event_at_s
-            return panel(self._progress, self._progress.elapsed_s + since_s, self._news)
+        shown = self._shown
+        since_s = 0.0 if shown.view.finished else self._clock() - shown.at_s
+        return panel(shown.view, shown.view.elapsed_s + since_s, shown.news)
 
 
-def panel(progress: RunProgress, elapsed_s: float, news: str) -> Panel:
+def panel(view: RunView, elapsed_s: float, news: str) -> Panel:
     """Draw the run: where it is, a bar, a row a client, what is waited for and the latest news."""
-    bar = ProgressBar(total=1.0, completed=progress.fraction, complete_style="cyan")
-    parts: list[RenderableType] = [_header(progress, elapsed_s), bar, Text(), _client_table(progress)]
-    if progress.waiting_for:
-        parts.append(Text(f"waiting: {printable(progress.waiting_for)}", style="yellow"))
+    bar = ProgressBar(total=1.0, completed=view.fraction, complete_style="cyan")
+    parts: list[RenderableType] = [_header(view, elapsed_s), bar, Text(), _client_table(view)]
+    if view.waiting_for:
+        parts.append(Text(f"waiting: {printable(view.waiting_for)}", style="yellow"))
     if news:
         parts.append(Text(news, style="dim", no_wrap=True, overflow="ellipsis"))
     return Panel(Group(*parts), title=Text("splitfl"), title_align="left", border_style="dim")
 
 
-def log_line(event: Event, progress: RunProgress) -> str:
+def log_line(event: Event, view: RunView) -> str:
     """Write an event as one line of plain text; empty for events that are not worth one."""
-    said = _say(event, progress)
+    said = _say(event, view)
     if not said:
         return ""
     kind, text = said
     return f"{event['elapsed_s']:8.1f} s  {kind:<10}{printable(text)}"
 
 
-def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
+def _say(event: Event, view: RunView) -> tuple[str, str] | None:
     """Return the word an event's line begins with and what it says."""
     match event["event"]:
         case "run_started":
@@ -234,7 +126,7 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
             return "waiting", event["text"]
         case "client_joined":
             return "joined", event["client_id"]
-        case "client_left" if progress.client(event["client_id"]).state != "done":
+        case "client_left" if view.client(event["client_id"]).state != "done":
             return "left", f"{event['client_id']}: {event['reason']}"
         case "client_lost":
             return "lost", f"{event['client_id']}: {event['reason']}; waiting for it to come back"
@@ -265,11 +157,11 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
         case "rejoined" | "rewound":
             return event["event"], event["reason"]
         case "round_opened":
-            return "round", _say_round(event, progress)
+            return "round", _say_round(event, view)
         case "step":
-            return "step", _say_step(event, progress)
+            return "step", _say_step(event, view)
         case "evaluated":
-            return "evaluated", _say_evaluation(event, progress)
+            return "evaluated", _say_evaluation(event, view)
         case "federated" if event["num_clients"] > 1:
             return "together", _say_federated(event)
         case "judged":
@@ -289,7 +181,7 @@ def _say(event: Event, progress: RunProgress) -> tuple[str, str] | None:
         case "upload_dropped":
             return "dropped", f"{event['client_id']}: its layers, {event['reason']}"
         case "client_done":
-            return "done", _say_done(event, progress)
+            return "done", _say_done(event, view)
         case "run_finished":
             return "end", _say_end(event)
     return None
@@ -301,20 +193,20 @@ def _say_run(event: Event) -> str:
     return f"{event['run_id']}: {event['model']}, {event['server_mode']}, {what}, {event['device']}"
 
 
-def _say_round(event: Event, progress: RunProgress) -> str:
+def _say_round(event: Event, view: RunView) -> str:
     last_step = event["first_step"] + event["num_steps"] - 1
-    which = f"{event['round']}/{progress.run.get('num_rounds', '?')}"
+    which = f"{event['round']}/{view.started.get('num_rounds', '?')}"
     steps = f"steps {event['first_step']}-{last_step}" if event["num_steps"] > 1 else f"step {last_step}"
     return f"{which}: {steps} of {', '.join(event['trainers'])}"
 
 
-def _say_step(event: Event, progress: RunProgress) -> str:
-    client = progress.client(event["client_id"])
+def _say_step(event: Event, view: RunView) -> str:
+    client = view.client(event["client_id"])
     loss, rate = format_loss(event["loss"]), _rate(client.tokens_per_second)
-    return f"{_padded(event, progress)}  step {event['step']:>4}  loss {loss:>6}  {rate:>6} tokens/s  {_traffic(event)}"
+    return f"{_padded(event, view)}  step {event['step']:>4}  loss {loss:>6}  {rate:>6} tokens/s  {_traffic(event)}"
 
 
-def _say_evaluation(event: Event, progress: RunProgress) -> str:
+def _say_evaluation(event: Event, view: RunView) -> str:
     phase = f"after round {event['round']}" if event["phase"] == "round" else f"{event['phase']} training"
     loss = f"held-out loss {format_loss(event['eval_loss'])} on {counted(event['num_eval_examples'], 'example')}"
     others = "".join(
@@ -323,7 +215,7 @@ def _say_evaluation(event: Event, progress: RunProgress) -> str:
         if name != "eval_loss" and event.get(name) is not None
     )
     also = "".join(f", {name} {format_loss(loss)}" for name, loss in (event.get("also") or {}).items())
-    return f"{_padded(event, progress)}  {phase}: {loss}{others}{also}"
+    return f"{_padded(event, view)}  {phase}: {loss}{others}{also}"
 
 
 def _say_federated(event: Event) -> str:
@@ -365,12 +257,12 @@ def _say_merge(event: Event) -> str:
     return f"round {event['round']}: {weights}; {counted(event['num_tensors'], 'tensor')}, digest {digest}{absent}"
 
 
-def _say_done(event: Event, progress: RunProgress) -> str:
-    client = progress.client(event["client_id"])
+def _say_done(event: Event, view: RunView) -> str:
+    client = view.client(event["client_id"])
     share = 1 - client.num_tokens / client.num_positions if client.num_positions else None
     padding = "" if share is None else f"{format_share(share)} padding  "
     said = counted(event["num_examples"], "example") if event["num_examples"] is not None else "- examples"
-    return f"{_padded(event, progress)}  {said}  {padding}{_traffic(event)}"
+    return f"{_padded(event, view)}  {said}  {padding}{_traffic(event)}"
 
 
 def _say_end(event: Event) -> str:
@@ -379,29 +271,29 @@ def _say_end(event: Event) -> str:
     return f"{how} after {format_seconds(event['wall_seconds'])}{where}"
 
 
-def _header(progress: RunProgress, elapsed_s: float) -> Text:
-    run, opened = progress.run, progress.round
+def _header(view: RunView, elapsed_s: float) -> Text:
+    run, opened = view.started, view.round
     parts = [run.get("run_id", "starting"), run.get("model"), run.get("server_mode")]
     if run and run["num_rounds"]:
-        parts.append(f"round {opened.get('round', 0)}/{run['num_rounds']}")
-    if opened:
-        parts.append(f"step {progress.round_steps}/{opened['num_steps']}")
+        parts.append(f"round {opened.number}/{run['num_rounds']}")
+    if opened.number:
+        parts.append(f"step {view.round_steps}/{opened.num_steps}")
     words = [printable(part) for part in parts if part] + [format_seconds(elapsed_s)]
     return Text("  ·  ").join([Text(words[0], style="bold"), *map(Text, words[1:])])
 
 
-def _client_table(progress: RunProgress) -> Table:
+def _client_table(view: RunView) -> Table:
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
     table.add_column("client", ratio=1, min_width=8, no_wrap=True, overflow="ellipsis")
     table.add_column("state", no_wrap=True)
     for name in ("round", "step", "loss", "tokens/s", "sent", "received"):
         table.add_column(name, justify="right", no_wrap=True)
-    for client in progress.clients.values():
+    for client in view.clients.values():
         table.add_row(*_client_row(client))
     return table
 
 
-def _client_row(client: ClientProgress) -> list[Text]:
+def _client_row(client: ClientView) -> list[Text]:
     numbers = [str(client.round or "-"), str(client.step or "-"), format_loss(client.loss)]
     numbers += [_rate(client.tokens_per_second), format_bytes(client.bytes_sent), format_bytes(client.bytes_received)]
     state = Text(client.state, style=_STATE_STYLES.get(client.state, ""))
@@ -415,9 +307,9 @@ def _rate(tokens_per_second: float | None) -> str:
     return f"{tokens_per_second:.0f}" if tokens_per_second >= 10 else f"{tokens_per_second:.1f}"
 
 
-def _padded(event: Event, progress: RunProgress) -> str:
+def _padded(event: Event, view: RunView) -> str:
     """Return the client's name, as wide as the longest name so far."""
-    width = max(map(len, progress.clients), default=0)
+    width = max(map(len, view.clients), default=0)
     return f"{event['client_id']:<{width}}"
 
 

@@ -111,33 +111,18 @@ def _loss_section(report: Report) -> str:
         missing = "The plots need matplotlib, which is not installed here: <code>pip install splitfl[demo]</code>."
         return _section("Loss", f'<p class="banner">{missing}</p>')
     training = {client_id: _known(points) for client_id, points in report["curves"].items()}
-    held_out = _held_out_points(report)
+    held_out = report["held_out"]
     figures = []
     if any(training.values()):
         figures.append(_figure(plots.plot_training(training), "Training loss by step: smoothed, raw points faint."))
     if any(held_out.values()):
         means = _mean_points(held_out)
-        plot = plots.plot_held_out(held_out, means, ended=_has_end(report))
+        plot = plots.plot_held_out(held_out, means, ended=any(client["measures_after"] for client in report["clients"]))
         mean = " Broad grey line: mean over clients." if len(held_out) > 1 and len(means) > 1 else ""
         figures.append(_figure(plot, f"Loss on each client's held-out text (dots).{mean}"))
     if not figures:
         return _section("Loss", "<p>No step was committed and nothing was evaluated.</p>")
     return _section("Loss", f'{_legend(training)}<div class="figures">{"".join(figures)}</div>')
-
-
-def _held_out_points(report: Report) -> dict[str, list[tuple[float, float]]]:
-    """Lay the evaluations over rounds: before is 0, after is the last round, replacing that round's own."""
-    last = max([1, report["num_rounds"], *(found["round"] or 0 for found in report["evaluations"])])
-    curves: dict[str, dict[float, float | None]] = {client["client_id"]: {} for client in report["clients"]}
-    for phase in ("before", "round", "after"):
-        for found in (found for found in report["evaluations"] if found["phase"] == phase):
-            x = {"before": 0, "after": last}.get(phase, found["round"])
-            curves[found["client_id"]][x] = found["eval_loss"]
-    return {client_id: _known(sorted(points.items())) for client_id, points in curves.items()}
-
-
-def _has_end(report: Report) -> bool:
-    return any(found["phase"] == "after" for found in report["evaluations"])
 
 
 def _mean_points(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:

@@ -2,14 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from splitfl.reporting.figures import measure_rows
 from splitfl.reporting.page import render_page
-from splitfl.telemetry.measures import federated, measured_in
+from splitfl.reporting.view import Life, RunView, Told
+from splitfl.reporting.whole_run import Step, WholeRun, whole_run
+from splitfl.telemetry.measures import measured_in
 from splitfl.telemetry.metrics import Event, jsonable
 from splitfl.telemetry.units import format_bytes, format_change, format_loss, printable
 
@@ -24,47 +27,42 @@ _SERVER_FIELDS = ("peak_rss_bytes", "bytes_sent", "bytes_received", "compute_sec
 _DONE_FIELDS = ("num_examples", "num_truncated", "peak_rss_bytes", "wall_seconds", "compute_seconds")
 
 
-def build_report(events: Sequence[Event]) -> Report:
+def build_report(events: Iterable[Event]) -> Report:
     """Derive the report; what the events do not tell is None, and a run without its end is not `complete`.
 
     `eval_loss_before` and `eval_loss_after` are plain means over the same clients: those evaluated both times, or all
     that were evaluated before while none was after.
     """
-    started = _last(events, "run_started")
-    lives = _lives(events)
-    finished = _last(lives[-1] if lives else (), "run_finished")  # a run may end, and be prolonged
-    clients = [_client(client_id, events) for client_id in _client_ids(events)]
-    merges = [_merge(event, events) for event in _latest(events, "merged", "round")]
+    run = whole_run(events)
+    view, lives = run.now, run.now.lives
+    clients = [_client(run, client_id) for client_id in run.client_ids]
     before, after = _mean_losses(clients)
-    return {name: started.get(name) for name in _STARTED_FIELDS} | {
-        "complete": bool(finished.get("complete", False)),
-        "date": _date(events),
-        "reason": finished.get("reason") or None,
-        "stopped": None if finished else _last(lives[-1] if lives else (), "run_stopped").get("reason"),
+    return {name: view.started.get(name) for name in _STARTED_FIELDS} | {
+        "complete": view.complete,
+        "date": _date(lives),
+        "reason": view.finished.get("reason") or None,
+        "stopped": lives[-1].stopped.get("reason") if lives and not view.finished else None,
         "wall_seconds": _wall_seconds(lives),
-        "num_rounds": sum(merge["accepted"] for merge in merges),
-        "num_rounds_planned": started.get("num_rounds"),
-        "steps": _num_commits(events, started.get("server_mode")),
-        "stopped_early": _last(events, "rounds_ended").get("reason") or None,
-        "best_round": _last(events, "rounds_ended").get("best_round") or None,
+        "num_rounds": sum(merge.accepted for merge in run.merges),
+        "num_rounds_planned": view.started.get("num_rounds"),
+        "steps": run.num_commits,
+        "stopped_early": view.rounds_ended.get("reason") or None,
+        "best_round": view.rounds_ended.get("best_round") or None,
         "eval_loss_before": before,
         "eval_loss_after": after,
-        "federated": _federated(events),
+        "federated": run.together(),
         "clients": clients,
         "server": _server(lives),
-        "copies": _copies(started, _end_of(lives[-1]) if lives else {}),
-        "merges": merges,
-        "curves": {client["client_id"]: _curve(client["client_id"], events) for client in clients},
-        "evaluations": [_without_envelope(event) for event in _named(events, "evaluated")],
-        "model_dir": finished.get("model_dir"),
-        "pids": {"server": finished.get("pid", started.get("pid"))},
-        "versions": started.get("versions", {}),
-        "settings": started.get("settings", {}),
-        "settings_changed": [
-            {"time": event.get("time"), **change}
-            for event in _named(events, "settings_changed")
-            for change in event["changes"]
-        ],
+        "copies": _copies(view),
+        "merges": [asdict(merge) for merge in run.merges],
+        "curves": {client_id: _curve(run.steps.get(client_id, {})) for client_id in run.client_ids},
+        "held_out": {client_id: run.held_out(client_id) for client_id in run.client_ids},
+        "evaluations": [_without_envelope(event) for event in run.evaluations],
+        "model_dir": view.finished.get("model_dir"),
+        "pids": {"server": view.finished.get("pid", view.started.get("pid"))},
+        "versions": view.started.get("versions", {}),
+        "settings": view.started.get("settings", {}),
+        "settings_changed": [dict(change) for change in run.changes],
     }
 
 
@@ -133,13 +131,13 @@ def _cells(name: str, row: dict[str, Any], *, unknown: str = "-") -> list["Text"
     return [Text(printable(name)), *(Text(unknown if cell == "-" else cell) for cell in cells)]
 
 
-def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
-    own = [event for event in events if event.get("client_id") == client_id]
-    done, steps = _last(own, "client_done"), _latest(own, "step", "step")
-    before, after = _evaluation(own, "before"), _evaluation(own, "after")
+def _client(run: WholeRun, client_id: str) -> dict[str, Any]:
+    client, steps = run.now.client(client_id), list(run.steps.get(client_id, {}).values())
+    before, after = (run.evaluation(client_id, phase) for phase in ("before", "after"))
+    counted = client.traffic
     return (
         {"client_id": client_id}
-        | {name: done.get(name) for name in _DONE_FIELDS}
+        | {name: client.done.get(name) for name in _DONE_FIELDS}
         | {
             "eval_loss_before": before.get("eval_loss"),
             "eval_loss_after": after.get("eval_loss"),
@@ -148,74 +146,33 @@ def _client(client_id: str, events: Sequence[Event]) -> dict[str, Any]:
             "measures_after": measured_in(after),
             "also": after.get("also") or {},
             "also_before": before.get("also") or {},
-            "bytes_sent": done.get("bytes_sent", _counted_in_steps(own, "bytes_sent")),
-            "bytes_received": done.get("bytes_received", _counted_in_steps(own, "bytes_received")),
+            "bytes_sent": client.done.get("bytes_sent", counted and counted.sent),
+            "bytes_received": client.done.get("bytes_received", counted and counted.received),
             "steps": len(steps),
-            "num_tokens": sum(step.get("num_tokens", 0) for step in steps),
-            "num_label_tokens": sum(step["num_label_tokens"] for step in steps),
+            "num_tokens": sum(step.num_tokens for step in steps),
+            "num_label_tokens": sum(step.num_label_tokens for step in steps),
             "padding_share": _padding_share(steps),
-            "left": None if done else _last(own, "client_left").get("reason"),
+            "left": None if client.done else client.left,
         }
     )
 
 
-def _lives(events: Sequence[Event]) -> list[list[Event]]:
-    """Return the events of each process that served the run: what they count begins anew with each."""
-    lives: list[list[Event]] = []
-    for event in events:
-        if event["event"] == "run_started" or not lives:
-            lives.append([])
-        lives[-1].append(event)
-    return lives
-
-
-def _end_of(life: Sequence[Event]) -> Event:
-    """Return what a process has said of itself at its end, nothing if it was killed."""
-    return _last(life, "run_finished") or _last(life, "run_stopped")
-
-
-def _wall_seconds(lives: Sequence[Sequence[Event]]) -> float | None:
+def _wall_seconds(lives: Iterable[Life]) -> float | None:
     """Return how long the run was served; of a process that was killed, the span of its events is all that is known."""
-    seconds = [_end_of(life).get("wall_seconds", _seconds_seen(life)) for life in lives]
-    return sum(each for each in seconds if each is not None) if seconds else None
+    return _sum_of_known(life.end.get("wall_seconds", max(0.0, life.last_s - life.first_s)) for life in lives)
 
 
-def _server(lives: Sequence[Sequence[Event]]) -> dict[str, Any]:
+def _server(lives: Sequence[Life]) -> dict[str, Any]:
     """Add up what the run has taken on the server; of a process that was killed, only its steps tell something."""
-    ends = [_end_of(life) for life in lives]
-    if not any(ends):
+    if not any(life.end for life in lives):
         return dict.fromkeys(_SERVER_FIELDS)
-    peaks = [end["peak_rss_bytes"] for end in ends if end.get("peak_rss_bytes") is not None]
-    steps = [_named(life, "step") for life in lives]
-    computed = [
-        end.get("compute_seconds", each[-1].get("compute_seconds") if each else None)
-        for end, each in zip(ends, steps, strict=True)
-    ]
+    peaks = [life.end["peak_rss_bytes"] for life in lives if life.end.get("peak_rss_bytes") is not None]
     return {
         "peak_rss_bytes": max(peaks, default=None),
-        # what the server has sent, its clients have received
-        "bytes_sent": _sum_of_known(_total(life, "bytes_sent", "bytes_received") for life in lives),
-        "bytes_received": _sum_of_known(_total(life, "bytes_received", "bytes_sent") for life in lives),
-        "compute_seconds": _sum_of_known(computed),
+        "bytes_sent": _sum_of_known(life.bytes_sent for life in lives),
+        "bytes_received": _sum_of_known(life.bytes_received for life in lives),
+        "compute_seconds": _sum_of_known(life.end.get("compute_seconds", life.compute_seconds) for life in lives),
     }
-
-
-def _total(life: Sequence[Event], name: str, of_clients: str) -> int | None:
-    known: int | None = _end_of(life).get(name)
-    if known is not None:
-        return known
-    clients = [[event for event in life if event.get("client_id") == each] for each in _client_ids(life)]
-    return _sum_of_known(_counted_in_steps(own, of_clients) for own in clients)
-
-
-def _counted_in_steps(own: Sequence[Event], name: str) -> int | None:
-    """Add up what a client's steps say it has sent or received, which counts anew with each process of the server."""
-    total, last = None, 0
-    for step in _named(own, "step"):
-        value = step.get(name) or 0
-        total = (total or 0) + (value - last if value >= last else value)
-        last = value
-    return total
 
 
 def _sum_of_known(values: Iterable[Any]) -> Any:
@@ -223,60 +180,21 @@ def _sum_of_known(values: Iterable[Any]) -> Any:
     return sum(known) if known else None
 
 
-def _padding_share(steps: Sequence[Event]) -> float | None:
+def _padding_share(steps: Sequence[Step]) -> float | None:
     """Return which part of the positions that were sent in training is padding; None where nobody has counted."""
-    positions = sum(step.get("num_positions", 0) for step in steps)
-    return 1 - sum(step.get("num_tokens", 0) for step in steps) / positions if positions else None
+    positions = sum(step.num_positions for step in steps)
+    return 1 - sum(step.num_tokens for step in steps) / positions if positions else None
 
 
-def _federated(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Put together what the clients measured before, after each round and after the run, in that order."""
-    groups: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
-    for event in _named(events, "evaluated"):
-        groups.setdefault((event["phase"], event["round"]), {})[event["client_id"]] = measured_in(event)
-    order = ("before", "round", "after")
-    return [
-        {"phase": phase, "round": round_, "num_clients": len(clients), "measures": federated(clients)}
-        for (phase, round_), clients in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
-    ]
-
-
-def _copies(started: Event, finished: Event) -> dict[str, int] | None:
+def _copies(view: RunView) -> dict[str, int] | None:
     """Return what the server held for each client by itself, None where all share one backbone."""
-    if not started.get("bytes_per_copy"):
+    if not view.started.get("bytes_per_copy"):
         return None
-    return {"bytes_each": started["bytes_per_copy"], "most_at_once": finished.get("most_copies")}
+    return {"bytes_each": view.started["bytes_per_copy"], "most_at_once": view.lives[-1].end.get("most_copies")}
 
 
-def _merge(event: Event, events: Sequence[Event]) -> dict[str, Any]:
-    """Join a merge with the digests its clients computed after loading it.
-
-    `equal` asks for the server's digest from every client in the merge that did not leave early, and from any other
-    that loaded it; where merges are made as uploads come in, a client may get a later one instead.
-    """
-    loaded = [other for other in _named(events, "loaded") if other["round"] == event["round"]]
-    digests = {other["client_id"]: other["digest"] for other in loaded}
-    gone = {other["client_id"] for other in _named(events, "client_left")}
-    gone -= {other["client_id"] for other in _named(events, "client_done")}
-    expected = set(digests) if "uploads" in event else (set(event["clients"]) - gone) | set(digests)
-    equal = bool(digests) and all(digests.get(client_id) == event["digest"] for client_id in expected)
-    fields = ("round", "accepted", "reason", "clients", "absent", "digest")
-    also = {name: event.get(name, {}) for name in ("capped", "moved")}
-    told = {"client_digests": digests, "equal": event["accepted"] and equal}
-    return {name: event[name] for name in fields} | also | told
-
-
-def _num_commits(events: Sequence[Event], server_mode: str | None) -> int:
-    """Count commits: in `shared` one commit holds a step of each client, elsewhere each step is a commit of its own."""
-    steps = _named(events, "step")
-    if server_mode == "shared":
-        return len({step["commit_number"] for step in steps})
-    return len({(step["client_id"], step["step"]) for step in steps})
-
-
-def _curve(client_id: str, events: Sequence[Event]) -> list[list[Any]]:
-    own = [event for event in events if event.get("client_id") == client_id]
-    return [[step["step"], step["loss"]] for step in _latest(own, "step", "step") if step["loss"] is not None]
+def _curve(steps: Mapping[int, Step]) -> list[list[Any]]:
+    return [[number, step.loss] for number, step in steps.items() if step.loss is not None]
 
 
 def _mean_losses(clients: Iterable[dict[str, Any]]) -> tuple[float | None, float | None]:
@@ -291,40 +209,12 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _date(events: Sequence[Event]) -> str | None:
+def _date(lives: Sequence[Life]) -> str | None:
     """Return when the run began, in UTC as ISO 8601."""
-    return datetime.fromtimestamp(events[0]["time"], tz=UTC).isoformat(timespec="seconds") if events else None
+    return datetime.fromtimestamp(lives[0].first_s, tz=UTC).isoformat(timespec="seconds") if lives else None
 
 
-def _seconds_seen(events: Sequence[Event]) -> float | None:
-    """Return the span of the events: all that is known of a run that was killed."""
-    return max(0.0, events[-1]["time"] - events[0]["time"]) if events else None
-
-
-def _client_ids(events: Iterable[Event]) -> list[str]:
-    return sorted({event["client_id"] for event in events if "client_id" in event})
-
-
-def _evaluation(events: Sequence[Event], phase: str) -> Event:
-    return next((event for event in reversed(_named(events, "evaluated")) if event["phase"] == phase), {})
-
-
-def _named(events: Iterable[Event], name: str) -> list[Event]:
-    return [event for event in events if event["event"] == name]
-
-
-def _last(events: Iterable[Event], name: str) -> Event:
-    """Return the last event of that name, empty where there is none."""
-    named = _named(events, name)
-    return named[-1] if named else {}
-
-
-def _latest(events: Iterable[Event], name: str, key: str) -> list[Event]:
-    """Return the last event for each value of `key`, in order of it: a resumed run says some things twice."""
-    return [event for _, event in sorted({event[key]: event for event in _named(events, name)}.items())]
-
-
-def _without_envelope(event: Event) -> dict[str, Any]:
+def _without_envelope(event: Told) -> dict[str, Any]:
     return {name: value for name, value in event.items() if name not in {"event", "time", "elapsed_s"}}
 
 

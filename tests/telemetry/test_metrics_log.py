@@ -112,7 +112,8 @@ def test_a_folder_that_cannot_be_made_is_a_config_error(tmp_path):
 def test_reading_and_writing_events_loads_nothing_heavy():
     program = (
         "import sys\n"
-        "from splitfl.telemetry import memory, metrics, page, plots, report, units\n"
+        "from splitfl.reporting import page, plots, report, view\n"
+        "from splitfl.telemetry import memory, metrics, units\n"
         "heavy = {'torch', 'zmq', 'msgpack', 'matplotlib', 'numpy', 'rich', 'psutil', 'pydantic'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)\n"
     )

@@ -4,7 +4,8 @@ import re
 import pytest
 from rich.console import Console
 
-from splitfl.reporting.display import Display, RunProgress, log_line
+from splitfl.reporting.display import Display, log_line
+from splitfl.reporting.view import RunView
 from splitfl.telemetry.units import counted, format_bytes, format_change, format_loss, format_seconds, format_weight
 
 
@@ -91,7 +92,7 @@ def test_a_client_that_is_done_does_not_also_leave(events):
 def test_a_merge_that_was_not_made_says_why(events):
     merged = next(event for event in events if event["event"] == "merged")
     merged = merged | {"accepted": False, "reason": "1 of 2 clients", "clients": {}, "absent": ["clinic-b"]}
-    line = log_line(merged, RunProgress())
+    line = log_line(merged, RunView())
     assert line.endswith("merged    round 1 not merged: 1 of 2 clients; absent: clinic-b")
 
 
@@ -141,10 +142,10 @@ def test_the_panel_ends_with_every_client_done(events):
 
 
 def test_the_bar_grows_with_every_step_to_the_whole(events):
-    progress, fractions = RunProgress(), []
+    view, fractions = RunView(), []
     for event in events:
-        progress.receive(event)
-        fractions.append(progress.fraction)
+        view = view.after(event)
+        fractions.append(view.fraction)
     steps = [fraction for event, fraction in zip(events, fractions, strict=True) if event["event"] == "step"]
     assert steps == [number / 8 for number in range(1, 9)]
     assert fractions == sorted(fractions)

@@ -404,7 +404,9 @@ def test_settings_that_were_changed_between_starts_are_shown(events, tmp_path):
         {"name": "federation.step_timeout", "before": 120.0, "now": 30.0},
         {"name": "<b>", "before": None, "now": ["<i>&", "/secret/place/file"]},
     ]
-    report = build_report([*events, {"event": "settings_changed", "time": 1_800_000_000.0, "changes": changes}])
+    report = build_report(
+        [*events, {"event": "settings_changed", "time": 1_800_000_000.0, "elapsed_s": 0.0, "changes": changes}]
+    )
     page = page_of(report, tmp_path)
     text = Outline(page).text
     assert "Settings changed between starts" in text
