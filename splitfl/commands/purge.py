@@ -9,7 +9,7 @@ from pathlib import Path
 
 from splitfl.errors import ConfigError
 
-# What a run's folder may hold that was learned from text, or tells of it; docs/limits.md lists them.
+# What a run's folder may hold that was learned from text, or tells of it; docs/files.md lists them.
 _LAYERS_OF_A_RUN = ("uploads", "versions", "adapters.safetensors", "trained*.safetensors", "best-*.safetensors")
 _KEPT_BY_A_RUN = ("state", "history.jsonl", *_LAYERS_OF_A_RUN)
 

@@ -1,4 +1,4 @@
-"""An operator and clinics, each on a machine of its own, who do what README.md and docs/keys.md say, word for word."""
+"""An operator and clinics, each on a machine of its own, who follow README.md and docs word for word."""
 
 import json
 import re
@@ -40,10 +40,11 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def command(name: str) -> list[str]:
-    """Return the words of the README's first `splitfl NAME ...`."""
-    lines = [line for block in blocks(README, "console") for line in block.splitlines()]
+    """Return the words of the first `splitfl NAME ...` of the README, or else of docs."""
+    pages = [README, *sorted(README.parent.glob("docs/*.md"))]
+    lines = [line for page in pages for block in blocks(page, "console") for line in block.splitlines()]
     found = next((line for line in lines if line.startswith(f"$ splitfl {name} ")), None)
-    assert found is not None, f"the README has no line with `$ splitfl {name}`"
+    assert found is not None, f"no page has a line with `$ splitfl {name}`"
     return shlex.split(found.removeprefix("$ "), comments=True)
 
 
@@ -54,8 +55,8 @@ def tables(page: Path, section: str) -> tomlkit.TOMLDocument:
 
 
 def long_texts(characters: int, *, num_texts: int) -> list[str]:
-    """Return pieces of the README of that length, some tokens to five letters."""
-    prose = README.read_text(encoding="utf-8")
+    """Return pieces of a long page of that length, some tokens to five letters."""
+    prose = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     return [prose[start : start + characters] for start in range(0, characters * num_texts, characters)]
 
 
