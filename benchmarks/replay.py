@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.history import HISTORY_FILE, begun_anew, last_digests
 from client_edge.layers.edge import Edge
-from client_edge.part.run import read_text
-from client_edge.text.data import TrainBatches
+from client_edge.text.batches import TrainBatches
+from client_edge.text.own_text import read_text
 from server_backbone.compute.worker import Contribution, Worker
 from server_backbone.host import load
 from server_backbone.provisions import prepare

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from client_edge.text.data import Batch, TrainBatches, read_examples
+from client_edge.text.batches import Batch, TrainBatches
+from client_edge.text.reading import read_examples
 from splitfl.config.trees import ClientConfig, RunConfig, ServerConfig
 from splitfl.errors import ConfigError
 

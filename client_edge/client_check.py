@@ -12,9 +12,9 @@ from client_edge.consent.gate import OpenGate, folder_of
 from client_edge.consent.policy import check_policy
 from client_edge.link.link import Link
 from client_edge.link.received import fetch_description
-from client_edge.part.run import Text, check_files, describe, read_text
 from client_edge.screen import screen
-from client_edge.text.data import TrainBatches, padding_share
+from client_edge.text.batches import TrainBatches, padding_share
+from client_edge.text.own_text import Text, check_files, describe, read_text
 from splitfl.config.own import ClientSection
 from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.models.foreign import foreign_cut

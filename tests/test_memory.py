@@ -45,7 +45,7 @@ LARGE_VOCABULARY = """
 import json, sys
 import torch, transformers.models.llama.modeling_llama
 from transformers import AutoConfig
-from client_edge.text.data import Batch
+from client_edge.text.batches import Batch
 from client_edge.layers.edge import Edge
 from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut

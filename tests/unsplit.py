@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from client_edge.text.data import Batch
+from client_edge.text.batches import Batch
 
 
 def backward(model: nn.Module, micro_batches: Sequence[Batch]) -> float:

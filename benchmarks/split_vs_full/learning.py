@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from benchmarks.split_vs_full.plan import Budget, ClientText, Job, Learned
-from client_edge.text.data import Batch, Dataset, TrainBatches, read_examples
+from client_edge.text.batches import Batch, TrainBatches
+from client_edge.text.examples import Dataset
+from client_edge.text.reading import read_examples
 from splitfl.config.own import DataSection
 from splitfl.models.trainable import first_adapter_values
 

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from benchmarks.split_vs_full.learning import load, mask_of, read_text, trained, whole_model
 from benchmarks.split_vs_full.plan import Job
-from client_edge.text.data import Batch, Dataset, Example, collate, eval_batches
+from client_edge.text.batches import Batch, collate, eval_batches
+from client_edge.text.examples import Dataset, Example
 from splitfl.models.loss import IGNORED_LABEL
 
 _BATCH_SIZE = 8

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from client_edge.layers.controls import Controls
-from client_edge.text.data import Batch
+from client_edge.text.batches import Batch
 from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.packing import check_packing

@@ -14,7 +14,7 @@ from typing import Protocol
 from client_edge.layers.edge import Edge, MicroBatch
 from client_edge.link.link import Link, RoundClosed, StepClosed
 from client_edge.part.journal import Journal
-from client_edge.text.data import Batch, TrainBatches
+from client_edge.text.batches import Batch, TrainBatches
 from splitfl.protocol.messages import Merged, RoundOpened, RoundsEnded
 
 log = logging.getLogger(__name__)

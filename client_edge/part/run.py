@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ from client_edge.generating.generation import FarGenerator
 from client_edge.layers.edge import Edge
 from client_edge.link.link import Link, ServerStops
 from client_edge.link.received import fetch_description, fetch_layers, first_layers
-from client_edge.part.evaluation import Answerer, Evaluator, Exam, Tokenizer
+from client_edge.part.evaluation import Answerer, Evaluator
 from client_edge.part.journal import Journal
 from client_edge.part.loop import Step, report_layers, train
 from client_edge.part.run_folder import RUN_FILE, STATE_DIR, check_run, write_run
 from client_edge.part.totals import Totals, goodbye_before, totals_before
 from client_edge.screen import screen
-from client_edge.text.data import Dataset, TrainBatches, check_examples, hold_out, read_examples
-from client_edge.text.overseer import Overseer
+from client_edge.text.batches import TrainBatches
+from client_edge.text.own_text import Text, check_files, describe, read_text
 from splitfl.config.run import differences
 from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
@@ -40,8 +39,6 @@ from splitfl.errors import (
     SplitflError,
     StorageError,
 )
-from splitfl.models.foreign import foreign_tokenizer
-from splitfl.models.source import read_config
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded, Why
 from splitfl.reporting.display import Display
 from splitfl.stopping import Stopped, StopRequest
@@ -49,21 +46,8 @@ from splitfl.telemetry.history import History
 from splitfl.telemetry.measures import ALSO, event_of
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog
-from splitfl.telemetry.units import counted
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """The client's examples."""
-
-    train: Dataset
-    held_out: Dataset | None
-    also: dict[str, Dataset]
-    exam: Exam
-    """What is asked of the model about the held-out text."""
-    tokenizer: Tokenizer
 
 
 def take_part(
@@ -434,39 +418,6 @@ class Participation:
         self._metrics.emit(event, client_id=self._client_id, **fields)
 
 
-def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
-    """Read this client's examples with the tokenizer that came with the welcome."""
-    tokenizer = foreign_tokenizer(directory)
-    section = config.data
-    vocab_size = read_config(directory).get_text_config().vocab_size
-
-    def read(path: Path) -> Dataset:
-        with Overseer(tokenizer) as overseen:
-            return read_examples(
-                path,
-                section=section,
-                tokenizer=overseen,
-                max_seq_length=run.text.max_seq_length,
-                append_eos=run.text.append_eos,
-                vocab_size=vocab_size,
-            )
-
-    dataset = read(section.path)
-    if section.eval_path is not None:
-        train_set, held_out = dataset, read(section.eval_path)
-    elif section.eval_fraction:
-        train_set, held_out = hold_out(dataset, section.eval_fraction, run.seed)
-    else:
-        return Text(train=dataset, held_out=None, also={}, exam=Exam(), tokenizer=tokenizer)
-    return Text(
-        train=train_set,
-        held_out=held_out,
-        also={name: read(path) for name, path in section.also_evaluate.items()},
-        exam=Exam.of(run, tokenizer, train_set, held_out),
-        tokenizer=tokenizer,
-    )
-
-
 def _where_it_goes_on(step: int, run: RunConfig, *, resumes: bool) -> str:
     """Say what becomes of a client that is stopped."""
     how = "the same command again" if resumes else "the same command again, without `--resume never`,"
@@ -506,24 +457,6 @@ def _forget(folder: Path) -> None:
     """Begin anew: remove what an earlier start of this client has left."""
     shutil.rmtree(folder / STATE_DIR, ignore_errors=True)
     (folder / RUN_FILE).unlink(missing_ok=True)
-
-
-def check_files(config: ClientConfig) -> None:
-    """Find files that are missing, malformed or of another form before anybody waits for us."""
-    data = config.data
-    check_examples(data.path, data, held_out=0.0 if data.eval_path is not None else data.eval_fraction)
-    for path in (data.eval_path, *data.also_evaluate.values()):
-        if path is not None:
-            check_examples(path, data)
-
-
-def describe(text: Text, run: RunConfig) -> str:
-    """Say how many examples there are, and what became of long ones."""
-    held_out = f"{len(text.held_out)} held out" if text.held_out is not None else "none held out"
-    limit = f"longer than max_seq_length = {run.text.max_seq_length}"
-    cut_off = f"{text.train.num_truncated} {limit} and cut off there" if text.train.num_truncated else f"none {limit}"
-    dropped = f", {text.train.num_dropped} left out because nothing to learn was left" if text.train.num_dropped else ""
-    return f"{counted(len(text.train), 'example')} to train on ({cut_off}{dropped}), {held_out}"
 
 
 def _say(console: Console, config: ClientConfig, text: str) -> None:

@@ -9,17 +9,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from client_edge.text.data import (
-    Batch,
-    Dataset,
-    Example,
-    TrainBatches,
-    check_examples,
-    collate,
-    eval_batches,
-    hold_out,
-    read_examples,
-)
+from client_edge.text.batches import Batch, TrainBatches, collate, eval_batches
+from client_edge.text.dealing import hold_out
+from client_edge.text.examples import Dataset, Example
+from client_edge.text.reading import check_examples, read_examples
 from splitfl.config.own import DataSection
 from splitfl.errors import ConfigError, DataError
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from conftest import tiny_tokenizer, write_text
 
-from client_edge.part.evaluation import Exam
-from client_edge.text.data import Dataset, read_examples
+from client_edge.text.exam import Exam
+from client_edge.text.examples import Dataset
+from client_edge.text.reading import read_examples
 from splitfl.config.own import DataSection
 from splitfl.config.trees import RunConfig
 from splitfl.errors import DataError

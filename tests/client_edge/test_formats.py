@@ -11,7 +11,8 @@ from conftest import tiny_tokenizer
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
-from client_edge.text.data import Dataset, read_examples, read_preferences
+from client_edge.text.examples import Dataset
+from client_edge.text.reading import read_examples, read_preferences
 from splitfl.config.own import DataSection
 from splitfl.errors import DataError, ModelError
 from splitfl.federation.partition import read_records, write_partitions

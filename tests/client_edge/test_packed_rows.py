@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from client_edge.text.data import Batch, Dataset, Example, TrainBatches, collate, collate_packed, pack
+from client_edge.text.batches import Batch, TrainBatches, collate, collate_packed
+from client_edge.text.dealing import pack
+from client_edge.text.examples import Dataset, Example
 from splitfl.models.loss import IGNORED_LABEL
 
 

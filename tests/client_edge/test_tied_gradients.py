@@ -9,7 +9,7 @@ from conftest import tiny_config
 from torch import Tensor
 
 from client_edge.layers.edge import Edge
-from client_edge.text.data import Batch
+from client_edge.text.batches import Batch
 from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.source import empty_model

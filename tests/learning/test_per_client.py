@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from unsplit import backward
 
 from benchmarks.replay import quiet_replay
-from client_edge.text.data import Batch, TrainBatches, read_examples
+from client_edge.text.batches import Batch, TrainBatches
+from client_edge.text.reading import read_examples
 from server_backbone.replay import replay
 from splitfl.config.own import ClientSection, DataSection
 from splitfl.config.trees import ClientConfig, RunConfig

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from unsplit import backward
 
-from client_edge.text.data import Batch, TrainBatches, read_examples
+from client_edge.text.batches import Batch, TrainBatches
+from client_edge.text.reading import read_examples
 from splitfl.config.own import DataSection
 
 STEPS = 5

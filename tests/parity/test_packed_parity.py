@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.replay import quiet_replay
-from client_edge.text.data import Batch, TrainBatches
+from client_edge.text.batches import Batch, TrainBatches
 from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.errors import ModelError
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from unsplit import backward
 
-from client_edge.text.data import TrainBatches, read_examples
+from client_edge.text.batches import TrainBatches
+from client_edge.text.reading import read_examples
 from splitfl.config.own import ClientSection, DataSection
 from splitfl.config.trees import RunConfig
 from splitfl.models.trainable import first_adapter_values
