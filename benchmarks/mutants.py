@@ -256,17 +256,17 @@ MUTANTS = (
     # the display
     Mutant(
         name="the bar is a round ahead",
-        function="RunProgress.fraction",
-        letters='self.round["round"] - 1 + steps',
-        instead='self.round["round"] + steps',
-        tests="tests/telemetry",
+        function="RunView.fraction",
+        letters="self.round.number - 1 + steps",
+        instead="self.round.number + steps",
+        tests="tests/telemetry tests/reporting",
     ),
     Mutant(
         name="a peer's name steers the terminal",
         function="printable",
         letters='else "?"',
         instead="else character",
-        tests="tests/telemetry",
+        tests="tests/telemetry tests/reporting",
     ),
 )
 
