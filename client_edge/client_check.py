@@ -23,6 +23,7 @@ from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.units import counted, format_bytes, format_share
 from splitfl.training.device import open_device
 from splitfl.training.forecast import EvaluationWork, Part, evaluations_of, memory_of, steps_of, wire_of
+from splitfl.training.kinds import shared_parts
 from splitfl.training.terms import terms_of
 
 
@@ -145,7 +146,7 @@ def _data(text: Text, run: RunConfig, client: ClientSection) -> Finding:
         f"{num_tokens:,} {'token' if num_tokens == 1 else 'tokens'} in the training examples{packed};"
         f" {counted(steps, 'step')} of {of_what} go through them"
         f" {steps * batch / num_rows:.2f} times"
-        + (", and how many steps this client comes to depends on its speed." if run.is_buffered else "."),
+        f"{shared_parts(run).steps_unsaid}.",
     ]
     if padding is not None:
         sentences.append(

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from server_backbone.compute.worker import Worker
 from server_backbone.disk_space import room_for
 from server_backbone.door.admission import Admission
 from server_backbone.engine.engine import Engine
-from server_backbone.merging.buffered import BufferedMerger
-from server_backbone.merging.merger import FirstLayers, Merger
+from server_backbone.kinds import server_parts
+from server_backbone.merging.merger import FirstLayers
 from server_backbone.provisions import prepare
 from server_backbone.records.entries import Prolonged
 from server_backbone.records.ledger import Ledger
@@ -28,11 +28,11 @@ from server_backbone.records.untold import untold
 from server_backbone.run_folder import STATE_DIR, RunFolder, search
 from server_backbone.server import Server
 from splitfl.config.own import default_cache_dir
-from splitfl.config.trees import RunConfig, ServerConfig
+from splitfl.config.trees import ServerConfig
 from splitfl.durability.crash import crash_point
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
-from splitfl.errors import ConfigError, Incomplete, ModelError, StorageError
+from splitfl.errors import ConfigError, Incomplete, StorageError
 from splitfl.federation.movement import Bound
 from splitfl.federation.strategies import strategy_for
 from splitfl.models.content import content_sha256, locate_same
@@ -43,7 +43,6 @@ from splitfl.models.source import Weights, empty_cut, read_config, server_weight
 from splitfl.reporting.display import Display
 from splitfl.reporting.report import build_report, measures_table, summary_table, write_report
 from splitfl.session.limits import limits_of, messages_queued
-from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
@@ -177,7 +176,7 @@ def _go_on(server: Server, metrics: MetricsLog, notes: list[str], begun_s: float
         metrics.emit("note", text=note)
     engine = server.engine
     for name in engine.restore():
-        then = "they are in no merge" if server.run.is_buffered else "it is asked for them again"
+        then = server.kind.then_of_lost
         metrics.emit("note", text=f"the layers that {name.partition('@')[0]} had uploaded cannot be read: {then}")
     state = engine.ledger.state
     if state.has_ended:
@@ -298,15 +297,16 @@ def build_server(
 
     first_layers = FirstLayers(list(layers), read)
     strategy = strategy_for(run.federation, run.strategy, run.seed)
-    kind = BufferedMerger if run.is_buffered else Merger
-    merger = kind(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms, Bound.of(run))
+    kind = server_parts(run)
+    merger = kind.merger(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms, Bound.of(run))
     ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
     worker = Worker(cut, run, device, model.device_map)
-    terms = _terms(run, cut, worker)
+    terms = kind.checked(terms_of(run, cut), worker.check_packing)
     limits = limits_of(terms, run.link, clients=config.server.max_clients)
     listener.bound_messages(num_bytes=limits.message_bytes, num_frames=limits.message_frames)
     return Server(
         run=run,
+        kind=kind,
         run_id=run_dir.name,
         terms=terms,
         limits=limits,
@@ -318,22 +318,6 @@ def build_server(
         history=history,
         stop=stop,
     )
-
-
-def _terms(run: RunConfig, cut: Cut, worker: Worker) -> Terms:
-    """Return the run's terms: rows are packed if this backbone keeps their examples apart.
-
-    Raises `ModelError` if it does not and the run wants it to; a client's own loop is told in the welcome.
-    """
-    terms = terms_of(run, cut)
-    if terms.max_packed_examples:
-        try:
-            worker.check_packing()
-        except ModelError:
-            if not run.has_own_loops:
-                raise
-            return replace(terms, max_packed_examples=0)
-    return terms
 
 
 def _cache_dir(config: ServerConfig) -> Path:

@@ -13,9 +13,6 @@ from typing import TypedDict
 
 from server_backbone.compute.queue import Done, Queue
 from server_backbone.deciding.caches import CacheBook
-from server_backbone.deciding.gates import gate_for
-from server_backbone.deciding.rounds import Rounds
-from server_backbone.deciding.turns import Turns
 from server_backbone.desks.arrivals import Arrivals
 from server_backbone.desks.course import Course
 from server_backbone.desks.desk import NOTHING, Desk, Effect, Effects, HasLeft, Lost
@@ -33,6 +30,7 @@ from server_backbone.door.mail import Mail
 from server_backbone.door.members import Connection, Members
 from server_backbone.engine.engine import Engine
 from server_backbone.engine.work import Work
+from server_backbone.kinds import ServerParts
 from server_backbone.provisions import Provisions
 from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
@@ -69,6 +67,7 @@ class Server:
     """One run on one socket."""
 
     run: RunConfig
+    kind: ServerParts
     run_id: str
     terms: Terms
     limits: Limits
@@ -82,17 +81,8 @@ class Server:
 
     def __post_init__(self) -> None:
         run, members, metrics, engine, now_s = self.run, Members(), self.metrics, self.engine, time.monotonic()
-        federation = run.federation
-        gate = gate_for(
-            federation.server_mode, federation.step_timeout, federation.max_missed_steps, is_patient=run.has_own_loops
-        )
-        if run.has_own_loops:
-            gate.round_opened((), first_step=1)  # and never closed
-        rounds: Rounds = (
-            Turns(federation, run.strategy.buffer_size, now_s)
-            if run.is_buffered
-            else Rounds(federation, engine.merger.strategy.configure_train, now_s)
-        )
+        kind = self.kind
+        gate, rounds = kind.gate(run), kind.rounds(run, engine.merger.strategy.configure_train, now_s)
         self._members, self._gate = members, gate
         self._mail = mail = Mail(self.listener, self.limits)
         self._queue: Queue[Work] = Queue(engine.do, mail.wake)
@@ -103,6 +93,7 @@ class Server:
         sayer = Sayer(metrics)
         self._course = course = Course(
             run=run,
+            kind=kind,
             gate=gate,
             rounds=rounds,
             excuses=excuses,
@@ -114,6 +105,7 @@ class Server:
         )
         self._arrivals = Arrivals(
             run=run,
+            kind=kind,
             terms=self.terms,
             greeting=self._greeting(),
             admission=self.admission,
@@ -140,6 +132,7 @@ class Server:
             excuses,
             Steps(
                 run=run,
+                kind=kind,
                 gate=gate,
                 excuses=excuses,
                 engine=engine,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from client_edge.consent.consent import Answer
 from client_edge.consent.gate import Gate, accepts_with, folder_of, says_why
 from client_edge.link.received import fetch_description, fetch_layers
+from client_edge.loops import Loop, check_loop
 from client_edge.own_loop.far import FarBlocksOfServer, ServerStandIn
 from client_edge.own_loop.far_backbone import FarBackbone
 from client_edge.own_loop.optimizer_hook import watch_optimizers_of
@@ -26,7 +27,6 @@ from splitfl.models.cut import Cut
 from splitfl.models.deferred import defer_logits
 from splitfl.models.loss import IGNORED_LABEL
 from splitfl.models.packing import check_packing
-from splitfl.telemetry.units import counted
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
 
@@ -114,13 +114,11 @@ def _settings(
 def _join(own: ClientConfig, answer: Answer) -> OwnLoopLink:
     link = OwnLoopLink(own.client, Gate(own.client, own.policy, answer))
     link.leaving = "disconnected"
-    if not link.run.has_own_loops:
+    try:
+        check_loop(link.run, link.address, Loop.OWN)
+    except ConfigError:
         link.close()
-        raise ConfigError(
-            f"{link.address} serves a run of {counted(link.run.federation.num_rounds, 'round')}: take part in it with"
-            " `splitfl"
-            " client`, or set federation.num_rounds = 0 on the server for a loop of your own"
-        )
+        raise
     return link
 
 

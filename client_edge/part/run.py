@@ -17,6 +17,7 @@ from client_edge.generating.generation import FarGenerator
 from client_edge.layers.edge import Edge
 from client_edge.link.link import Link, ServerStops
 from client_edge.link.received import fetch_description, fetch_layers, first_layers
+from client_edge.loops import Loop, check_loop
 from client_edge.part.evaluation import Answerer, Evaluator
 from client_edge.part.journal import Journal
 from client_edge.part.loop import Step, report_layers, train
@@ -30,7 +31,6 @@ from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.durability.store import Store
 from splitfl.errors import (
-    ConfigError,
     DataError,
     NotAllowed,
     PeerGone,
@@ -74,11 +74,7 @@ def take_part(
         link = stack.enter_context(_joined(config, gate, stop, tell=tell))
         link.on_lost = lambda text: _say(console, config, text)
         run = link.run
-        if run.has_own_loops:
-            raise ConfigError(
-                f"the run at {link.address} has no rounds (federation.num_rounds = 0): take part in it with"
-                " client_edge.connect, in a loop of your own"
-            )
+        check_loop(run, link.address, Loop.OF_ROUNDS)
         folder = folder_of(config.client, link.welcome.run_id)
         _say(console, config, f"joined run {link.welcome.run_id} at {link.address}")
         make_private_dir(folder)

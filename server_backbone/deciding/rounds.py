@@ -96,7 +96,7 @@ class Rounds:
     def __init__(self, federation: FederationSection, choose: Choose, now_s: float) -> None:
         self._federation = federation
         self._choose = choose
-        self._stage = Stage.GATHERING if federation.num_rounds else Stage.ENDLESS
+        self._stage = Stage.GATHERING
         self._deadline_s = now_s + federation.wait_timeout
         self._connected: set[str] = set()
         self._ready: set[str] = set()
@@ -291,7 +291,7 @@ class Rounds:
 
     @property
     def _are_all_merged(self) -> bool:
-        return self.num_merged == self._federation.num_rounds and self._stage is not Stage.ENDLESS
+        return self.num_merged == self._federation.num_rounds
 
     @property
     def _fewest(self) -> int:
@@ -367,3 +367,15 @@ class Rounds:
         self._stage = Stage.OVER
         self._deadline_s = float("inf")
         return [End(reason=reason)]
+
+
+class Endless(Rounds):
+    """No rounds: clients train in loops of their own, come and go, and nothing ever follows from it."""
+
+    def __init__(self, federation: FederationSection, choose: Choose, now_s: float) -> None:
+        super().__init__(federation, choose, now_s)
+        self._stage = Stage.ENDLESS
+
+    @property
+    def _are_all_merged(self) -> bool:
+        return False

@@ -23,13 +23,13 @@ from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
 from server_backbone.engine.engine import Engine
 from server_backbone.engine.work import Work
-from server_backbone.records.entries import Joined, Left, Returned, TurnEnded
+from server_backbone.kinds import ServerParts
+from server_backbone.records.entries import Joined, Returned
 from server_backbone.records.state import MemberState
 from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Attach, Hello, Message, Resume, Resumed, Welcome, Why
-from splitfl.session.own_loop import OwnLoopServerSession
-from splitfl.session.server_session import Phase, ServerSession
+from splitfl.session.server_session import Phase
 from splitfl.session.terms import Terms
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.transport.zeromq import Arrived
@@ -43,6 +43,7 @@ class Arrivals(Desk):
     """From `Hello` to `Resumed`."""
 
     run: RunConfig
+    kind: ServerParts
     terms: Terms
     greeting: Welcome
     """For every client, but for its session."""
@@ -145,7 +146,7 @@ class Arrivals(Desk):
             arrived.user_id,
             self.members,
             finished=finished if self.course.rounds.is_parting else "",
-            keeps_copies=self.run.has_own_loops and self.run.has_copies,  # which no merge ever ends
+            keeps_copies=self.kind.keeps_copies(self.run),
             now_s=now_s,
         )
         if refused is not None:
@@ -173,8 +174,7 @@ class Arrivals(Desk):
 
     def new_member(self, client_id: str) -> Member:
         """Return a client that has only looked in yet."""
-        session = OwnLoopServerSession(self.terms) if self.run.has_own_loops else ServerSession(self.terms)
-        return Member(client_id=client_id, session=session)
+        return Member(client_id=client_id, session=self.kind.session(self.terms))
 
     def _joined(self, newcomer: Member) -> Member:
         """Take in a client that is new; before it resumes it has only looked, and nobody waits for it."""
@@ -218,8 +218,7 @@ class Arrivals(Desk):
             self._take_back(member)
         self.mail.send(connection, resumed)
         if was_training and member.session.phase is not Phase.TRAINING:
-            gone = TurnEnded if self.run.is_buffered else Left
-            self.queue.put(work.Write(entry=gone(client_id=member.client_id)))
+            self.queue.put(work.Write(entry=self.kind.gone(member.client_id)))
             return [FinishedSteps(client_id=member.client_id), GivesUp(client_id=member.client_id)]
         if member.session.phase is Phase.TRAINING and member.session.has_done_its_steps:
             return [FinishedSteps(client_id=member.client_id)]

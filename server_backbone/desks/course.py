@@ -27,6 +27,7 @@ from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
 from server_backbone.engine.engine import EndedRounds, Engine, MergedLayers, Spooled, Verdict
 from server_backbone.engine.work import Work
+from server_backbone.kinds import ServerParts
 from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Merged, Message, Ready, RoundOpened, RoundsEnded, TensorFrames, Upload
@@ -41,6 +42,7 @@ class Course(Desk):
     """Rounds, as `server_backbone.deciding.rounds` decides about them."""
 
     run: RunConfig
+    kind: ServerParts
     members: Members
     gate: Gate
     rounds: Rounds
@@ -187,7 +189,7 @@ class Course(Desk):
 
     def _layers_after(self, num_merged: int) -> tuple[TensorFrames, ...]:
         """Describe everyone's layers; the first ones only where a client comes back to them, since all begin so."""
-        return self.engine.describe_layers() if num_merged or self.run.is_buffered else ()
+        return self.engine.describe_layers() if self.kind.holds_layers(num_merged) else ()
 
     # rounds that open
 

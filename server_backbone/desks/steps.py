@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from server_backbone.compute.mishaps import Mishap
-from server_backbone.compute.worker import Contribution, Scaling
+from server_backbone.compute.worker import Contribution
 from server_backbone.deciding.blame import Stage
 from server_backbone.deciding.gates import Apply, CloseStep, Compute, Gate
 from server_backbone.desks.desk import (
@@ -26,6 +26,7 @@ from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
 from server_backbone.engine.engine import Decided, Engine
 from server_backbone.engine.work import Work
+from server_backbone.kinds import ServerParts
 from splitfl.config.trees import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.errors import RemoteProtocolError
@@ -42,6 +43,7 @@ class Steps(Desk):
     """`Forward` -> gate -> `ForwardDone`; `Backward` -> `BackwardDone`; `Commit` -> gate -> `Committed` to all."""
 
     run: RunConfig
+    kind: ServerParts
     members: Members
     gate: Gate
     excuses: Excuses
@@ -166,15 +168,12 @@ class Steps(Desk):
         return [shows, FinishedSteps(client_id=client_id)] if member.session.has_done_its_steps else [shows]
 
     def _contribution(self, client_id: str, commit: Commit) -> Contribution:
-        learning_rate = self.run.optimizer.backbone_lr or commit.learning_rate
         return Contribution(
             slot=client_id,
             step=commit.step,
             num_label_tokens=commit.num_label_tokens,
             norms_P=realise(commit.norms_P).tolist(),
-            scaling=Scaling(learning_rate=learning_rate, clip_coefficient=commit.clip_coefficient)
-            if self.run.has_own_loops
-            else None,
+            scaling=self.kind.scaling(self.run, commit),
         )
 
     def _say_step(self, member: Member, commit: Commit, decided: Decided) -> None:
@@ -184,7 +183,7 @@ class Steps(Desk):
             round=member.session.round_number,
             step=commit.step,
             commit_number=decided.commit_number,
-            loss=None if self.run.has_own_loops else commit.loss,  # a client's own loop keeps it to itself
+            loss=self.kind.loss_told(commit),
             num_label_tokens=commit.num_label_tokens,
             num_tokens=member.session.asked.num_tokens,
             num_positions=member.session.asked.num_positions,

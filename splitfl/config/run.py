@@ -7,6 +7,7 @@ from typing import Any
 
 from splitfl.config.exposure import EvaluationSection
 from splitfl.config.identity import LoraSection, MergeSection, OptimizerSection, RunIdentity, TextSection, TrainSection
+from splitfl.config.kind import RunKind
 from splitfl.config.operation import LinkSection
 from splitfl.config.reading import Config
 from splitfl.config.section import SettingClass, of_class
@@ -37,6 +38,13 @@ class RunSettings(Config, RunIdentity):
     def num_training_steps(self) -> int:
         """Steps that the schedule runs over."""
         return self.optimizer.num_training_steps or self.total_steps
+
+    @property
+    def kind(self) -> RunKind:
+        """How the run goes. Nothing else asks the settings for it."""
+        if not self.federation.num_rounds:
+            return RunKind.OWN_LOOPS
+        return RunKind.TURNS if self.federation.strategy == "FedBuff" else RunKind.ROUNDS
 
     @property
     def has_own_loops(self) -> bool:

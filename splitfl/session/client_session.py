@@ -242,7 +242,9 @@ class ClientSession:
                 self.round_number = message.round_number
                 return message
             case Merged():
-                if self.open_round is None or not self._ends(message, self.open_round):
+                if self.open_round is None or not self.terms.rounds.may_end(
+                    self.open_round.round_number, message.round_number
+                ):
                     raise RemoteProtocolError(f"layers of round {message.round_number}, which is not open here")
                 self.terms.check_held(message.round_number, held=self.round_number)
                 self.terms.check_merged(message.layers)
@@ -256,12 +258,6 @@ class ClientSession:
                 self._waits_for = None
                 return message
         raise RemoteProtocolError(f"{type(message).__name__} is not a server's to send here")
-
-    def _ends(self, merge: Merged, round_: RoundOpened) -> bool:
-        """Tell whether a merge may end a round; one of its own ends with the newest layers there are."""
-        if self.terms.is_buffered:
-            return merge.round_number >= round_.round_number - 1
-        return merge.round_number == round_.round_number
 
     def _go_on(self, message: Resumed) -> None:
         if message.verdict not in ("go", "rewind", "anew"):

@@ -278,7 +278,7 @@ class ServerSession:
         if takes_part and verdict != "anew":
             held_round = begun_with
         is_older = verdict == "anew" or (verdict == "go" and claim.held_round < held_round)
-        if self.terms.is_buffered and not takes_part and verdict == "go" and claim.step:
+        if self.terms.rounds.trains_on and not takes_part and verdict == "go" and claim.step:
             is_older = True  # between two rounds of its own it may have trained on from layers that are still the last
         return Resumed(
             verdict=verdict,
@@ -302,12 +302,12 @@ class ServerSession:
 
         A round of its own that it never heard of is over: the layers to begin it with may be gone.
         """
-        if not self.terms.is_buffered or self.phase not in (Phase.TRAINING, Phase.MERGING):
+        if self.phase not in (Phase.TRAINING, Phase.MERGING):
             return held_round
-        if self.phase is Phase.TRAINING and claim.held_round < self.round_number - 1:
+        if self.phase is Phase.TRAINING and self.terms.rounds.is_unheard_of(self.round_number, claim.held_round):
             self.phase = Phase.IDLE
             return held_round
-        return self.round_number - 1
+        return self.terms.rounds.begun_with(self.round_number, held_round)
 
     def _compare(self, claim: Resume, held_round: int) -> tuple[str, str]:
         mine, theirs = self.applied.step, claim.step

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import DTYPE_BYTES, TensorFrames
+from splitfl.session.round_rules import SHARED_ROUNDS, RoundRules
 
 # Examples that the rows of one micro-batch may be packed from: their lengths have to fit into a header.
 MAX_PACKED_EXAMPLES = 1 << 14
@@ -41,8 +42,8 @@ class Terms:
     """Steps of a client in a round."""
     rows_per_step: int = 0
     """Rows of one step, and so its micro-batches at most, of a row each; 0 where no number is agreed on."""
-    is_buffered: bool = False
-    """Whether each client has rounds of its own, and merges are made as uploads come in."""
+    rounds: RoundRules = SHARED_ROUNDS
+    """Where a client's rounds begin and end."""
 
     @property
     def element_bytes(self) -> int:
@@ -157,9 +158,10 @@ class Terms:
             )
         if num_steps > self.local_steps:
             raise RemoteProtocolError(f"a round of {num_steps} steps, where local_steps = {self.local_steps}")
-        usual = (number - 1) * self.local_steps + 1
-        if first_step < 1 or (first_step != usual and not self.is_buffered):
-            raise RemoteProtocolError(f"round {number} begins with step {first_step}, and not with {usual}")
+        if first_step < 1 or not self.rounds.may_begin(number, first_step, self.local_steps):
+            raise RemoteProtocolError(
+                f"round {number} begins with step {first_step}, and not with {(number - 1) * self.local_steps + 1}"
+            )
 
     def check_held(self, number: int, *, held: int) -> None:
         """Raise unless a merge may be what a client holds from now on; that of an earlier round has a number behind."""

@@ -12,6 +12,7 @@ from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.measures import MEASURES
 from splitfl.telemetry.units import counted, format_bytes
+from splitfl.training.kinds import shared_parts
 
 # Tensors like its gradient that an optimizer keeps for each one that trains.
 _MOMENTS = {"adamw_torch": 2, "sgd": 0}
@@ -93,18 +94,10 @@ def steps_of(run: RunConfig) -> Finding:
         if run.text.packing
         else counted(rows, "example")
     )
-    steps = counted(federation.local_steps, "step")
-    rounds = f"{counted(federation.num_rounds, 'round')} of {steps} of each client: {counted(run.total_steps, 'step')}"
-    if run.is_buffered:
-        rounds = (
-            f"{counted(federation.num_rounds, 'merge')} of {counted(run.strategy.buffer_size, 'upload')} of {steps},"
-            f" whoever they come from: {counted(run.total_steps * run.strategy.buffer_size, 'step')} of all clients"
-            " together"
-        )
     return Finding(
         topic="steps",
         sentences=(
-            f"{rounds}, each from {what} in"
+            f"{shared_parts(run).length_of(run)}, each from {what} in"
             f" {counted(federation.gradient_accumulation_steps, 'micro-batch', 'micro-batches')}.",
         ),
         numbers={
@@ -130,8 +123,8 @@ class EvaluationWork:
 def evaluations_of(run: RunConfig, work: EvaluationWork | None = None) -> Finding:
     """Say what is measured and how often; and, where a client's text is known, what that takes."""
     federation, asked = run.federation, run.evaluation
-    if run.has_own_loops or (work is not None and not work.examples):
-        said = "loops of clients' own evaluate as they are written" if run.has_own_loops else "no text is held out"
+    has_no_text = work is not None and not work.examples
+    if said := shared_parts(run).unevaluated or ("no text is held out" if has_no_text else ""):
         return Finding(topic="evaluation", sentences=(f"Nothing is evaluated: {said}.",), numbers={"evaluations": 0})
     # before and after; between them every round's, the last one's only where it is compared
     between = federation.num_rounds - 1 + federation.compares_rounds if federation.evaluate == "rounds" else 0

@@ -6,6 +6,7 @@ from sample_messages import WIDTH, commit, forward, frames_of, layers, merged, o
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Backward, BackwardDone, Committed, ForwardDone, Ready, Resume, Resumed, Upload
 from splitfl.session.client_session import ClientSession
+from splitfl.session.round_rules import OWN_ROUNDS
 from splitfl.session.server_session import Applied, Phase, ServerSession
 
 ACTIVATIONS = frames_of(2, 3, WIDTH)
@@ -132,7 +133,7 @@ class TestRoundsOfItsOwn:
 
     def in_turn(self, *, begun: int, steps: int = 1) -> ServerSession:
         """A session in a round of its own that began with the layers of a merge."""
-        session = ServerSession(terms(micro_batches=1, is_buffered=True))
+        session = ServerSession(terms(micro_batches=1, rounds=OWN_ROUNDS))
         session.receive(Ready(round_number=begun, num_examples=5))
         session.opened(opened(begun + 1, first_step=1, num_steps=4))
         for step in range(1, steps + 1):
@@ -161,7 +162,7 @@ class TestRoundsOfItsOwn:
         assert found.layers
 
     def test_one_that_has_not_begun_holds_the_first_layers(self) -> None:
-        session = ServerSession(terms(is_buffered=True))
+        session = ServerSession(terms(rounds=OWN_ROUNDS))
         assert not resume(session, claim(0)).layers
 
     def test_one_whose_upload_waits_for_its_merge_waits_too(self) -> None:
@@ -178,7 +179,7 @@ class TestRoundsOfItsOwn:
 
     @pytest.mark.parametrize(("number", "fits"), [(1, False), (2, True), (3, True), (9, True)])
     def test_its_round_ends_with_layers_no_older_than_those_it_began_with(self, number: int, fits: bool) -> None:
-        client = ClientSession(terms(is_buffered=True))
+        client = ClientSession(terms(rounds=OWN_ROUNDS))
         client.round_number = 2
         client.ready(5)
         client.receive(opened(3))
