@@ -199,9 +199,7 @@ class _Quiet:
             if self.run.backbone_trains or self.run.bottom_trains:
                 back = self.worker.backward(client_id, number, gradient_BSD)
             edge.bottom_backward(micro_batch, back)
-        edge.finish_gradients()
-        edge.add_proximal_term()
-        edge.add_controls()
+        edge.finish_gradients(step)
         norms = edge.optimizer.norms().tolist()
         return Contribution(slot=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
 

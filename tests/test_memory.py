@@ -81,7 +81,7 @@ for step in (1, 2) if trains else (1,):  # from the second on the moments are th
         hidden_BSD = backbone(visit.hidden_BSD.detach(), None)
     _, gradient_BSD = edge.top_loss_and_backward(visit, hidden_BSD, step=step, num_label_tokens=8 * 64)
     edge.bottom_backward(visit, gradient_BSD if trains else None)
-    edge.finish_gradients()
+    edge.finish_gradients(step)
     edge.optimizer.norms()
     edge.step(step, 0.5)
 edge.evaluate_top(batch, edge.evaluate_bottom(batch))

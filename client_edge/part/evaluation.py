@@ -51,7 +51,6 @@ class Evaluator:
         if self._exam.to_classify:
             found |= class_measures(self._edge, self._link, self._exam, rows_at_once(self._run, self._max_rows))
         if self._answerer is not None:
-            self._edge.finish_step()  # the whole model is used, and half a step may be open
             found |= self._answerer.measures(self._exam)
         unwanted = set(OPTIONAL_MEASURES) - set(self._run.evaluation.measures)
         return {name: value for name, value in complete(found).items() if name not in unwanted}

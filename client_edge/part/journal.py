@@ -246,7 +246,6 @@ class Journal:
             case "acknowledged":
                 pending = self._settled(fields["commit_number"])
                 self._edge.step(pending.step, fields["clip_coefficient"], fields["learning_rate"])
-                self._edge.finish_step()
                 self._steps_since_snapshot += 1
                 self._note("redone", pending.step)
             case "refused":

@@ -147,7 +147,7 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
             under_way[request_id] = micro_batch
 
         # the top's share of the last step, while the server computes
-        edge.finish_step()
+        edge.catch_up()
 
         # whatever comes back next: activations to take the loss of, or a gradient to finish with
         request_id, tensor, is_gradient = link.receive()
@@ -163,11 +163,8 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
             tensor = None
         edge.bottom_backward(under_way.pop(request_id), tensor)
 
-    edge.finish_gradients()
-    # FedProx: not further from the others than need be
-    edge.add_proximal_term()
-    # SCAFFOLD: the way all would go, rather than our own
-    edge.add_controls()
+    # all that is done to gradients before their norms are taken
+    edge.finish_gradients(step)
 
     # commit: written down here, then both sides step, or neither
     journal.asking(step=step, num_label_tokens=num_label_tokens, loss=loss)

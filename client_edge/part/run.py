@@ -118,7 +118,7 @@ def take_part(
             metrics.emit("note", text=note)
         answerer, max_rows = None, config.client.micro_batch_rows
         if text.exam.to_answer:
-            answerer = Answerer(cut.client_model(FarGenerator(link)), text.tokenizer, run, max_rows=max_rows)
+            answerer = Answerer(edge.model(FarGenerator(link)), text.tokenizer, run, max_rows=max_rows)
         evaluator = Evaluator(run, edge, link, text.exam, answerer, max_rows=max_rows)
         part = Participation(
             config,
@@ -275,9 +275,14 @@ class Participation:
                 is_lost = True
                 if isinstance(gone, ServerStops):
                     self._journal.stopped()
-                self._edge.forget_step(keeps_gradients=self._journal.pending is not None)
+                self._drop_unfinished()
                 patience_s = 2 * self._link.run.link.heartbeat_timeout if self._has_said_goodbye else None
                 self._link.reconnect(gone, resume_at=self._journal.place.step + 1, within_s=patience_s)
+
+    def _drop_unfinished(self) -> None:
+        """Drop what was under way when the connection was lost; a step that was asked for keeps its gradients."""
+        if self._journal.pending is None:
+            self._edge.discard()
 
     def _resume(self) -> None:
         """Find out where this client and the server are, and bring this client there."""

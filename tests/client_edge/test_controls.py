@@ -27,7 +27,7 @@ def edge(**sections: Any) -> Edge:
 
 def corrections(client: Edge) -> set[float]:
     client.discard()
-    client.add_controls()
+    client.finish_gradients(1)
     found = {round(float(value), 4) for gradient in client.gradients().values() for value in gradient.unique()}
     client.discard()
     return found
@@ -36,9 +36,8 @@ def corrections(client: Edge) -> set[float]:
 def step(client: Edge, gradient: float, *, clip_coefficient: float = 1.0) -> None:
     """Take a step along gradients that are all the same, corrected."""
     client.set_gradients({name: torch.full_like(layer, gradient) for name, layer in client.layers().items()})
-    client.add_controls()
+    client.finish_gradients(1)
     client.step(1, clip_coefficient)
-    client.finish_step()
 
 
 def load(client: Edge, control: float, *, counted: bool) -> None:
@@ -84,7 +83,7 @@ def test_it_is_added_to_what_is_there_and_before_norms_are_taken() -> None:
     client = edge()
     load(client, 2.0, counted=False)
     client.set_gradients({name: torch.ones_like(layer) for name, layer in client.layers().items()})
-    client.add_controls()
+    client.finish_gradients(1)
     sizes = [layer.numel() for layer in client.layers().values()]
     assert client.optimizer.norms().tolist() == pytest.approx([3.0 * size**0.5 for size in sizes], rel=1e-5)
 
@@ -109,7 +108,7 @@ def test_what_is_not_merged_is_not_corrected() -> None:
     client = edge(merge={"parts": ["top"]})
     load(client, 2.0, counted=False)
     client.discard()
-    client.add_controls()
+    client.finish_gradients(1)
     assert client.gradients().keys() == client.layers().keys()
     assert all(".layers.0." not in name for name in client.layers())
 
@@ -124,6 +123,6 @@ def test_controls_are_no_part_of_what_is_uploaded_or_compared() -> None:
 
 def test_no_other_strategy_has_any() -> None:
     client = edge(federation={"strategy": "FedAvg"})
-    client.add_controls()
+    client.finish_gradients(1)
     assert client.gradients() == {}
     assert not any("control" in name or "round_start" in name for name in client.state())

@@ -29,7 +29,7 @@ def moved(client: Edge, by: float) -> None:
 
 def pulls(client: Edge) -> set[float]:
     client.discard()
-    client.add_proximal_term()
+    client.finish_gradients(1)
     return {round(float(value), 5) for gradient in client.gradients().values() for value in gradient.unique()}
 
 
@@ -46,7 +46,7 @@ def test_it_is_added_to_what_is_there() -> None:
     client = edge()
     moved(client, 2.0)
     client.set_gradients({name: torch.ones_like(layer) for name, layer in client.layers().items()})
-    client.add_proximal_term()
+    client.finish_gradients(1)
     assert all(torch.allclose(gradient, torch.tensor(2.0)) for gradient in client.gradients().values())
 
 
@@ -60,7 +60,7 @@ def test_a_restart_knows_where_the_round_began() -> None:
 def test_what_is_not_merged_is_not_pulled() -> None:
     client = edge(merge={"parts": ["top"]})
     client.discard()
-    client.add_proximal_term()
+    client.finish_gradients(1)
     assert client.gradients().keys() == client.layers().keys()
     assert all(".layers.0." not in name and "embed" not in name for name in client.layers())
 
@@ -70,6 +70,6 @@ def test_what_is_not_merged_is_not_pulled() -> None:
 )
 def test_without_it_no_gradient_appears(sections: dict[str, Any]) -> None:
     client = edge(**sections)
-    client.add_proximal_term()
+    client.finish_gradients(1)
     assert client.gradients() == {}
     assert not any(name.startswith("round_start/") for name in client.state())

@@ -56,7 +56,7 @@ def gradient() -> Callable[..., Tensor]:
                 gradients.append(edge.top_loss_and_backward(visit, hidden_BSD, step=1, num_label_tokens=48)[1])
             else:
                 edge.bottom_backward(next(bottoms), gradients[next(back)])
-        edge.finish_gradients()
+        edge.finish_gradients(1)
         return edge.gradients()[NAME]
 
     return take

@@ -84,14 +84,13 @@ class Party:
         self.loss = loss
         self.layers = {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in SHAPES.items()}
         self.controls = Controls(self.layers if has_controls else {})
-        self.start: dict[str, Tensor] = {}
         self.rate = 0.0
 
     def step(self, rate: float, coefficient: float = 1.0) -> None:
         gradients = shaped(self.loss.gradient(flat(self.layers)))
         for name, parameter in self.layers.items():
             parameter.grad = gradients[name].to(parameter.dtype)
-        self.controls.correct()
+        self.controls.change(1)
         self.controls.stepped(rate * coefficient)
         with torch.no_grad():
             for parameter in self.layers.values():
@@ -100,15 +99,14 @@ class Party:
         self.rate += rate * coefficient
 
     def begin(self) -> None:
-        self.start = {name: parameter.detach().clone() for name, parameter in self.layers.items()}
         self.rate = 0.0
 
     def load(self, merger: Merger, *, counted: bool) -> None:
-        self.controls.settle(self.start, counted=counted)
+        self.controls.round_ends(counted=counted)
         with torch.no_grad():
             for name, layer in merger.layers().items():
                 self.layers[name].copy_(layer)
-        self.controls.load(merger.controls())
+        self.controls.round_begins(merger.controls())
         self.begin()
 
     @property
@@ -289,7 +287,8 @@ class TestWhatOutlivesARestart:
         before, after = Party(LOSSES[0]), Party(LOSSES[0])
         before.begin()
         before.step(0.1)
-        before.controls.settle(before.start, counted=True)
+        before.controls.round_ends(counted=True)
+        before.controls.round_begins(list(shaped(np.zeros(SIZE)).values()))
         before.begin()
         before.step(0.1)
         after.controls.restore({name: tensor.clone() for name, tensor in before.controls.state().items()})

@@ -21,5 +21,5 @@ class FedAvg(Strategy):
 class FedProx(FedAvg):
     """FedAvg of clients that stay near the last merge (Li et al. 2020, arXiv:1812.06127, algorithm 2).
 
-    The proximal term acts where gradients are: `client_edge.layers.edge.Edge.add_proximal_term`.
+    The proximal term acts where gradients are: `client_edge.layers.gradient_rules.Proximal`.
     """
