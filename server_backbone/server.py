@@ -7,7 +7,7 @@ optimizer step while the members take theirs.
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -78,9 +78,10 @@ class Server:
     metrics: MetricsLog
     history: History
     stop: StopRequest
+    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        run, members, metrics, engine, now_s = self.run, Members(), self.metrics, self.engine, time.monotonic()
+        run, members, metrics, engine, now_s = self.run, Members(), self.metrics, self.engine, self.clock()
         kind = self.kind
         gate, rounds = kind.gate(run), kind.rounds(run, engine.merger.strategy.configure_train, now_s)
         self._members, self._gate = members, gate
@@ -175,10 +176,10 @@ class Server:
         Raises `Stopped` when that was asked for, after the work that the compute thread was at.
         """
         try:
-            before_s = time.monotonic()
+            before_s = self.clock()
             while not self._course.is_over and not self.stop.is_asked:
                 arrived = self._mail.receive(_TICK_S)
-                now_s = time.monotonic()
+                now_s = self.clock()
                 self._forgive(now_s - before_s)
                 before_s = now_s
                 if arrived is not None:
@@ -190,13 +191,13 @@ class Server:
         finally:
             self._queue.close(drops=self.stop.is_asked)
         if not self._course.is_over:
-            self._go_on(time.monotonic())  # whoever waits for what is decided hears of it
+            self._go_on(self.clock())  # whoever waits for what is decided hears of it
         if not self._course.is_over:
             self.stop.check()
 
     def recover(self) -> None:
         """Go on where the log ends: every client is expected back."""
-        state, now_s = self.engine.view.state, time.monotonic()
+        state, now_s = self.engine.view.state, self.clock()
         self._course.hold()
         if state.round is not None or state.turns:
             self._gate.round_opened((), state.round.step if state.round is not None else 1)

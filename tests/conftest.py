@@ -64,10 +64,11 @@ _TINY = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let a run of the tests write docs/models.md instead of comparing it."""
+    """Let a run of the tests write what it would compare: docs/models.md, or the traces of tests/traces."""
     parser.addoption(
         "--write-models", action="store_true", help="write docs/models.md from what the families' tests find"
     )
+    parser.addoption("--rewrite-traces", action="store_true", help="write down what happens in tests/traces now")
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

@@ -85,7 +85,9 @@ class ClientSession:
             raise LocalProtocolError(f"more than max_in_flight = {self.terms.max_in_flight} micro-batches under way")
         if self._waits_for is not None or self._committing is not None:
             raise LocalProtocolError("a micro-batch while an answer from the server is waited for")
-        if step and (self.open_round is None or step != self.next_step):
+        if step and self.open_round is None:
+            raise LocalProtocolError(f"step {step} outside a round")
+        if step and step != self.next_step:
             raise LocalProtocolError(f"step {step} where step {self.next_step} is next")
         if not step and self.open_round is not None:
             raise LocalProtocolError(f"an evaluation in the middle of round {self.open_round.round_number}")
@@ -212,7 +214,8 @@ class ClientSession:
                 if message.step != self._committing and message.step < self.next_step:
                     return None  # answered once more, because the question was repeated on its way
                 if message.step != self._committing:
-                    raise RemoteProtocolError(f"step {message.step} committed where {self._committing} was asked for")
+                    asked = f"step {self._committing}" if self._committing is not None else "none"
+                    raise RemoteProtocolError(f"step {message.step} committed where {asked} was asked for")
                 check_scaling(message.clip_coefficient)
                 self._committing = None
                 self.next_step = message.step + 1

@@ -438,8 +438,10 @@ class ServerSession:
         if self._was_closed(message.step):
             return None
         self._require(message, Phase.TRAINING)
-        if message.step != self.next_step or message.step > self.last_step:
+        if message.step != self.next_step:
             raise RemoteProtocolError(f"Forward for step {message.step} where step {self.next_step} is next")
+        if message.step > self.last_step:
+            raise RemoteProtocolError(f"Forward for step {message.step} after the round's last, {self.last_step}")
         most = max(self.terms.micro_batches, self.terms.rows_per_step)
         if message.micro_batch != self._micro_batches_begun or message.micro_batch >= most:
             usual = f"{self._micro_batches_begun} of {self.terms.micro_batches}"

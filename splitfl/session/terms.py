@@ -85,9 +85,11 @@ class Terms:
         self._check_hidden(tensor)
         batch, length, _ = tensor.shape
         if not 1 <= batch <= self.max_batch_size:
-            raise RemoteProtocolError(f"a batch of {batch} rows, more than the {self.max_batch_size} of this run")
+            raise RemoteProtocolError(f"a batch of {batch} rows, where one of this run has 1 to {self.max_batch_size}")
         if not 1 <= length <= self.max_seq_length:
-            raise RemoteProtocolError(f"rows of {length} tokens, more than max_seq_length = {self.max_seq_length}")
+            raise RemoteProtocolError(
+                f"rows of {length} tokens, where max_seq_length = {self.max_seq_length} and 1 is the least"
+            )
         if len(lengths_B) != batch or any(not 1 <= row <= length for row in lengths_B):
             raise RemoteProtocolError(f"lengths_B must give each of {batch} rows a length from 1 to {length}")
 
@@ -173,7 +175,9 @@ class Terms:
     def check_norms(self, norms: TensorFrames) -> None:
         """Raise unless there is one float32 norm for each client-side tensor that trains."""
         if norms.shape != (self.num_trainable,) or norms.dtype != "f32":
-            raise RemoteProtocolError(f"norms of shape {norms.shape} for {self.num_trainable} client-side tensors")
+            raise RemoteProtocolError(
+                f"norms of shape {norms.shape} and type {norms.dtype} for {self.num_trainable} client-side tensors"
+            )
 
     def _check_hidden(self, tensor: TensorFrames) -> None:
         if len(tensor.shape) != 3 or tensor.shape[2] != self.hidden_size or tensor.dtype != self.dtype:
