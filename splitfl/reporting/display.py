@@ -9,7 +9,7 @@ from typing import Any, Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +28,8 @@ from splitfl.telemetry.units import (
 )
 
 _STEP_LINE_EVERY_S = 2.0
+_SPEED_SEEN_FOR_S = 600.0
+"""How far back the time that is left is estimated from: merges and evaluations should be in it."""
 _DIGEST_CHARACTERS = 12
 _STATE_STYLES = {"training": "green", "waiting": "yellow", "done": "cyan", "left": "red"}
 
@@ -52,6 +54,17 @@ class Display:
         self._console = console
         self._clock = clock
         self._shown = _Shown(view=RunView(), at_s=clock(), news="")  # read by rich's refresh thread, replaced whole
+        self._bar = Progress(
+            BarColumn(bar_width=None, complete_style="cyan"),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left", style="progress.remaining"),
+            console=console,
+            get_time=clock,
+            speed_estimate_period=_SPEED_SEEN_FOR_S,
+            expand=True,
+        )
+        self._whole = self._bar.add_task("", total=1.0)
         self._last_step_line_s = -_STEP_LINE_EVERY_S
         self._last_waiting_line = ""
         self._live: Live | None = None
@@ -62,6 +75,7 @@ class Display:
         line = log_line(event, view)
         is_news = bool(line) and event["event"] not in {"step", "waiting"}
         self._shown = _Shown(view=view, at_s=self._clock(), news=line if is_news else self._shown.news)
+        self._bar.update(self._whole, completed=view.fraction)
         if self._live is None and line and self._is_due(event):
             self._console.print(Text(line), soft_wrap=True)
 
@@ -94,12 +108,11 @@ class Display:
     def _panel(self) -> Panel:
         shown = self._shown
         since_s = 0.0 if shown.view.finished else self._clock() - shown.at_s
-        return panel(shown.view, shown.view.elapsed_s + since_s, shown.news)
+        return panel(shown.view, shown.view.elapsed_s + since_s, self._bar, shown.news)
 
 
-def panel(view: RunView, elapsed_s: float, news: str) -> Panel:
+def panel(view: RunView, elapsed_s: float, bar: Progress, news: str) -> Panel:
     """Draw the run: where it is, a bar, a row a client, what is waited for and the latest news."""
-    bar = ProgressBar(total=1.0, completed=view.fraction, complete_style="cyan")
     parts: list[RenderableType] = [_header(view, elapsed_s), bar, Text(), _client_table(view)]
     if view.waiting_for:
         parts.append(Text(f"waiting: {printable(view.waiting_for)}", style="yellow"))

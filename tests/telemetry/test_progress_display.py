@@ -151,6 +151,23 @@ def test_the_bar_grows_with_every_step_to_the_whole(events):
     assert fractions == sorted(fractions)
 
 
+def test_the_bar_says_how_much_is_done_and_how_long_the_rest_takes(events):
+    now_s = [0.0]
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, height=60, _environ={"TERM": "xterm"})
+    with Display(console, clock=lambda: now_s[0]) as display:
+        for event in up_to(events, "merged"):
+            now_s[0] = 30.0 * event["elapsed_s"]  # four steps, half of the run, 30 s apart
+            display(event)
+    panel = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    assert re.search(r"━+ +50% +0:02:00 left", panel[panel.rindex("╭") :])
+
+
+def test_a_run_that_goes_on_is_not_taken_for_a_fast_one(events):
+    at = next(number for number, event in enumerate(events) if event.get("round") == 2)
+    resumed = [events[0], *events[at:]]
+    assert re.search(r"━+ +62% +-:--:-- left", last_panel(up_to(resumed, "step", count=1)))  # rich leaves the jump out
+
+
 def test_the_elapsed_time_goes_on_between_events(events):
     now_s = [50.0]
     console = Console(file=io.StringIO(), force_terminal=True, width=110, height=60, _environ={"TERM": "xterm"})
