@@ -8,6 +8,7 @@ from splitfl.errors import StorageError
 from splitfl.models.cut import Cut
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.units import format_bytes
+from splitfl.training.backbones import backbone_of
 from splitfl.training.forecast import Part
 
 
@@ -39,7 +40,7 @@ def room_for(config: ServerConfig, cut: Cut, *, run_dir: Path | None = None) -> 
 def _bytes_of_a_run(config: ServerConfig, cut: Cut) -> int:
     backbone, client = (Part.of(cut, side, config.optimizer) for side in ("server", "client"))
     exported = (backbone.weight_bytes + client.weight_bytes) * config.server.export_model
-    copies = config.federation.min_available_clients if config.has_copies else 1
+    copies = backbone_of(config).num_held(config.federation.min_available_clients)
     snapshot = copies * backbone.training_bytes + client.training_bytes
     return exported + config.storage.keep_snapshots * snapshot
 

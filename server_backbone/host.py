@@ -48,8 +48,9 @@ from splitfl.telemetry.history import History
 from splitfl.telemetry.memory import peak_rss_bytes
 from splitfl.telemetry.metrics import MetricsLog, read_events
 from splitfl.telemetry.versions import versions_of
+from splitfl.training.backbones import backbone_of
 from splitfl.training.device import open_device
-from splitfl.training.forecast import Part, copies_of
+from splitfl.training.forecast import Part
 from splitfl.training.terms import merged_layers, terms_of
 from splitfl.transport.keys import AllowList, read_key_pair
 from splitfl.transport.security import ServerSecurity
@@ -257,17 +258,13 @@ def load(config: ServerConfig, device: torch.device, origin: Origin | None = Non
     strategy = config.server.device_map
     device_map = device_map_of(cut, strategy) if strategy else None
     cut.fill("server", weights.read, device, devices_of(cut, device_map) if device_map is not None else {})
-    copy_bytes = 0
-    if config.has_copies:
-        backbone = Part.of(cut, "server", config.optimizer)
-        copy_bytes = backbone.copy_bytes
-        notes += [text.rstrip(".") for text in copies_of(backbone, config, clients=config.server.max_clients).sentences]
+    backbone, part = backbone_of(config), Part.of(cut, "server", config.optimizer)
     return _Model(
         directory=origin.directory,
         cut=cut,
         weights=weights,
-        notes=notes,
-        copy_bytes=copy_bytes,
+        notes=[*notes, *backbone.notes(part, config, clients=config.server.max_clients)],
+        copy_bytes=backbone.copy_bytes(part),
         device_map=device_map,
     )
 

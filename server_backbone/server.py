@@ -41,6 +41,7 @@ from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import MetricsLog
+from splitfl.training.backbones import backbone_of
 from splitfl.transport.zeromq import Arrived, Listener
 
 # How often the loop looks at its deadlines.
@@ -90,7 +91,7 @@ class Server:
         shared: _Shared = {"members": members, "queue": self._queue, "mail": mail, "metrics": metrics}
         self._presence = Presence(run=run, limits=self.limits, admission=self.admission, **shared)
         excuses = Excuses(members=members, engine=engine, queue=self._queue, metrics=metrics)
-        self._snapshots = snapshots = Snapshots(run=run, engine=engine, **shared)
+        self._snapshots = snapshots = Snapshots(backbone=backbone_of(run), engine=engine, **shared)
         sayer = Sayer(metrics)
         self._course = course = Course(
             run=run,

@@ -1,7 +1,6 @@
 """What `splitfl check` says of a server: it binds the address, reads keys and model, and lets go of them again."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from server_backbone.disk_space import room_for
@@ -17,8 +16,9 @@ from splitfl.session.limits import limits_of
 from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.units import counted, format_bytes
+from splitfl.training.backbones import backbone_of
 from splitfl.training.device import open_device
-from splitfl.training.forecast import Part, copies_of, evaluations_of, memory_of, sight_of, steps_of, wire_of
+from splitfl.training.forecast import Part, evaluations_of, memory_of, sight_of, steps_of, wire_of
 from splitfl.training.terms import terms_of
 from splitfl.transport.security import ServerSecurity
 
@@ -39,11 +39,7 @@ def check_server(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield steps_of(config)
     yield evaluations_of(config)
     yield wire_of(config, terms)
-    if config.has_copies:
-        yield memory_of(replace(backbone, training_bytes=0), "The backbone has", topic="memory")
-        yield copies_of(backbone, config, clients=config.server.max_clients)
-    else:
-        yield memory_of(backbone, "The backbone has", topic="memory")
+    yield from backbone_of(config).memory_of(backbone, config, clients=config.server.max_clients)
     yield memory_of(client, "Each client holds", topic="clients")
     yield _limits(config, terms)
     yield room_for(config, cut)

@@ -10,10 +10,9 @@ from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
 from server_backbone.engine.engine import Engine
 from server_backbone.engine.work import Work
-from splitfl.config.trees import RunConfig
 from splitfl.protocol.messages import Declined, GoBack, Keep, Kept, Message, WentBack
-from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.telemetry.metrics import MetricsLog
+from splitfl.training.backbones import Backbone
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ log = logging.getLogger(__name__)
 class Snapshots(Desk):
     """`Keep` and `GoBack`."""
 
-    run: RunConfig
+    backbone: Backbone
     members: Members
     engine: Engine
     queue: WorkQueue
@@ -45,7 +44,7 @@ class Snapshots(Desk):
                 self.queue.put(work.KeepSnapshot(client_id=member.client_id))
             case GoBack():
                 others = [other for other in self.members if other is not member and other.session.is_in_step]
-                if others and not self.run.has_copies:
+                if others and self.backbone.is_shared:
                     names = ", ".join(other.client_id for other in others)
                     reason = f"{names} is in the middle of a step: try again when it has ended"
                     self._answer(member, Declined(request_id=0, reason=reason))
@@ -78,6 +77,5 @@ class Snapshots(Desk):
         self.metrics.emit("went_back", client_id=member.client_id, commit_number=result.commit_number)
 
     def _answer(self, member: Member, reply: Kept | WentBack | Declined) -> None:
-        if isinstance(member.session, OwnLoopServerSession):
-            member.session.snapshot_answered()
+        member.session.snapshot_answered()
         self.mail.tell(member, reply)

@@ -1,15 +1,17 @@
 """What holds between settings of several sections: each rule raises `ValueError` with the value and the remedy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
 
-from splitfl.config.identity import OPTIONAL_MEASURES
+from splitfl.config.identity import OPTIONAL_MEASURES, StrategyName
+from splitfl.config.kind import RunKind
 from splitfl.config.own import PolicySection
 from splitfl.config.run import RunSettings
 
 
 def check(run: RunSettings) -> None:
     """Hold the run's settings to each other; raise `ValueError` for the first rule that is broken."""
-    for rule in _RULES:
+    for rule in (_strategy_uses_its_options, *_OF_STRATEGY.get(run.federation.strategy, ()), *_OF_ALL):
         rule(run)
 
 
@@ -25,7 +27,7 @@ def _strategy_uses_its_options(run: RunSettings) -> None:
 
 def _controls_are_what_they_mean(run: RunSettings) -> None:
     """Refuse what would make of SCAFFOLD's controls something else than mean gradients."""
-    if not run.has_controls or run.has_own_loops:
+    if run.kind is RunKind.OWN_LOOPS:
         return
     if run.optimizer.optim != "sgd":
         raise ValueError(
@@ -54,7 +56,7 @@ def _controls_are_what_they_mean(run: RunSettings) -> None:
 
 
 def _has_what_fed_buff_needs(run: RunSettings) -> None:
-    if run.is_buffered and (objections := list(_objections_to_fed_buff(run))):
+    if objections := list(_objections_to_fed_buff(run)):
         raise ValueError('federation.strategy = "FedBuff": ' + "; ".join(objections))
 
 
@@ -117,14 +119,12 @@ def _answers_fit_the_cache(run: RunSettings) -> None:
         )
 
 
-_RULES: tuple[Callable[[RunSettings], None], ...] = (
-    _strategy_uses_its_options,
-    _controls_are_what_they_mean,
-    _has_what_fed_buff_needs,
-    _measures_what_it_compares,
-    _can_go_back_to_the_best,
-    _answers_fit_the_cache,
-)
+Rule: TypeAlias = Callable[[RunSettings], None]
+_OF_STRATEGY: Mapping[StrategyName, tuple[Rule, ...]] = {
+    "SCAFFOLD": (_controls_are_what_they_mean,),
+    "FedBuff": (_has_what_fed_buff_needs,),
+}
+_OF_ALL: tuple[Rule, ...] = (_measures_what_it_compares, _can_go_back_to_the_best, _answers_fit_the_cache)
 
 
 def objections_to(policy: PolicySection, run: RunSettings) -> list[str]:

@@ -85,7 +85,7 @@ class RunSettings(Config, RunIdentity):
         """Return, as nested plain values, what decides the run's weights: with another value it is another run."""
         found = of_class(RunSettings, self._plain(), SettingClass.IDENTITY)
         # with rounds or without is not how many
-        found["federation"]["num_rounds"] = 0 if self.has_own_loops else "1 or more"
+        found["federation"]["num_rounds"] = "1 or more" if self.federation.num_rounds else 0
         if self.federation.compares_rounds:  # then what is measured decides which round the run ends with
             found["evaluation"] = self._plain()["evaluation"]
             found["federation"]["per_device_eval_batch_size"] = self.federation.per_device_eval_batch_size

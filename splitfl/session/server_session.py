@@ -318,6 +318,9 @@ class ServerSession:
             return "anew", f"this client's records end at step {theirs}, and step {mine} of it has been applied"
         return "go", ""
 
+    def snapshot_answered(self) -> None:
+        """Take note that the answer to `Keep` or `GoBack` is on its way; a session with rounds asks for none."""
+
     def answered(self, reply: ForwardDone | BackwardDone) -> bool:
         """Take note of a reply on its way; False means its step was closed meanwhile and it must not be sent."""
         graph = self._graphs.get(reply.request_id)

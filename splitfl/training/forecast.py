@@ -221,21 +221,6 @@ def memory_of(part: Part, whose: str, *, topic: str) -> Finding:
     )
 
 
-def copies_of(backbone: Part, run: RunConfig, *, clients: int) -> Finding:
-    """Say what a copy of the backbone for each client takes; `clients` is how many the server lets in at once."""
-    each, ready = backbone.copy_bytes, run.federation.min_available_clients
-    kind = "adapters" if run.train.backbone == "lora" else "weights"
-    return Finding(
-        topic="copies",
-        sentences=(
-            f"Each client trains a copy of the backbone's {kind} of its own, {format_bytes(each)} here with gradients"
-            f" and optimizer state: {format_bytes(ready * each)} for min_available_clients = {ready}, at most"
-            f" {format_bytes(clients * each)} for server.max_clients = {clients}.",
-        ),
-        numbers={"bytes_per_copy": each, "most_copies": clients},
-    )
-
-
 # What attacks measured (docs/privacy.md). Whoever shows what a server can read shows this sentence, and no kinder one.
 READABLE = (
     "A server that wants to can read the text and its labels from these, at every cut (measured on SmolLM2-135M on"
