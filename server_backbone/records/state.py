@@ -176,6 +176,8 @@ class RunState:
 
         `is_raised` says that they are more than it had.
         """
+        if not federation.num_rounds:
+            return ""
         is_open = self.round is not None or bool(self.turns)
         fewest = self.num_merged + is_open
         if federation.num_rounds < fewest:
