@@ -1,33 +1,30 @@
 """When a step may begin and when it is applied, for each `server_mode`: pure state, time comes in as a number.
 
-The one rule behind all four: weights never move under a live graph. Whatever a gate returns is put on the worker's
-queue in that order, and the worker does one thing at a time.
+One rule holds for all four: weights never move under a live graph. What a gate returns is put on the worker's queue in
+that order, and the worker does one thing at a time. A gate knows clients and steps, and never sees a message.
 """
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from server_backbone.deciding.patience import Patience
-from splitfl.protocol.messages import Commit, Forward
 
 _MISSED = "missed too many steps (federation.max_missed_steps), and sits out until it begins one again"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Compute:
-    """Run this micro-batch forward."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """Run forward what this client has sent of its step, in the order in which it came."""
 
     client_id: str
-    message: Forward
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Apply:
     """Commit one optimizer step from these clients' gradients, in this order."""
 
-    members: tuple[tuple[str, Commit], ...]
+    client_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +51,7 @@ class TakeBack:
     client_id: str
 
 
-Action: TypeAlias = Compute | Apply | CloseStep | SitOut | TakeBack
+Action: TypeAlias = Begin | Apply | CloseStep | SitOut | TakeBack
 
 
 class Gate(Protocol):
@@ -68,11 +65,11 @@ class Gate(Protocol):
         """Forget what waits: whoever is still at work learns from the merge that its step is applied nowhere."""
         ...
 
-    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
-        """Take a training micro-batch."""
+    def forward(self, client_id: str, step: int, now_s: float) -> list[Action]:
+        """Take note of a training micro-batch of this step."""
         ...
 
-    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+    def commit(self, client_id: str, now_s: float) -> list[Action]:
         """Take the request to apply a step."""
         ...
 
@@ -113,7 +110,7 @@ class SharedGate:
         self._expected: set[str] = set()
         self._guests: set[str] = set()
         """Clients that sit out and have begun this step all the same: it does not wait for them."""
-        self._asked: dict[str, Commit] = {}
+        self._asked: set[str] = set()
         self._deadline_s = float("inf")
         self._step = 0
         self._is_open = False
@@ -128,43 +125,43 @@ class SharedGate:
         self._is_open = False
         self._expected = set()
         self._guests = set()
-        self._asked = {}
+        self._asked = set()
         self._deadline_s = float("inf")
 
     def sits_out(self, client_id: str) -> bool:
         return self._patience.is_out(client_id)
 
-    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+    def forward(self, client_id: str, step: int, now_s: float) -> list[Action]:
         # A member's next forward cannot come before its commit is acknowledged, so no graph outlives a commit.
         if not self.sits_out(client_id) or not self._is_open:
-            return [Compute(client_id=client_id, message=message)]
+            return [Begin(client_id=client_id)]
         back: list[Action] = []
         if self._patience.may_return(client_id, now_s):
             self._expected.add(client_id)
             back = [TakeBack(client_id=client_id)]
-        if message.step != self._step:
+        if step != self._step:
             return [*back, self._elsewhere(client_id)]
         if not back:
             self._guests.add(client_id)
-        return [*back, Compute(client_id=client_id, message=message)]
+        return [*back, Begin(client_id=client_id)]
 
-    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+    def commit(self, client_id: str, now_s: float) -> list[Action]:
         self._patience.begin(now_s)
         if client_id not in self._expected | self._guests:
             return []  # the round closed before it came
         if not self._asked:
             self._deadline_s = now_s + self._step_timeout
-        self._asked[client_id] = message
+        self._asked.add(client_id)
         return self._apply_if_complete(now_s)
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
         self._expected.discard(client_id)
         self._guests.discard(client_id)
-        self._asked.pop(client_id, None)
+        self._asked.discard(client_id)
         return self._apply_if_complete(now_s)
 
     def lost(self, client_id: str, now_s: float) -> list[Action]:
-        self._asked.pop(client_id, None)  # its gradients go with its connection; the step still waits for it
+        self._asked.discard(client_id)  # its gradients go with its connection; the step still waits for it
         self._guests.discard(client_id)
         return []
 
@@ -177,7 +174,7 @@ class SharedGate:
         if not self._asked or now_s < self._deadline_s:
             return []
         reason = f"the step went on after {self._step_timeout:g} s without this client"
-        late = sorted(self._expected - set(self._asked))
+        late = sorted(self._expected - self._asked)
         actions: list[Action] = []
         for client_id in late:
             actions.append(CloseStep(client_id=client_id, next_step=self._step + 1, reason=reason))
@@ -187,25 +184,25 @@ class SharedGate:
         return actions + self._apply(now_s)
 
     def waiting_for(self) -> Sequence[str]:
-        return sorted(self._expected - set(self._asked)) if self._asked else []
+        return sorted(self._expected - self._asked) if self._asked else []
 
     def _elsewhere(self, client_id: str) -> CloseStep:
         return CloseStep(client_id=client_id, next_step=self._step, reason=f"the others are at step {self._step}")
 
     def _apply_if_complete(self, now_s: float) -> list[Action]:
-        return self._apply(now_s) if self._asked and self._expected <= set(self._asked) else []
+        return self._apply(now_s) if self._asked and self._expected <= self._asked else []
 
     def _apply(self, now_s: float) -> list[Action]:
-        members = tuple(sorted(self._asked.items()))
-        too_late = sorted(self._guests - set(self._asked))
-        self._asked, self._guests = {}, set()
+        client_ids = tuple(sorted(self._asked))
+        too_late = sorted(self._guests - self._asked)
+        self._asked, self._guests = set(), set()
         self._deadline_s = float("inf")
         self._step += 1
-        back = [client_id for client_id, _ in members if self._patience.made(client_id, now_s)]
+        back = [client_id for client_id in client_ids if self._patience.made(client_id, now_s)]
         self._expected |= set(back)
         return [
             *(self._elsewhere(client_id) for client_id in too_late),
-            Apply(members=members),
+            Apply(client_ids=client_ids),
             *(TakeBack(client_id=client_id) for client_id in back),
         ]
 
@@ -222,7 +219,8 @@ class SequentialGate:
         self._owner_step = 0
         self._is_open = False
         self._deadline_s = float("inf")
-        self._held: deque[tuple[str, Forward]] = deque()
+        self._held: dict[str, int] = {}
+        """The step of each client that waits for the turn, in the order in which they came."""
 
     def round_opened(self, trainers: Iterable[str], first_step: int) -> None:
         self._is_open = True
@@ -235,7 +233,7 @@ class SequentialGate:
     def sits_out(self, client_id: str) -> bool:
         return self._patience.is_out(client_id)
 
-    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
+    def forward(self, client_id: str, step: int, now_s: float) -> list[Action]:
         self._patience.begin(now_s)
         if not self._is_open:
             return []  # the round closed before it came
@@ -243,11 +241,11 @@ class SequentialGate:
         if self._owner != client_id and self.sits_out(client_id) and self._patience.may_return(client_id, now_s):
             actions.append(TakeBack(client_id=client_id))
         if self._owner not in (None, client_id):
-            self._held.append((client_id, message))
+            self._held.setdefault(client_id, step)
             return [*actions, *self._sent_away(client_id, now_s)]
         if self._owner is None:
-            self._take_turn(client_id, message, now_s)
-        return [*actions, Compute(client_id=client_id, message=message)]
+            self._take_turn(client_id, step, now_s)
+        return [*actions, Begin(client_id=client_id)]
 
     def _sent_away(self, client_id: str, now_s: float) -> list[Action]:
         """End the turn of an owner that sits out and had it only because nobody else wanted it."""
@@ -258,14 +256,14 @@ class SequentialGate:
     def _closed(self, reason: str) -> CloseStep:
         return CloseStep(client_id=self._owner or "", next_step=self._owner_step + 1, reason=reason)
 
-    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
+    def commit(self, client_id: str, now_s: float) -> list[Action]:
         if client_id != self._owner:
             return []  # the round closed before it came
         back = [TakeBack(client_id=client_id)] if self._patience.made(client_id, now_s) else []
-        return [Apply(members=((client_id, message),)), *back, *self._next_turn(now_s)]
+        return [Apply(client_ids=(client_id,)), *back, *self._next_turn(now_s)]
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
-        self._held = deque(held for held in self._held if held[0] != client_id)
+        self._held.pop(client_id, None)
         return self._next_turn(now_s) if self._owner == client_id else []
 
     def lost(self, client_id: str, now_s: float) -> list[Action]:
@@ -287,21 +285,19 @@ class SequentialGate:
     def waiting_for(self) -> Sequence[str]:
         return [self._owner] if self._owner and self._held else []
 
-    def _take_turn(self, client_id: str, message: Forward, now_s: float) -> None:
+    def _take_turn(self, client_id: str, step: int, now_s: float) -> None:
         self._owner = client_id
-        self._owner_step = message.step
+        self._owner_step = step
         self._deadline_s = now_s + self._step_timeout
 
     def _next_turn(self, now_s: float) -> list[Action]:
         self._owner = None
         if not self._held:
             return []
-        # whoever sits out comes when nobody else does
-        client_id, first = next((held for held in self._held if not self.sits_out(held[0])), self._held[0])
-        self._take_turn(client_id, first, now_s)
-        mine = [message for holder, message in self._held if holder == client_id]
-        self._held = deque(held for held in self._held if held[0] != client_id)
-        return [Compute(client_id=client_id, message=message) for message in mine]
+        # one that sits out comes when nobody else does
+        client_id = next((held for held in self._held if not self.sits_out(held)), next(iter(self._held)))
+        self._take_turn(client_id, self._held.pop(client_id), now_s)
+        return [Begin(client_id=client_id)]
 
 
 class FrozenGate:
@@ -316,11 +312,11 @@ class FrozenGate:
     def round_closed(self) -> None:
         self._is_open = False
 
-    def forward(self, client_id: str, message: Forward, now_s: float) -> list[Action]:
-        return [Compute(client_id=client_id, message=message)]
+    def forward(self, client_id: str, step: int, now_s: float) -> list[Action]:
+        return [Begin(client_id=client_id)]
 
-    def commit(self, client_id: str, message: Commit, now_s: float) -> list[Action]:
-        return [Apply(members=((client_id, message),))] if self._is_open else []  # the round closed before it came
+    def commit(self, client_id: str, now_s: float) -> list[Action]:
+        return [Apply(client_ids=(client_id,))] if self._is_open else []  # the round closed before it came
 
     def finished(self, client_id: str, now_s: float) -> list[Action]:
         return []

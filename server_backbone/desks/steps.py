@@ -1,13 +1,17 @@
-"""Training steps: micro-batches computed when the gate lets them, and commits applied and acknowledged."""
+"""Training steps: micro-batches computed when the gate lets them, and commits applied and acknowledged.
+
+The gate decides who begins. The messages stay here until then, so that a hidden state goes from its session to the
+queue and nowhere else.
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from server_backbone.compute.mishaps import Mishap
 from server_backbone.compute.worker import Contribution
 from server_backbone.deciding.blame import Stage
-from server_backbone.deciding.gates import Apply, CloseStep, Compute, Gate
+from server_backbone.deciding.gates import Apply, Begin, CloseStep, Gate
 from server_backbone.desks.desk import (
     NOTHING,
     CouldNot,
@@ -52,23 +56,31 @@ class Steps(Desk):
     mail: Mail
     metrics: MetricsLog
     history: History
+    _held: dict[str, list[work.Run]] = field(default_factory=dict, init=False)
+    """Micro-batches that the gate has not let begin, by client."""
+    _asked: dict[str, Commit] = field(default_factory=dict, init=False)
+    """Each client's last request to apply a step."""
 
     takes: ClassVar[tuple[type[Message], ...]] = (Forward, Backward, Commit, Discard)
     finishes: ClassVar[tuple[type[Work], ...]] = (work.Run, work.Decide)
-    carries: ClassVar[tuple[type[Effect], ...]] = (Compute, Apply, CloseStep, FinishedSteps)
+    carries: ClassVar[tuple[type[Effect], ...]] = (Begin, Apply, CloseStep, FinishedSteps)
 
     def receive(self, connection: Connection, message: Message, now_s: float) -> Effects:
         """Have a micro-batch computed, or a step committed or given up, when it is time."""
         member = connection.member
         match message:
             case Forward(step=0) | Backward():
-                self._compute(member, message)
+                self.queue.put(_run(member, message))
                 return [Evaluates(client_id=member.client_id)] if isinstance(message, Forward) else NOTHING
             case Forward():
-                return self.gate.forward(member.client_id, message, now_s)
+                self._held.setdefault(member.client_id, []).append(_run(member, message))
+                return self.gate.forward(member.client_id, message.step, now_s)
             case Commit():
                 excused = self._check_claims(member, message)
-                return self.gate.commit(member.client_id, message, now_s) if excused is None else excused
+                if excused is not None:
+                    return excused
+                self._asked[member.client_id] = message
+                return self.gate.commit(member.client_id, now_s)
             case Discard():
                 member.drop(unwanted_only=True)
                 self.queue.put(work.GiveUpStep(client_id=member.client_id, step=message.step))
@@ -78,13 +90,13 @@ class Steps(Desk):
     def carry_out(self, effect: Effect, now_s: float) -> Effects:
         """Do what the gate has decided."""
         match effect:
-            case Compute():
-                member = self.members[effect.client_id]
-                if member.connection is not None:
-                    self._compute(member, effect.message)
+            case Begin():
+                for run in self._held.pop(effect.client_id, ()):
+                    self.queue.put(run)
             case Apply():
-                contributions = [self._contribution(client_id, commit) for client_id, commit in effect.members]
-                self.queue.put(work.Decide(commits=effect.members, contributions=contributions))
+                commits = tuple((client_id, self._asked.pop(client_id)) for client_id in effect.client_ids)
+                contributions = [self._contribution(client_id, commit) for client_id, commit in commits]
+                self.queue.put(work.Decide(commits=commits, contributions=contributions))
                 # next on the queue, so ahead of any work of a later step: both sides take their steps at once
                 self.queue.put(work.ApplyStep(contributions=contributions))
             case CloseStep():
@@ -120,6 +132,7 @@ class Steps(Desk):
 
     def lost(self, member: Member, now_s: float) -> Effects:
         """Wait for no step of a member that is gone, or not for ever."""
+        self._held.pop(member.client_id, None)
         return self.gate.lost(member.client_id, now_s)
 
     def left(self, member: Member, now_s: float) -> Effects:
@@ -127,11 +140,14 @@ class Steps(Desk):
         return self.gate.finished(member.client_id, now_s)
 
     def ticked(self, now_s: float) -> Effects:
-        """Close steps that have taken too long."""
+        """Close steps that have taken too long, and forget micro-batches of steps that have ended."""
+        self._held = {client_id: self._awaited(client_id, runs) for client_id, runs in self._held.items()}
         return self.gate.ticked(now_s)
 
-    def _compute(self, member: Member, message: Forward | Backward) -> None:
-        self.queue.put(work.Run(ticket=member.ticket(message.request_id), message=message))
+    def _awaited(self, client_id: str, runs: list[work.Run]) -> list[work.Run]:
+        """Return the micro-batches that the client still waits for."""
+        session = self.members[client_id].session
+        return [run for run in runs if session.awaits(run.ticket.request_id)]
 
     def _answer(self, done: work.Run, reply: ForwardDone | BackwardDone) -> Effects:
         member = self.members[done.ticket.client_id]
@@ -216,6 +232,10 @@ class Steps(Desk):
                 raise
             return excused
         return None
+
+
+def _run(member: Member, message: Forward | Backward) -> work.Run:
+    return work.Run(ticket=member.ticket(message.request_id), message=message)
 
 
 def _stage_of(run: work.Run) -> Stage:

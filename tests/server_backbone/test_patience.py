@@ -2,9 +2,8 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_messages import commit, forward
 
-from server_backbone.deciding.gates import Apply, CloseStep, Compute, SequentialGate, SharedGate, SitOut, TakeBack
+from server_backbone.deciding.gates import Apply, Begin, CloseStep, SequentialGate, SharedGate, SitOut, TakeBack
 from server_backbone.deciding.patience import Patience
 
 
@@ -67,7 +66,7 @@ def shared() -> SharedGate:
 
 
 def missed(gate: SharedGate, step: int, now_s: float) -> list[object]:
-    gate.commit("a", commit(step), now_s)
+    gate.commit("a", now_s)
     return list(gate.ticked(now_s + 10.0))
 
 
@@ -77,26 +76,26 @@ def test_shared_goes_on_without_whom_it_has_waited_for_in_vain() -> None:
     assert [type(action) for action in first] == [CloseStep, Apply]
     second = missed(gate, 2, 10.0)
     assert [type(action) for action in second] == [CloseStep, SitOut, Apply]
-    assert [type(action) for action in gate.commit("a", commit(3), 20.0)] == [Apply]  # nobody waits
+    assert [type(action) for action in gate.commit("a", 20.0)] == [Apply]  # nobody waits
     assert gate.returned("b") == 4  # a new connection alone shows nothing
-    assert [type(action) for action in gate.commit("a", commit(4), 21.0)] == [Apply]
+    assert [type(action) for action in gate.commit("a", 21.0)] == [Apply]
 
 
 def test_shared_waits_again_for_who_begins_a_step_and_tells_it_where_the_others_are() -> None:
     gate = shared()
     missed(gate, 1, 0.0)
     missed(gate, 2, 10.0)
-    gate.commit("a", commit(3), 20.0)
-    back, where = gate.forward("b", forward(1, 3), 21.0)
+    gate.commit("a", 20.0)
+    back, where = gate.forward("b", 3, 21.0)
     assert back == TakeBack(client_id="b")
     assert isinstance(where, CloseStep)
     assert where.next_step == 4
-    (compute,) = gate.forward("b", forward(2, 4), 22.0)
-    assert isinstance(compute, Compute)
-    assert gate.commit("a", commit(4), 23.0) == []
-    (apply,) = gate.commit("b", commit(4), 24.0)
+    (compute,) = gate.forward("b", 4, 22.0)
+    assert isinstance(compute, Begin)
+    assert gate.commit("a", 23.0) == []
+    (apply,) = gate.commit("b", 24.0)
     assert isinstance(apply, Apply)
-    assert [name for name, _ in apply.members] == ["a", "b"]
+    assert list(apply.client_ids) == ["a", "b"]
 
 
 def test_shared_takes_a_guests_step_that_is_in_time_and_no_other() -> None:
@@ -104,21 +103,21 @@ def test_shared_takes_a_guests_step_that_is_in_time_and_no_other() -> None:
     gate = shared()
     missed(gate, 1, 0.0)
     missed(gate, 2, 10.0)
-    gate.forward("b", forward(1, 3), 20.5)  # waited for again
+    gate.forward("b", 3, 20.5)  # waited for again
     assert [type(action) for action in missed(gate, 3, 21.0)] == [CloseStep, SitOut, Apply]
-    (compute,) = gate.forward("b", forward(2, 4), 31.5)  # not again so soon
-    assert isinstance(compute, Compute)
-    closed, apply = gate.commit("a", commit(4), 32.0)
+    (compute,) = gate.forward("b", 4, 31.5)  # not again so soon
+    assert isinstance(compute, Begin)
+    closed, apply = gate.commit("a", 32.0)
     assert isinstance(closed, CloseStep)
     assert (closed.client_id, closed.next_step) == ("b", 5)
-    gate.forward("b", forward(3, 5), 32.5)
-    assert gate.commit("b", commit(5), 32.6) == []
-    (apply,) = gate.commit("a", commit(5), 32.7)
+    gate.forward("b", 5, 32.5)
+    assert gate.commit("b", 32.6) == []
+    (apply,) = gate.commit("a", 32.7)
     assert isinstance(apply, Apply)
-    assert len(apply.members) == 2
+    assert len(apply.client_ids) == 2
     assert gate.sits_out("b")
-    gate.commit("a", commit(6), 52.0)
-    back, _ = gate.forward("b", forward(4, 7), 52.1)
+    gate.commit("a", 52.0)
+    back, _ = gate.forward("b", 7, 52.1)
     assert back == TakeBack(client_id="b")
 
 
@@ -126,17 +125,17 @@ def test_a_turn_that_is_never_used_comes_last() -> None:
     gate = SequentialGate(10.0, 2)
     gate.round_opened(["a", "b"], 1)
     for number, now_s in enumerate((0.0, 11.0)):
-        gate.forward("b", forward(number + 1, number + 1), now_s)
-        gate.forward("a", forward(number + 1, number + 1), now_s + 0.5)
+        gate.forward("b", number + 1, now_s)
+        gate.forward("a", number + 1, now_s + 0.5)
         ended = gate.ticked(now_s + 10.0)
-        gate.commit("a", commit(number + 1), now_s + 10.5)
-    assert [type(action) for action in ended] == [CloseStep, SitOut, Compute]
-    assert [type(action) for action in gate.forward("b", forward(3, 3), 22.0)] == [TakeBack, Compute]
-    gate.forward("a", forward(3, 3), 22.5)
-    assert [type(action) for action in gate.ticked(32.0)] == [CloseStep, SitOut, Compute]
-    gate.commit("a", commit(3), 32.1)
-    assert [type(action) for action in gate.forward("b", forward(4, 4), 32.2)] == [Compute]  # nobody wants the turn
-    closed, compute = gate.forward("a", forward(4, 4), 32.3)  # now somebody does
+        gate.commit("a", now_s + 10.5)
+    assert [type(action) for action in ended] == [CloseStep, SitOut, Begin]
+    assert [type(action) for action in gate.forward("b", 3, 22.0)] == [TakeBack, Begin]
+    gate.forward("a", 3, 22.5)
+    assert [type(action) for action in gate.ticked(32.0)] == [CloseStep, SitOut, Begin]
+    gate.commit("a", 32.1)
+    assert [type(action) for action in gate.forward("b", 4, 32.2)] == [Begin]  # nobody wants the turn
+    closed, compute = gate.forward("a", 4, 32.3)  # now somebody does
     assert isinstance(closed, CloseStep)
-    assert isinstance(compute, Compute)
+    assert isinstance(compute, Begin)
     assert (closed.client_id, compute.client_id) == ("b", "a")
