@@ -59,17 +59,17 @@ _TWICE = """
 import os, random, sys
 from pathlib import Path
 from client_edge.command import Client
-from client_edge.link.link import Link
+from client_edge.connection.connection import Connection
 from splitfl.command_line import run_one
 from splitfl.protocol.messages import Commit
-draw, count, send = random.Random(f"{sys.argv.pop(1)} {os.getpid()}"), Path(sys.argv.pop(1)), Link._send
+draw, count, send = random.Random(f"{sys.argv.pop(1)} {os.getpid()}"), Path(sys.argv.pop(1)), Connection.send
 def twice(self, message):
     send(self, message)
     if isinstance(message, Commit) and draw.random() < 0.2:
         send(self, message)
         with count.open("a") as file:
             file.write("x")
-Link._send = twice
+Connection.send = twice
 sys.exit(run_one("client", Client(), sys.argv[1:]))
 """
 

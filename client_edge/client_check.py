@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from client_edge.connection.connection import Connection
 from client_edge.consent.consent import Consent, sentences_of
 from client_edge.consent.gate import OpenGate, folder_of
 from client_edge.consent.policy import check_policy
+from client_edge.link.files import Files
 from client_edge.link.link import Link
 from client_edge.link.received import fetch_description
 from client_edge.screen import screen
@@ -34,43 +36,43 @@ def check_client(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield Finding(topic="config", sentences=(f"{path} is a client's: {config.client.client_id}.",))
     check_files(config)
     yield Finding(topic="files", sentences=(f"{config.data.path} can be read, and so can the held-out files.",))
-    link = Link(config.client, OpenGate(config.client, config.policy), tell=_tell, is_patient=False)
-    link.leaving = "has only looked (splitfl check)"
+    connection = Connection(config.client, OpenGate(config.client, config.policy), tell=_tell, is_patient=False)
+    connection.leaving = "has only looked (splitfl check)"
     try:
-        yield _server(link)
-        yield _consent(link, config)
-        check_policy(config.policy, link.run, link.welcome)
-        yield _policy(link, config)
-        yield _way(link)
+        yield _server(connection)
+        yield _consent(connection, config)
+        check_policy(config.policy, connection.run, connection.welcome)
+        yield _policy(Files(connection), config)
+        yield _way(Link(connection))
         with tempfile.TemporaryDirectory() as folder:
-            directory = fetch_description(link, config.client, Path(folder))
-            text = read_text(config, link.run, directory)
-            yield _data(text, link.run, config.client)
-            yield evaluations_of(link.run, _evaluation_work(text))
-            cut = foreign_cut(directory, link.run)
+            directory = fetch_description(Files(connection), config.client, Path(folder))
+            text = read_text(config, connection.run, directory)
+            yield _data(text, connection.run, config.client)
+            yield evaluations_of(connection.run, _evaluation_work(text))
+            cut = foreign_cut(directory, connection.run)
     finally:
-        link.close()
-    yield steps_of(link.run)
-    yield wire_of(link.run, terms_of(link.run, cut))
-    yield memory_of(Part.of(cut, "client", link.run.optimizer), "This client holds", topic="memory")
+        connection.close()
+    yield steps_of(connection.run)
+    yield wire_of(connection.run, terms_of(connection.run, cut))
+    yield memory_of(Part.of(cut, "client", connection.run.optimizer), "This client holds", topic="memory")
 
 
 def _tell(text: str) -> None:
     screen().print(text, markup=False, highlight=False)
 
 
-def _server(link: Link) -> Finding:
-    welcome = link.welcome
+def _server(connection: Connection) -> Finding:
+    welcome = connection.welcome
     layers = welcome.file_sizes[welcome.file_names.index(WEIGHTS_FILE)]
-    encrypted = "encrypted" if link.is_encrypted else "not encrypted, on this machine alone"
+    encrypted = "encrypted" if connection.is_encrypted else "not encrypted, on this machine alone"
     return Finding(
         topic="server",
         sentences=(
-            f"{link.address} answers ({encrypted}): run {welcome.run_id}, model"
-            f" {link.run.model.model_name_or_path}, {link.run.federation.server_mode}.",
+            f"{connection.address} answers ({encrypted}): run {welcome.run_id}, model"
+            f" {connection.run.model.model_name_or_path}, {connection.run.federation.server_mode}.",
             f"The layers that a client holds are {format_bytes(layers)}, fetched once.",
         ),
-        numbers={"run_id": welcome.run_id, "address": link.address, "bytes_of_layers": layers},
+        numbers={"run_id": welcome.run_id, "address": connection.address, "bytes_of_layers": layers},
     )
 
 
@@ -83,20 +85,20 @@ def _way(link: Link) -> Finding:
     )
 
 
-def _consent(link: Link, config: ClientConfig) -> Finding:
+def _consent(connection: Connection, config: ClientConfig) -> Finding:
     asked = Consent.asked_for(
-        link.run,
-        run_id=link.welcome.run_id,
+        connection.run,
+        run_id=connection.welcome.run_id,
         client_id=config.client.client_id,
-        address=link.address,
-        server_key=link.server_key,
+        address=connection.address,
+        server_key=connection.server_key,
     )
-    before = Consent.read(folder_of(config.client, link.welcome.run_id))
+    before = Consent.read(folder_of(config.client, connection.welcome.run_id))
     is_covered = before is not None and before.covers(asked)
     said = f"It was accepted at {before.agreed_at} ({before.how})." if before and is_covered else _NOT_YET
     return Finding(
         topic="consent",
-        sentences=(*sentences_of(asked, link.run, None if is_covered else before), said),
+        sentences=(*sentences_of(asked, connection.run, None if is_covered else before), said),
         numbers={"fingerprint": asked.fingerprint, "accepted": is_covered},
     )
 
@@ -104,8 +106,8 @@ def _consent(link: Link, config: ClientConfig) -> Finding:
 _NOT_YET = "Nobody has accepted this yet: `splitfl client` asks on a terminal, and needs --accept without one."
 
 
-def _policy(link: Link, config: ClientConfig) -> Finding:
-    digest = link.digest_of(WEIGHTS_FILE)
+def _policy(files: Files, config: ClientConfig) -> Finding:
+    digest = files.digest_of(WEIGHTS_FILE)
     pinned = config.policy.known_weights
     said = "policy.known_weights compares them when joining" if pinned else "policy.known_weights can pin them"
     return Finding(

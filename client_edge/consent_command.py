@@ -103,22 +103,22 @@ def _withdraw(config: "ClientConfig", folder: Path, consent: "Consent", *, as_js
 
 def _tell(config: "ClientConfig", consent: "Consent") -> str:
     """Tell the server; return why it could not be told, "" if it was."""
+    from client_edge.connection.connection import Connection
     from client_edge.consent.gate import OpenGate
-    from client_edge.link.link import Link
     from splitfl.errors import SplitflError
 
     client = config.client.model_copy(update={"connect_timeout": min(_TELLING_S, config.client.connect_timeout)})
     try:
-        link = Link(client, OpenGate(client, config.policy), tell=lambda _: None, is_patient=False)
+        connection = Connection(client, OpenGate(client, config.policy), tell=lambda _: None, is_patient=False)
     except SplitflError as error:
         return str(error)
     try:
-        if link.welcome.run_id != consent.run_id:
-            link.leaving = "has only looked"
-            return f"{link.address} now serves run {link.welcome.run_id}"
-        link.take_leave("withdrew its consent")
+        if connection.welcome.run_id != consent.run_id:
+            connection.leaving = "has only looked"
+            return f"{connection.address} now serves run {connection.welcome.run_id}"
+        connection.take_leave("withdrew its consent")
     except SplitflError as error:
         return str(error)
     finally:
-        link.close()
+        connection.close()
     return ""

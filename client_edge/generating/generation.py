@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from client_edge.link.link import Link
+from client_edge.connection.connection import Connection
 from splitfl.errors import ModelError, Refused, TransportError
 from splitfl.models.far_cache import lengths_of
+from splitfl.protocol.messages import Declined, ForwardDone
 from splitfl.session.client_session import ClientSession
 
 T = TypeVar("T")
@@ -24,9 +25,9 @@ T = TypeVar("T")
 class FarGenerator:
     """The backbone of a server, for generating only: one generation at a time, from any thread."""
 
-    def __init__(self, link: Link, call: Callable[[Callable[[], T]], T] = lambda work: work()) -> None:
-        """Take a link that has resumed, and how to run what uses it, where it must not be in the caller's thread."""
-        self._link = link
+    def __init__(self, connection: Connection, call: Callable[[Callable[[], T]], T] = lambda work: work()) -> None:
+        """Take a connection that has resumed, and how to run what uses it where the caller's thread may not."""
+        self._connection = connection
         self._call: Callable[[Callable[[], Any]], Any] = call
         self._busy = threading.Lock()
         self._under_way: dict[int, threading.Thread] = {}
@@ -52,8 +53,8 @@ class FarGenerator:
         return FarCacheOfServer(self, adapters_off=adapters_off)
 
     @contextmanager
-    def alone(self) -> Iterator[Link]:
-        """Lend the link to the one thread that generates; raise `ModelError` for a second one."""
+    def alone(self) -> Iterator[Connection]:
+        """Lend the connection to the one thread that generates; raise `ModelError` for a second one."""
         others = [thread for thread in self._under_way.values() if thread is not threading.current_thread()]
         if any(thread.is_alive() for thread in others) or not self._busy.acquire(blocking=False):
             raise ModelError(
@@ -62,12 +63,12 @@ class FarGenerator:
             )
         try:
             self._end_caches()
-            yield self._link
+            yield self._connection
         finally:
             self._busy.release()
 
     def ask(self, work: Callable[[], Tensor]) -> Tensor:
-        """Do what uses the link, where that is to be done."""
+        """Do what uses the connection, where that is to be done."""
         answer_BSD: Tensor = self._call(work)
         return answer_BSD
 
@@ -76,7 +77,7 @@ class FarGenerator:
         self._under_way[cache_id] = threading.current_thread()
 
     def ended(self, session: ClientSession, cache_id: int) -> None:
-        """Have a cache freed: now if nobody uses the link, else before the next positions.
+        """Have a cache freed: now if nobody uses the connection, else before the next positions.
 
         A generation's end is the end of an object, which may come at any moment and in any thread.
         """
@@ -91,9 +92,9 @@ class FarGenerator:
     def _end_caches(self) -> None:
         while self._to_end:
             session, cache_id = self._to_end.popleft()
-            if session is self._link.session and not self._link.is_closed:
+            if session is self._connection.session and not self._connection.is_closed:
                 with suppress(TransportError):  # a connection that is lost takes its caches with it
-                    self._call(partial(self._link.end_cache, cache_id))
+                    self._call(partial(self._connection.send, session.end_cache(cache_id)))
 
 
 class FarCacheOfServer:
@@ -107,25 +108,39 @@ class FarCacheOfServer:
 
     def decode(self, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]) -> Tensor:
         """Run new positions: one round trip, or several for a prompt that is too long for one message."""
-        with self._far.alone() as link:
+        with self._far.alone() as connection:
             if self._session is None:
-                self._session, self._id = link.session, link.session.new_cache()
+                self._session, self._id = connection.session, connection.session.new_cache()
                 self._far.began(self._id)
-            if self._session is not link.session:
+            if self._session is not connection.session:
                 raise Refused(
                     "the session in which this generation began has ended, and its cache with it: begin it anew"
                 )
-            most = max(1, link.session.terms.max_new_positions // hidden_BSD.shape[0])
+            most = max(1, connection.session.terms.max_new_positions // hidden_BSD.shape[0])
             got: list[Tensor] = []
             left_B = lengths_B
             for piece_BSD in hidden_BSD.detach().split(most, dim=1):
                 num_later = hidden_BSD.shape[1] - sum(part.shape[1] for part in got) - piece_BSD.shape[1]
                 now_B = tuple(max(0, left - num_later) for left in left_B)
                 beams = () if got else beams_B
-                ask = partial(link.decode, self._id, piece_BSD, now_B, beams, adapters_off=self._adapters_off)
+                ask = partial(self._decode, connection, piece_BSD, now_B, beams)
                 got.append(self._far.ask(ask))
                 left_B = tuple(left - now for left, now in zip(left_B, now_B, strict=True))
         return torch.cat(got, dim=1).to(hidden_BSD.device)
+
+    def _decode(
+        self, connection: Connection, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
+    ) -> Tensor:
+        """Return the backbone's activations of new positions; raise `Refused` when the server declines."""
+        frames = connection.described(hidden_BSD)
+        connection.send(
+            connection.session.decode(self._id, frames, lengths_B, beams_B, adapters_off=self._adapters_off)
+        )
+        match connection.answer("the next token", ForwardDone, Declined):
+            case ForwardDone(hidden_BSD=answer_BSD):
+                return connection.realised(answer_BSD)
+            case Declined(reason=reason):
+                raise Refused(f"{connection.address} declined: {reason}")
 
     def end(self) -> None:
         """Free the cache."""

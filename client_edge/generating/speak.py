@@ -11,9 +11,10 @@ import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from client_edge.connection.connection import Connection
 from client_edge.consent.gate import Gate, answers_for, folder_of
 from client_edge.generating.generation import FarGenerator
-from client_edge.link.link import Link
+from client_edge.link.files import Files
 from client_edge.link.received import fetch_description, fetch_layers
 from client_edge.screen import screen
 from splitfl.config.trees import ClientConfig
@@ -21,6 +22,7 @@ from splitfl.durability.disk import make_private_dir
 from splitfl.errors import DataError, ModelError
 from splitfl.models.cut import Cut
 from splitfl.models.foreign import foreign_tokenizer
+from splitfl.session.client_session import ClientSession
 from splitfl.training.device import open_device
 from splitfl.training.terms import merged_layers, terms_of
 
@@ -34,7 +36,7 @@ class Speaker:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    link: Link
+    connection: Connection
 
     def reply(self, prompt: str, how: Mapping[str, Any], streamer: BaseStreamer | None = None) -> str:
         """Return what the model says after a prompt; `how` are arguments of `generate`, and a `seed`."""
@@ -135,31 +137,34 @@ def speaker(config: ClientConfig, *, accept: bool | str = False) -> Iterator[Spe
     if client.num_threads:
         torch.set_num_threads(client.num_threads)
     device = open_device(client.device, "client.device")
-    link = Link(client, Gate(client, config.policy, answers_for(accept, _tell)))
-    link.leaving = "generated"
+    connection = Connection(client, Gate(client, config.policy, answers_for(accept, _tell)))
+    connection.leaving = "generated"
     try:
-        folder = folder_of(client, link.welcome.run_id)
+        folder = folder_of(client, connection.welcome.run_id)
         make_private_dir(folder)
-        directory = fetch_description(link, client, folder)
-        cut = fetch_layers(link, client, directory, device)
-        link.agree(lambda run: terms_of(run, cut))
-        _take_merged_layers(link, cut)
+        files = Files(connection)
+        directory = fetch_description(files, client, folder)
+        cut = fetch_layers(files, client, directory, device)
+        connection.agree(lambda run: ClientSession(terms_of(run, cut)))
+        _take_merged_layers(connection, cut)
         tokenizer = foreign_tokenizer(directory)
-        yield Speaker(model=cut.client_model(FarGenerator(link)).eval(), tokenizer=tokenizer, link=link)
+        yield Speaker(
+            model=cut.client_model(FarGenerator(connection)).eval(), tokenizer=tokenizer, connection=connection
+        )
     finally:
-        link.close()
+        connection.close()
 
 
 def _tell(text: str) -> None:
     screen().print(text, markup=False, highlight=False)
 
 
-def _take_merged_layers(link: Link, cut: Cut) -> None:
-    resumed = link.resume(held_round=0, step=0, commit_number=0, pending_step=0)
+def _take_merged_layers(connection: Connection, cut: Cut) -> None:
+    resumed = connection.resume(held_round=0, step=0, commit_number=0, pending_step=0)
     if not resumed.layers:
         return
-    merged = merged_layers(link.run, cut)
-    layers = link.realise(resumed.layers[: len(merged)])  # controls may come behind them
+    merged = merged_layers(connection.run, cut)
+    layers = [connection.realised(layer) for layer in resumed.layers[: len(merged)]]  # controls may come behind them
     with torch.no_grad():
         for parameter, layer in zip(merged.values(), layers, strict=True):
             parameter.copy_(layer)

@@ -1,1 +1,1 @@
-"""The way to the server: connections, files, and what comes back over them."""
+"""What a client asks of a server: files of the welcome, and steps and rounds of the training."""

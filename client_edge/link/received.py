@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from client_edge.consent.policy import check_known
-from client_edge.link.link import Link
+from client_edge.link.files import Files
 from client_edge.link.local_copy import digest_of_local_copy, take_from_local_copy
 from splitfl.config.own import ClientSection, default_cache_dir
 from splitfl.models.checkpoint import TensorFile
@@ -18,13 +18,13 @@ from splitfl.models.origin import DESCRIPTION_FILES
 from splitfl.models.source import ADAPTERS_FILE, WEIGHTS_FILE, Weights, weights_of
 
 
-def fetch_description(link: Link, client: ClientSection, folder: Path) -> Path:
+def fetch_description(files: Files, client: ClientSection, folder: Path) -> Path:
     """Bring the model's config and the tokenizer into a folder of this run."""
     directory = folder / "model"
     directory.mkdir(parents=True, exist_ok=True)
     for name in DESCRIPTION_FILES:  # our names, whatever else the server may offer
-        if name in link.welcome.file_names:
-            shutil.copyfile(link.fetch(name, _cache_dir(client)), directory / name)
+        if files.has(name):
+            shutil.copyfile(files.fetch(name, _cache_dir(client)), directory / name)
         else:
             (directory / name).unlink(missing_ok=True)  # of an earlier start
     check_description(directory)
@@ -32,7 +32,7 @@ def fetch_description(link: Link, client: ClientSection, folder: Path) -> Path:
 
 
 def fetch_layers(
-    link: Link,
+    files: Files,
     client: ClientSection,
     directory: Path,
     device: torch.device,
@@ -43,12 +43,11 @@ def fetch_layers(
 
     `tell` gets a sentence on what became of the copy.
     """
-    run = link.run
-    cut = foreign_cut(directory, run)
-    path, own = link.place_of(WEIGHTS_FILE, _cache_dir(client)), client.cache_dir or default_cache_dir()
+    cut = foreign_cut(directory, files.connection.run)
+    path, own = files.place_of(WEIGHTS_FILE, _cache_dir(client)), client.cache_dir or default_cache_dir()
     if client.model_name_or_path:
         tell(take_from_local_copy(client.model_name_or_path, cut, path, cache_dir=own))
-    weights = _weights(link, client, cut)
+    weights = _weights(files, client, cut)
 
     def read(names: Sequence[str], values: Tensor) -> None:
         weights.read(names, values)
@@ -58,9 +57,9 @@ def fetch_layers(
     return cut
 
 
-def first_layers(link: Link, client: ClientSection, cut: Cut) -> dict[str, Tensor]:
+def first_layers(files: Files, client: ClientSection, cut: Cut) -> dict[str, Tensor]:
     """Return what trains here as it is before the first step, by its name in the whole model."""
-    weights, known_as = _weights(link, client, cut), cut.tensors_of("client")
+    weights, known_as = _weights(files, client, cut), cut.tensors_of("client")
     found = {}
     for name, parameter in cut.trainable("client").items():
         found[name] = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -68,18 +67,18 @@ def first_layers(link: Link, client: ClientSection, cut: Cut) -> dict[str, Tenso
     return found
 
 
-def _weights(link: Link, client: ClientSection, cut: Cut) -> Weights:
+def _weights(files: Files, client: ClientSection, cut: Cut) -> Weights:
     """Open the files of the welcome, which are had from the server where they are not here."""
-    weights_file = link.fetch(WEIGHTS_FILE, _cache_dir(client))
+    weights_file = files.fetch(WEIGHTS_FILE, _cache_dir(client))
     later: TensorFile | None = None
-    if ADAPTERS_FILE in link.welcome.file_names:
-        later = TensorFile(link.fetch(ADAPTERS_FILE, _cache_dir(client)))
-    weights = weights_of([weights_file], cut, seed=link.run.seed, later=later)
+    if files.has(ADAPTERS_FILE):
+        later = TensorFile(files.fetch(ADAPTERS_FILE, _cache_dir(client)))
+    weights = weights_of([weights_file], cut, seed=files.connection.run.seed, later=later)
     check_fits(cut, weights, later.entries if later is not None else {})
     own = client.cache_dir or default_cache_dir()
     check_known(
-        link.gate.policy,
-        link.digest_of(WEIGHTS_FILE),
+        files.connection.gate.policy,
+        files.digest_of(WEIGHTS_FILE),
         lambda: digest_of_local_copy(client.model_name_or_path, cut, cache_dir=own),
         later,
     )

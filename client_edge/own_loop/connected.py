@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from client_edge.connection.connection import Connection
 from client_edge.consent.consent import Answer
 from client_edge.consent.gate import Gate, accepts_with, folder_of, says_why
+from client_edge.link.files import Files
 from client_edge.link.received import fetch_description, fetch_layers
 from client_edge.loops import Loop, check_loop
 from client_edge.own_loop.far import FarBlocksOfServer, ServerStandIn
@@ -27,6 +29,7 @@ from splitfl.models.cut import Cut
 from splitfl.models.deferred import defer_logits
 from splitfl.models.loss import IGNORED_LABEL
 from splitfl.models.packing import check_packing
+from splitfl.session.own_loop import OwnLoopClientSession
 from splitfl.training.device import open_device
 from splitfl.training.terms import terms_of
 
@@ -71,14 +74,15 @@ def connect(
     with ExitStack() as undo:
         thread = OwnerThread("far-backbone")
         undo.callback(thread.end)
-        link = thread.call(lambda: _join(own, answer))
-        undo.callback(thread.call, link.close)
-        folder = folder_of(client, link.welcome.run_id)
+        connection = thread.call(lambda: _join(own, answer))
+        undo.callback(thread.call, connection.close)
+        folder = folder_of(client, connection.welcome.run_id)
         make_private_dir(folder)
-        directory = thread.call(lambda: fetch_description(link, client, folder))
-        cut = thread.call(lambda: fetch_layers(link, client, directory, device))
-        thread.call(lambda: link.agree(lambda run: terms_of(run, cut)))
-        model = _model_around(cut, link, thread, link.session.terms.dtype)
+        files = Files(connection)
+        directory = thread.call(lambda: fetch_description(files, client, folder))
+        cut = thread.call(lambda: fetch_layers(files, client, directory, device))
+        thread.call(lambda: connection.agree(lambda run: OwnLoopClientSession(terms_of(run, cut))))
+        model = _model_around(cut, OwnLoopLink(connection), thread)
         undo.pop_all()
     model.config._name_or_path = model.name_or_path = str(directory)
     return model
@@ -111,23 +115,24 @@ def _settings(
     return own
 
 
-def _join(own: ClientConfig, answer: Answer) -> OwnLoopLink:
-    link = OwnLoopLink(own.client, Gate(own.client, own.policy, answer))
-    link.leaving = "disconnected"
+def _join(own: ClientConfig, answer: Answer) -> Connection:
+    connection = Connection(own.client, Gate(own.client, own.policy, answer))
+    connection.leaving = "disconnected"
     try:
-        check_loop(link.run, link.address, Loop.OWN)
+        check_loop(connection.run, connection.address, Loop.OWN)
     except ConfigError:
-        link.close()
+        connection.close()
         raise
-    return link
+    return connection
 
 
-def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread, dtype: str) -> PreTrainedModel:
+def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread) -> PreTrainedModel:
+    run, dtype = link.connection.run, link.session.terms.dtype
     backbone = FarBackbone(link, thread)
     proxies = Proxies(cut.trainable("server"))
-    far = FarBlocksOfServer(backbone, proxies, dtype, check_packing=lambda: _check_packing(cut, link.run))
+    far = FarBlocksOfServer(backbone, proxies, dtype, check_packing=lambda: _check_packing(cut, run))
     model = cut.client_model(far, ServerStandIn)
-    head = cut.top().deferrable_head() if link.run.train.loss == "chunked" else None
+    head = cut.top().deferrable_head() if run.train.loss == "chunked" else None
     if head is not None:
         defer_logits(model, head)
     zero_grad_of = weakref.WeakMethod(model.zero_grad)  # the model holds the backbone, not the other way round

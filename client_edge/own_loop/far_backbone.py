@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from client_edge.connection.endings import StepClosed
 from client_edge.generating.generation import FarGenerator
-from client_edge.link.link import StepClosed
 from client_edge.own_loop.own_link import OwnLoopLink, Rows
 from client_edge.own_loop.owner_thread import OwnerThread
 from splitfl.config.trees import RunConfig
@@ -65,9 +65,9 @@ class FarBackbone:
 
     def __init__(self, link: OwnLoopLink, thread: OwnerThread) -> None:
         """Take a link that was made in `thread`."""
-        self._link = link
+        self._link, self._connection = link, link.connection
         self._thread = thread
-        self.generator = FarGenerator(link, self._do)
+        self.generator = FarGenerator(link.connection, self._do)
         """Generates with the same blocks; what is kept for it is gone when the connection is lost."""
         self.on_refused: Callable[[], None] = lambda: None
         """Called to forget this side's gradients of a step that is applied on neither."""
@@ -85,7 +85,7 @@ class FarBackbone:
     @property
     def run(self) -> RunConfig:
         """The run's settings, as the server has them now."""
-        return self._link.run
+        return self._connection.run
 
     @property
     def has_gradients(self) -> bool:
@@ -158,7 +158,7 @@ class FarBackbone:
         """Leave; twice is fine."""
         if not self._is_closed:
             self._is_closed = True
-            self._thread.end(self._link.close)
+            self._thread.end(self._connection.close)
 
     def _do(self, work: Callable[[], T]) -> T:
         if self._is_closed:
@@ -264,12 +264,12 @@ class FarBackbone:
 
     def _begin_again(self, sent: Sequence[_Sent]) -> None:
         """Give the step up on the server, and send these of its messages again as the next one."""
-        given_up, session = self._step, self._link.welcome.session
+        given_up, session = self._step, self._connection.welcome.session
         self._begin_step(given_up + 1)
         self._sent = list(sent)
 
         def ask() -> None:
-            if self._link.welcome.session == session:  # else a new connection has done it
+            if self._connection.welcome.session == session:  # else a new connection has done it
                 self._link.discard(given_up)
                 self._send_again()
 
@@ -298,7 +298,7 @@ class FarBackbone:
                 self._lose_step(closed.refusal.reason, closed.refusal.next_step)
                 self._check_refusal()
             except PeerGone as gone:
-                self._link.reconnect(gone, resume_at=self._step)
+                self._connection.reconnect(gone, resume_at=self._step)
                 is_lost = True
 
     def _begin(self) -> None:
@@ -307,7 +307,7 @@ class FarBackbone:
         self._step = max(self._step, resumed.next_step)
 
     def _resume(self) -> Resumed:
-        return self._link.resume(
+        return self._connection.resume(
             held_round=0, step=self._applied_step, commit_number=self._commit_number, pending_step=self._pending_step
         )
 

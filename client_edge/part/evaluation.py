@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
 from client_edge.layers.edge import Edge, Scored
-from client_edge.link.link import Link
+from client_edge.link.link import Activations, Link
 from client_edge.part.scores import accuracy, exact_match, macro_f1, rouge_l
 from client_edge.text.batches import Batch, collate, eval_batches
 from client_edge.text.encoding import Tokenizer
@@ -91,10 +91,10 @@ def _scored(edge: Edge, link: Link, batches: Iterable[Batch]) -> Iterator[tuple[
     under_way: dict[int, Batch] = {}
 
     def take_one() -> Iterator[tuple[Batch, Scored]]:
-        request_id, hidden_BSD, _ = link.receive()
-        if hidden_BSD is not None:
-            batch = under_way.pop(request_id)
-            yield batch, edge.evaluate_top(batch, hidden_BSD)
+        answer = link.receive()
+        if isinstance(answer, Activations):
+            batch = under_way.pop(answer.request_id)
+            yield batch, edge.evaluate_top(batch, answer.hidden_BSD)
 
     for batch in batches:
         if not link.session.has_credit:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from client_edge.connection.endings import RoundClosed, StepClosed
 from client_edge.layers.edge import Edge, MicroBatch
-from client_edge.link.link import Link, RoundClosed, StepClosed
+from client_edge.link.link import Activations, Gradient, Link
 from client_edge.part.journal import Journal
 from client_edge.text.batches import Batch, TrainBatches
 from splitfl.protocol.messages import Merged, RoundOpened, RoundsEnded
@@ -67,7 +68,7 @@ def train(
     edge: Edge, link: Link, journal: Journal, batches: TrainBatches, *, num_examples: int, observer: Observer
 ) -> None:
     """Train this client's layers around the remote backbone until the run's last round."""
-    while not link.is_parting:
+    while not link.session.is_parting:
         # wait for the others, take over layers we may have missed
         round_ = link.session.open_round
         if round_ is None:
@@ -140,7 +141,7 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
     while to_send or under_way:
         # forward here, as far ahead as the server lets us
         while to_send and link.session.has_credit:
-            link.stop.check()  # nothing is half done between two micro-batches
+            link.connection.stop.check()  # nothing is half done between two micro-batches
             number, batch = to_send.pop(0)
             micro_batch = edge.bottom_forward(batch, step=step, number=number)
             request_id = link.send_forward(micro_batch.hidden_BSD.detach(), batch.layout, step=step, micro_batch=number)
@@ -150,18 +151,18 @@ def train_step(edge: Edge, link: Link, journal: Journal, batches: Sequence[Batch
         edge.catch_up()
 
         # whatever comes back next: activations to take the loss of, or a gradient to finish with
-        request_id, tensor, is_gradient = link.receive()
-        micro_batch = under_way[request_id]
-        if tensor is not None and not is_gradient:
-            share, gradient_BSD = edge.top_loss_and_backward(
-                micro_batch, tensor, step=step, num_label_tokens=num_label_tokens
-            )
-            loss += share
-            if link.session.terms.needs_backward:
-                link.send_backward(request_id, gradient_BSD)
-                continue
-            tensor = None
-        edge.bottom_backward(under_way.pop(request_id), tensor)
+        match link.receive():
+            case Activations(request_id=request_id, hidden_BSD=hidden_BSD):
+                share, gradient_BSD = edge.top_loss_and_backward(
+                    under_way[request_id], hidden_BSD, step=step, num_label_tokens=num_label_tokens
+                )
+                loss += share
+                if link.session.terms.needs_backward:
+                    link.send_backward(request_id, gradient_BSD)
+                else:
+                    edge.bottom_backward(under_way.pop(request_id), None)
+            case Gradient(request_id=request_id, gradient_BSD=back_BSD):
+                edge.bottom_backward(under_way.pop(request_id), back_BSD)
 
     # all that is done to gradients before their norms are taken
     edge.finish_gradients(step)

@@ -12,10 +12,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from client_edge.connection.connection import Connection
+from client_edge.connection.endings import ServerStops
 from client_edge.consent.gate import Gate, answers_for, folder_of
 from client_edge.generating.generation import FarGenerator
 from client_edge.layers.edge import Edge
-from client_edge.link.link import Link, ServerStops
+from client_edge.link.files import Files
+from client_edge.link.link import Link
 from client_edge.link.received import fetch_description, fetch_layers, first_layers
 from client_edge.loops import Loop, check_loop
 from client_edge.part.evaluation import Answerer, Evaluator
@@ -41,6 +44,7 @@ from splitfl.errors import (
 )
 from splitfl.protocol.messages import Merged, Resumed, RoundOpened, RoundsEnded, Why
 from splitfl.reporting.display import Display
+from splitfl.session.client_session import ClientSession
 from splitfl.stopping import Stopped, StopRequest
 from splitfl.telemetry.history import History
 from splitfl.telemetry.measures import ALSO, event_of
@@ -71,12 +75,12 @@ def take_part(
             _say(console, config, text)
 
         gate = Gate(config.client, config.policy, answers_for(accept, tell))
-        link = stack.enter_context(_joined(config, gate, stop, tell=tell))
-        link.on_lost = lambda text: _say(console, config, text)
-        run = link.run
-        check_loop(run, link.address, Loop.OF_ROUNDS)
-        folder = folder_of(config.client, link.welcome.run_id)
-        _say(console, config, f"joined run {link.welcome.run_id} at {link.address}")
+        connection = stack.enter_context(_joined(config, gate, stop, tell=tell))
+        connection.on_lost = lambda text: _say(console, config, text)
+        run = connection.run
+        check_loop(run, connection.address, Loop.OF_ROUNDS)
+        folder = folder_of(config.client, connection.welcome.run_id)
+        _say(console, config, f"joined run {connection.welcome.run_id} at {connection.address}")
         make_private_dir(folder)
         storage = run.storage
         if not resumes:
@@ -91,9 +95,11 @@ def take_part(
                 keep=storage.keep_snapshots,
             )
         )
-        directory = fetch_description(link, config.client, folder)
-        cut = fetch_layers(link, config.client, directory, device, tell=lambda text: _say(console, config, text))
-        link.agree(lambda settings: terms_of(settings, cut))
+        files = Files(connection)
+        directory = fetch_description(files, config.client, folder)
+        cut = fetch_layers(files, config.client, directory, device, tell=lambda text: _say(console, config, text))
+        connection.agree(lambda settings: ClientSession(terms_of(settings, cut)))
+        link = Link(connection)
         text = read_text(config, run, directory)
         _say(console, config, describe(text, run))
         edge = Edge(cut, run, config.client.client_id, device)
@@ -118,11 +124,12 @@ def take_part(
             metrics.emit("note", text=note)
         answerer, max_rows = None, config.client.micro_batch_rows
         if text.exam.to_answer:
-            answerer = Answerer(edge.model(FarGenerator(link)), text.tokenizer, run, max_rows=max_rows)
+            answerer = Answerer(edge.model(FarGenerator(connection)), text.tokenizer, run, max_rows=max_rows)
         evaluator = Evaluator(run, edge, link, text.exam, answerer, max_rows=max_rows)
         part = Participation(
             config,
             link,
+            files,
             edge,
             journal,
             text,
@@ -130,7 +137,7 @@ def take_part(
             metrics,
             begun_s,
             earlier=earlier,
-            first_layers=lambda: first_layers(link, config.client, cut),
+            first_layers=lambda: first_layers(files, config.client, cut),
         )
         stop.raises = False  # from here on much can be half done
         try:
@@ -138,7 +145,7 @@ def take_part(
         except Stopped:
             journal.stopped()
             part.stopped()
-            _say(console, config, _where_it_goes_on(journal.place.step + 1, link.run, resumes=resumes))
+            _say(console, config, _where_it_goes_on(journal.place.step + 1, connection.run, resumes=resumes))
             raise
         except NotAllowed:  # a bound of the policy is reached: as good as stopped
             journal.stopped()
@@ -162,6 +169,7 @@ class Participation:
         self,
         config: ClientConfig,
         link: Link,
+        files: Files,
         edge: Edge,
         journal: Journal,
         text: Text,
@@ -178,33 +186,35 @@ class Participation:
         self._client_id = config.client.client_id
         self._device = config.client.device
         self._link = link
+        self._connection = link.connection
+        self._files = files
         self._edge = edge
         self._journal = journal
         self._text = text
         self._evaluator = evaluator
         self._metrics = metrics
         self._begun_s = begun_s
-        self._federation = link.run.federation
+        self._federation = self._connection.run.federation
         self._round_number = 0
         parted_after = goodbye_before(metrics.path)
         self._has_said_goodbye = parted_after == journal.place.held_round >= self._federation.num_rounds
-        self._batches = TrainBatches.of(text.train, link.run, config.client)
+        self._batches = TrainBatches.of(text.train, self._connection.run, config.client)
 
     def run(self) -> None:
         """Do it all."""
         self._metrics.emit(
             "run_started",
-            run_id=self._link.welcome.run_id,
-            model=self._link.run.model.model_name_or_path,
+            run_id=self._connection.welcome.run_id,
+            model=self._connection.run.model.model_name_or_path,
             server_mode=self._federation.server_mode,
             num_rounds=self._federation.num_rounds,
             local_steps=self._federation.local_steps,
-            fingerprint=self._link.welcome.fingerprint,
+            fingerprint=self._connection.welcome.fingerprint,
             device=self._device,
             resumed=not self._journal.is_new,
         )
-        self._link.on_waiting = lambda text: self._emit("waiting", text=text)
-        self._link.on_settings = self._adopt
+        self._connection.on_waiting = lambda text: self._emit("waiting", text=text)
+        self._connection.on_settings = self._adopt
         try:
             self._persist(self._resume, settles=False)
         except (PeerGone, Refused) as gone:
@@ -267,7 +277,7 @@ class Participation:
             try:
                 if is_lost and settles:
                     self._resume()
-                    if is_last and not self._link.is_parting:
+                    if is_last and not self._link.session.is_parting:
                         raise _GoesOn
                 part()
                 return
@@ -276,8 +286,8 @@ class Participation:
                 if isinstance(gone, ServerStops):
                     self._journal.stopped()
                 self._drop_unfinished()
-                patience_s = 2 * self._link.run.link.heartbeat_timeout if self._has_said_goodbye else None
-                self._link.reconnect(gone, resume_at=self._journal.place.step + 1, within_s=patience_s)
+                patience_s = 2 * self._connection.run.link.heartbeat_timeout if self._has_said_goodbye else None
+                self._connection.reconnect(gone, resume_at=self._journal.place.step + 1, within_s=patience_s)
 
     def _drop_unfinished(self) -> None:
         """Drop what was under way when the connection was lost; a step that was asked for keeps its gradients."""
@@ -293,7 +303,7 @@ class Participation:
             if not self._journal.rewind(resumed.step, resumed.commit_number, resumed.held_round):
                 self._edge.begin_again(self._first_layers())
                 self._journal.begin_at(0, 0, "its records do not reach back that far", forgets=True)
-            self._link.agree_again()
+            self._connection.agree_again()
             resumed = self._ask_where()
         if resumed.verdict == "rewind":
             raise RemoteProtocolError("the server wants this client to go back, and to go back again")
@@ -316,7 +326,7 @@ class Participation:
 
     def _ask_where(self) -> Resumed:
         place, pending = self._journal.place, self._journal.pending
-        return self._link.resume(
+        return self._connection.resume(
             held_round=place.held_round,
             step=place.step,
             commit_number=place.commit_number,
@@ -369,8 +379,8 @@ class Participation:
             num_tokens=step.num_tokens,
             num_positions=step.num_positions,
             compute_seconds=self._edge.compute.seconds,
-            bytes_sent=self._link.bytes_sent,
-            bytes_received=self._link.bytes_received,
+            bytes_sent=self._connection.bytes_sent,
+            bytes_received=self._connection.bytes_received,
         )
 
     def merged(self, merged: Merged, digest: str) -> None:
@@ -407,9 +417,9 @@ class Participation:
 
     def _totals(self) -> Totals:
         return Totals(
-            bytes_sent=self._link.bytes_sent,
-            bytes_received=self._link.bytes_received,
-            bytes_of_files=self._link.bytes_of_files,
+            bytes_sent=self._connection.bytes_sent,
+            bytes_received=self._connection.bytes_received,
+            bytes_of_files=self._files.bytes_fetched,
             peak_rss_bytes=peak_rss_bytes(),
             wall_seconds=time.monotonic() - self._begun_s,
             compute_seconds=self._edge.compute.seconds,
@@ -430,28 +440,28 @@ def _where_it_goes_on(step: int, run: RunConfig, *, resumes: bool) -> str:
 
 
 @contextmanager
-def _joined(config: ClientConfig, gate: Gate, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[Link]:
+def _joined(config: ClientConfig, gate: Gate, stop: StopRequest, tell: Callable[[str], None]) -> Iterator[Connection]:
     """Join, and say why when we leave before the end."""
-    link = Link(config.client, gate, stop, tell=tell)
-    link.leaving, link.comes_back = "stopped without a reason", True  # as if it were killed
+    connection = Connection(config.client, gate, stop, tell=tell)
+    connection.leaving, connection.comes_back = "stopped without a reason", True  # as if it were killed
     try:
-        yield link
-        link.leaving = ""
+        yield connection
+        connection.leaving = ""
     except KeyboardInterrupt:
-        link.leaving = "stopped by its operator"
+        connection.leaving = "stopped by its operator"
         raise
     except StorageError as error:  # which says to start it again
-        link.leaving = type(error).__name__
+        connection.leaving = type(error).__name__
         raise
     except DataError:
         # the reason names files, which are nobody else's affair
-        link.leaving, link.comes_back = "could not read its data", False
+        connection.leaving, connection.comes_back = "could not read its data", False
         raise
     except SplitflError as error:
-        link.leaving, link.comes_back = type(error).__name__, False
+        connection.leaving, connection.comes_back = type(error).__name__, False
         raise
     finally:
-        link.close()
+        connection.close()
 
 
 def _forget(folder: Path) -> None:

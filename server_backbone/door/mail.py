@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from server_backbone.door.members import Connection, Member
 from splitfl.errors import LocalProtocolError, PeerGone, RemoteProtocolError
 from splitfl.protocol import codec
-from splitfl.protocol.messages import Buffer, Message, Refusal, Why
+from splitfl.protocol.messages import Message, Refusal, Why
 from splitfl.session.limits import Limits
 from splitfl.telemetry.units import printable
 from splitfl.transport.watch import Cut
@@ -41,7 +41,7 @@ class Mail:
         """Decode a message; raise `RemoteProtocolError` for what is none, or too large."""
         if len(arrived.frames) > self._limits.message_frames:
             raise RemoteProtocolError(f"a message of more than message_frames = {self._limits.message_frames}")
-        if _payload(arrived.frames) > self._limits.message_bytes:
+        if codec.payload(arrived.frames) > self._limits.message_bytes:
             raise RemoteProtocolError(f"a message of more than message_bytes = {self._limits.message_bytes}")
         return codec.decode(arrived.frames, max_frame_bytes=self._limits.frame_bytes)
 
@@ -50,7 +50,7 @@ class Mail:
         connection.last_heard_s, connection.heard_at = now_s, arrived.peer
         connection.member.received += arrived.num_bytes
         if arrived.peer == connection.peer:
-            connection.data_received += _payload(arrived.frames)
+            connection.data_received += codec.payload(arrived.frames)
 
     def tell(self, member: Member, message: Message) -> None:
         """Send to a member if it is connected; if not, it learns what it must when it resumes."""
@@ -63,7 +63,7 @@ class Mail:
             return
         peer = peer or connection.peer
         frames = codec.encode(message)
-        num_bytes = _payload(frames)
+        num_bytes = codec.payload(frames)
         if num_bytes > self._limits.message_bytes:
             raise LocalProtocolError(
                 f"{type(message).__name__} of {num_bytes} bytes, more than message_bytes = {self._limits.message_bytes}"
@@ -88,7 +88,3 @@ class Mail:
             self._listener.send(peer, codec.encode(message))
         except PeerGone:
             log.info("a peer had gone before it was told of %s", type(message).__name__)
-
-
-def _payload(frames: Iterable[Buffer]) -> int:
-    return sum(map(len, frames))

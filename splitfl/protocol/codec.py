@@ -6,7 +6,7 @@ frames are the tensors' bytes, in the header's order. Nothing else is on the wir
 
 import math
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -41,6 +41,11 @@ def encode(message: Message) -> list[Buffer]:
     if len(header) > MAX_HEADER_BYTES:
         raise LocalProtocolError(f"the header of {kind.__name__} has {len(header)} bytes, more than {MAX_HEADER_BYTES}")
     return [header, *frames]
+
+
+def payload(frames: Iterable[Buffer]) -> int:
+    """Return the bytes of a message's frames."""
+    return sum(map(len, frames))
 
 
 def decode(frames: Sequence[Buffer], *, max_frame_bytes: int) -> Message:

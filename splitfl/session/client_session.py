@@ -50,6 +50,8 @@ class ClientSession:
         """Number and shape of the `Decode` whose answer is waited for."""
         self._last_cache = 0
         self._committing: int | None = None
+        self.is_parting = False
+        """Whether all rounds are merged."""
         self._refused = 0
         """The last step that was refused."""
 
@@ -243,6 +245,7 @@ class ClientSession:
                     self.terms.check_merged(message.layers)
                 self._waits_for = None
                 self.round_number = message.round_number
+                self.is_parting = True
                 return message
             case Merged():
                 if self.open_round is None or not self.terms.rounds.may_end(
@@ -255,6 +258,7 @@ class ClientSession:
                 self._waits_for = None
                 self.open_round = None
                 self.round_number = message.round_number
+                self.is_parting = message.is_last
                 return message
             case Farewell():
                 self._require_asked(message)
@@ -276,6 +280,7 @@ class ClientSession:
         elif message.awaits_merge:
             raise RemoteProtocolError("resumed to wait for a merge, with no round that it could be of")
         self._waits_for = None
+        self.is_parting = message.is_parting
         if message.verdict == "rewind":
             return
         self.round_number = message.held_round

@@ -22,10 +22,10 @@ from served import ServedRun
 import client_edge
 from client_edge.client_check import check_client
 from client_edge.command import Client
+from client_edge.connection.connection import Connection
 from client_edge.consent.consent import CONSENT_FILE, Consent
 from client_edge.consent.gate import Gate, answers_for
 from client_edge.consent_command import ConsentCommand
-from client_edge.link.link import Link
 from client_edge.screen import screen
 from splitfl.command_line import run_one
 from splitfl.config.own import ClientSection, PolicySection
@@ -180,7 +180,7 @@ def test_once_is_enough_until_something_changes(
 def test_a_server_that_goes_while_somebody_reads(
     serve: Callable[..., ServedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("client_edge.link.link._JOIN_AGAIN_S", 1.0)
+    monkeypatch.setattr("client_edge.connection.joining.JOIN_AGAIN_S", 1.0)
     served = serve()
     client = ClientSection(
         client_id="clinic", server_address=served.config.server.address, output_dir=tmp_path / "clients"
@@ -194,7 +194,7 @@ def test_a_server_that_goes_while_somebody_reads(
     with pytest.raises(
         PeerGone, match=r"127.0.0.1:\d+ has gone while its settings were read .* start the same command"
     ):
-        Link(client, Gate(client, PolicySection(), read))
+        Connection(client, Gate(client, PolicySection(), read))
     consent = Consent.read(tmp_path / "clients" / "run" / "clinic")
     assert consent is not None
     assert consent.how == "read slowly"

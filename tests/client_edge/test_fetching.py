@@ -12,10 +12,12 @@ from served import ServedRun
 from transport.relay import Cutter, Lag
 
 from benchmarks.proxy import ChaosProxy
+from client_edge.connection.connection import Connection
+from client_edge.connection.progress import Progress
 from client_edge.consent.gate import OpenGate
+from client_edge.link.files import Files
 from client_edge.link.link import Link
 from client_edge.link.partial import PartialFile
-from client_edge.link.progress import Progress
 from splitfl.config.own import ClientSection, PolicySection
 from splitfl.config.trees import ServerConfig
 from splitfl.errors import PeerGone, Refused
@@ -46,15 +48,15 @@ def port_of(run: ServedRun) -> int:
     return int(run.config.server.address.rsplit(":", 1)[1])
 
 
-def link_to(port: int, tmp_path: Path, **more: Any) -> Link:
+def files_at(port: int, tmp_path: Path, **more: Any) -> Files:
     tell = more.pop("tell", lambda _: None)
     section = {"client_id": "clinic", "server_address": f"tcp://127.0.0.1:{port}", "output_dir": tmp_path, **more}
     client = ClientSection(**section)
-    return Link(client, OpenGate(client, PolicySection()), tell=tell)
+    return Files(Connection(client, OpenGate(client, PolicySection()), tell=tell))
 
 
-def check(path: Path, link: Link) -> int:
-    size, digest = link._announced(WEIGHTS_FILE)
+def check(path: Path, files: Files) -> int:
+    size, digest = files._announced(WEIGHTS_FILE)
     assert path.stat().st_size == size
     assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
     assert list(path.parent.glob(".*.partial")) == []
@@ -64,47 +66,47 @@ def check(path: Path, link: Link) -> int:
 def test_a_long_link_is_filled(run: ServedRun, tmp_path: Path) -> None:
     """One piece a round trip of 0.2 s would take 0.2 s times the number of pieces."""
     lag = Lag(port_of(run), 0.1)
-    link = link_to(lag.port, tmp_path)
+    files = files_at(lag.port, tmp_path)
     begun_s = time.monotonic()
-    size = check(link.fetch(WEIGHTS_FILE, tmp_path / "received"), link)
+    size = check(files.fetch(WEIGHTS_FILE, tmp_path / "received"), files)
     assert time.monotonic() - begun_s < 0.5 * 0.2 * (size / FRAME_BYTES)
-    link.close()
+    files.connection.close()
     lag.close()
 
 
 def test_a_lost_connection_costs_no_byte_twice(run: ServedRun, tmp_path: Path) -> None:
     cutter = Cutter(port_of(run), down_bytes=3_000_000)
-    link = link_to(cutter.port, tmp_path)
-    size = check(link.fetch(WEIGHTS_FILE, tmp_path / "received"), link)
+    files = files_at(cutter.port, tmp_path)
+    size = check(files.fetch(WEIGHTS_FILE, tmp_path / "received"), files)
     assert 1 <= len(cutter.cut_at_s) <= size // 2_000_000
-    assert link.bytes_received < size + len(cutter.cut_at_s) * 600_000 + 200_000
-    link.close()
+    assert files.connection.bytes_received < size + len(cutter.cut_at_s) * 600_000 + 200_000
+    files.connection.close()
     cutter.close()
 
 
 def test_another_start_goes_on_where_the_last_one_was(run: ServedRun, tmp_path: Path) -> None:
     cutter = Cutter(port_of(run), down_bytes=3_000_000)
-    link = link_to(cutter.port, tmp_path, reconnect_timeout=1e-9)
+    files = files_at(cutter.port, tmp_path, reconnect_timeout=1e-9)
     with pytest.raises(PeerGone, match="gave up"):
-        link.fetch(WEIGHTS_FILE, tmp_path / "received")
-    link.close()
+        files.fetch(WEIGHTS_FILE, tmp_path / "received")
+    files.connection.close()
     cutter.close()
     (partial,) = (tmp_path / "received").glob(".*.partial")
     here = partial.stat().st_size
     assert here > 2_000_000
-    again = link_to(port_of(run), tmp_path)
+    again = files_at(port_of(run), tmp_path)
     size = check(again.fetch(WEIGHTS_FILE, tmp_path / "received"), again)
-    assert again.bytes_received < size - here + 200_000
-    again.close()
+    assert again.connection.bytes_received < size - here + 200_000
+    again.connection.close()
 
 
 def test_what_was_left_and_is_wrong_is_fetched_again(run: ServedRun, tmp_path: Path) -> None:
-    link = link_to(port_of(run), tmp_path)
-    digest = link._announced(WEIGHTS_FILE)[1]
+    files = files_at(port_of(run), tmp_path)
+    digest = files._announced(WEIGHTS_FILE)[1]
     with PartialFile(tmp_path / "received", digest, 1 << 20) as part:
         part.write(b"something else")
-    check(link.fetch(WEIGHTS_FILE, tmp_path / "received"), link)
-    link.close()
+    check(files.fetch(WEIGHTS_FILE, tmp_path / "received"), files)
+    files.connection.close()
 
 
 def test_two_clients_of_one_cache_do_not_disturb_each_other(tmp_path: Path) -> None:
@@ -123,14 +125,14 @@ def test_two_clients_of_one_cache_do_not_disturb_each_other(tmp_path: Path) -> N
 def test_progress_is_said_on_a_slow_link(run: ServedRun, tmp_path: Path) -> None:
     proxy = ChaosProxy(port_of(run))
     said: list[str] = []
-    link = link_to(proxy.port, tmp_path, tell=said.append)
-    size = link._announced(WEIGHTS_FILE)[0]
+    files = files_at(proxy.port, tmp_path, tell=said.append)
+    size = files._announced(WEIGHTS_FILE)[0]
     proxy.harm["down"].bytes_per_second = size / 5
-    check(link.fetch(WEIGHTS_FILE, tmp_path / "received"), link)
+    check(files.fetch(WEIGHTS_FILE, tmp_path / "received"), files)
     assert 1 <= len(said) <= 4
     assert said[0].startswith("received ")
     assert said[0].endswith("/s")
-    link.close()
+    files.connection.close()
     proxy.close()
 
 
@@ -145,20 +147,20 @@ def test_progress_in_words() -> None:
 
 
 def test_a_full_frame_goes_both_ways_and_not_for_ever(run: ServedRun, tmp_path: Path) -> None:
-    link = link_to(port_of(run), tmp_path)
+    files = files_at(port_of(run), tmp_path)
     for _ in range(4):
-        num_bytes, seconds = link.probe()
+        num_bytes, seconds = Link(files.connection).probe()
         assert num_bytes == FRAME_BYTES
         assert 0 < seconds < 5
     with pytest.raises(Refused, match="5 probes"):
-        link.probe()
-    link.close()
+        Link(files.connection).probe()
+    files.connection.close()
 
 
 def test_a_probe_is_one_frame(run: ServedRun, tmp_path: Path) -> None:
-    link = link_to(port_of(run), tmp_path)
+    files = files_at(port_of(run), tmp_path)
     two = TensorFrames(dtype="u8", shape=(2,), buffers=(b"a", b"b"))
-    link._send(Probe(content=two))
+    files.connection.send(Probe(content=two))
     with pytest.raises(Refused, match="a probe that is not one frame of bytes"):
-        link._answer(Probe, "nothing")
-    link.close()
+        files.connection.answer("nothing", Probe)
+    files.connection.close()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from conftest import free_port
 
+from client_edge.connection.connection import Connection
 from client_edge.consent.gate import OpenGate
-from client_edge.link.link import Link
 from splitfl.command_line import main
 from splitfl.config.own import ClientSection, PolicySection
 from splitfl.errors import PeerGone
@@ -59,7 +59,7 @@ def test_a_check_says_it_at_once(tmp_path: Path, case: Callable[[Path], tuple[Cl
     section, says = case(tmp_path)
     begun_s = time.monotonic()
     with pytest.raises(PeerGone, match=says) as caught:
-        Link(section, gate(section), is_patient=False)
+        Connection(section, gate(section), is_patient=False)
     assert time.monotonic() - begun_s < 10.0  # and not client.connect_timeout, a minute
     assert caught.value.exit_code == 7
     assert "is the server running, and is this its address?" in str(caught.value)
@@ -72,7 +72,7 @@ def test_a_client_says_what_it_is_trying(tmp_path: Path, case: Callable[[Path], 
     begun_s = time.monotonic()
     patient = section.model_copy(update={"connect_timeout": 4.0})
     with pytest.raises(PeerGone, match=says):
-        Link(patient, gate(patient), tell=lambda text: said.append((time.monotonic() - begun_s, text)))
+        Connection(patient, gate(patient), tell=lambda text: said.append((time.monotonic() - begun_s, text)))
     assert 3.5 < time.monotonic() - begun_s < 15.0
     ((at_s, text),) = said  # and again after ten seconds
     assert 0.9 < at_s < 4.0
@@ -122,7 +122,7 @@ def test_a_server_that_comes_later_is_found(tmp_path: Path) -> None:
     def join() -> None:
         try:
             section = client(tmp_path, server_address=address, connect_timeout=4.0)
-            Link(section, gate(section), tell=said.append)
+            Connection(section, gate(section), tell=said.append)
         except PeerGone as gone:
             ended.append(str(gone))
 

@@ -12,7 +12,7 @@ from conftest import ALLOWS_ALL, free_port, write_text
 from served import ServedRun
 
 from benchmarks.proxy import ChaosProxy
-from client_edge.link.progress import Arriving
+from client_edge.connection.progress import Arriving
 from client_edge.part.run import take_part
 from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.telemetry.metrics import read_events

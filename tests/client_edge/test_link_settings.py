@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import Finished, write_text
 
-from client_edge.link.link import _fits
+from client_edge.connection.joining import fits_bounds
 from splitfl.config.operation import LinkSection
 
 
@@ -47,4 +47,4 @@ def test_frames_larger_than_usual_pass_on_the_first_connection(
     ],
 )
 def test_connections_are_made_anew_where_the_run_wants_others(wanted: dict[str, float], fits: bool) -> None:
-    assert _fits(LinkSection(), LinkSection.model_validate(wanted)) == fits
+    assert fits_bounds(LinkSection(), LinkSection.model_validate(wanted)) == fits

@@ -13,9 +13,10 @@ from served import ServedRun
 from transport.relay import Cutter
 
 import client_edge
+from client_edge.connection.connection import Connection
+from client_edge.connection.setbacks import Setbacks
 from client_edge.consent.gate import OpenGate
-from client_edge.link.link import Link
-from client_edge.link.setbacks import Setbacks
+from client_edge.link.files import Files
 from client_edge.part.run import take_part
 from splitfl.config.trees import ClientConfig, ServerConfig
 from splitfl.errors import PeerGone
@@ -81,10 +82,10 @@ def test_a_link_that_no_large_message_passes(
     folders = {"output_dir": tmp_path / "clients", "cache_dir": tmp_path / "client-cache"}
     client = {"client_id": "clinic", "server_address": server.config.server.address, **folders}
     looks = ClientConfig.from_tree({"client": client}, source="test")
-    with_files = Link(looks.client, OpenGate(looks.client, looks.policy))
-    for name in with_files.welcome.file_names:
+    with_files = Files(Connection(looks.client, OpenGate(looks.client, looks.policy)))
+    for name in with_files.connection.welcome.file_names:
         with_files.fetch(name, tmp_path / "client-cache" / "received")
-    with_files.close()
+    with_files.connection.close()
     cutter = Cutter(port_of(server), **{f"{way}_bytes": 60_000})
     said: list[str] = []
     monkeypatch.setattr("client_edge.part.run._say", lambda _console, _config, text: said.append(text))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from client_edge.link.heard import MOST_CHARACTERS, heard
-from client_edge.link.welcome import check_welcome, settings_of
+from client_edge.connection.heard import MOST_CHARACTERS, heard
+from client_edge.connection.welcome import check_welcome, settings_of
 from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol import codec

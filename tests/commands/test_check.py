@@ -13,6 +13,7 @@ from conftest import Finished, free_port, write_text
 from safetensors.torch import load_file
 
 from client_edge.client_check import check_client
+from client_edge.connection.connection import Connection
 from client_edge.consent.gate import OpenGate
 from client_edge.link.link import Link
 from server_backbone.run_folder import search
@@ -333,11 +334,11 @@ class TestClient:
 
         def look() -> None:
             client = ClientSection(client_id="looker", server_address=address)
-            link = Link(client, OpenGate(client, PolicySection()))
-            seen.append(link.welcome.run_id)
+            connection = Connection(client, OpenGate(client, PolicySection()))
+            seen.append(connection.welcome.run_id)
             is_there.set()
             is_over.wait(60)
-            link.close()
+            connection.close()
 
         thread = threading.Thread(target=look)
         thread.start()

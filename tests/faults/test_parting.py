@@ -28,7 +28,7 @@ def loses_the_farewell(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None]
             goodbye(self, metrics)
             return
         lost.append(True)
-        self._send(Goodbye(metrics=metrics))
+        self.connection.send(Goodbye(metrics=metrics))
         then()
         raise PeerGone("the farewell was lost")
 

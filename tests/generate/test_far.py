@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from test_wire import Recorder, Secrets
 from transformers import PreTrainedModel, TextStreamer
 
+from client_edge.connection.endings import SessionLost
 from client_edge.generating.speak import Speaker, speaker
-from client_edge.link.link import SessionLost
 from client_edge.part.run import take_part
 from splitfl.config.own import DataSection
 from splitfl.config.trees import ClientConfig
@@ -54,10 +54,10 @@ def host(tmp_path: Path) -> Iterator[Callable[..., Host]]:
 
 
 def sent(said: Speaker) -> list[Any]:
-    """Record the messages of a link from now on."""
+    """Record the messages of a connection from now on."""
     messages: list[Any] = []
-    send = said.link._send
-    said.link._send = lambda message: (messages.append(message), send(message))[1]  # type: ignore[method-assign]
+    send = said.connection.send
+    said.connection.send = lambda message: (messages.append(message), send(message))[1]  # type: ignore[method-assign]
     return messages
 
 
@@ -183,8 +183,8 @@ class TestDeclined:
         served = host()
         with speaker(served.client(), accept=True) as said, torch.no_grad():
             first = said.model(ids_BS, use_cache=True)
-            said.link.reconnect(SessionLost("as a test wants it"), resume_at=1)
-            said.link.resume(held_round=0, step=0, commit_number=0, pending_step=0)
+            said.connection.reconnect(SessionLost("as a test wants it"), resume_at=1)
+            said.connection.resume(held_round=0, step=0, commit_number=0, pending_step=0)
             with pytest.raises(Refused, match="the session in which this generation began has ended"):
                 said.model(ids_BS[:, :1], past_key_values=first.past_key_values, use_cache=True)
             said.model(ids_BS, use_cache=True)

@@ -101,7 +101,7 @@ def test_one_that_makes_it_up_is_punished_and_the_others_go_on(
     forward, commit = Link.send_forward, Link.commit
 
     def is_lying(link: Link) -> bool:
-        return link._client.client_id == "mallory" and link.session.round_number >= 1
+        return link.connection.client.client_id == "mallory" and link.session.round_number >= 1
 
     def send_forward(self: Link, hidden_BSD: Tensor, lengths_B: tuple[int, ...], **more: Any) -> int:
         if is_lying(self) and what == "activations":

@@ -5,6 +5,18 @@ reached before: a step, a round, a piece of a file, or one more answer within th
 before.
 """
 
+from splitfl.protocol.messages import (
+    BackwardDone,
+    Committed,
+    Declined,
+    ForwardDone,
+    Kept,
+    Merged,
+    Message,
+    RoundOpened,
+    WentBack,
+)
+
 _PAUSE_LEAST_S = 0.1
 _PAUSE_MOST_S = 5.0
 
@@ -41,6 +53,18 @@ class Setbacks:
     def waited(self, seconds: float) -> None:
         """Take note of a wait for others, with nothing on its way either way."""
         self._waited_s += seconds
+
+    def heard(self, message: Message) -> None:
+        """Take note of what a message says of progress."""
+        match message:
+            case ForwardDone() | BackwardDone() | Kept() | WentBack() | Declined():
+                self.answered()
+            case Committed(step=step):
+                self.reached("step", step)
+            case RoundOpened(round_number=number):
+                self.reached("round", number)
+            case Merged(round_number=number):
+                self.reached("merge", number)
 
     def reached(self, what: str, number: int) -> None:
         """Take note of a step, round or byte; of one below the furthest so far only that it comes again."""
