@@ -162,7 +162,7 @@ class Clinic:
         """Take what the server sends; raise `RemoteProtocolError`, and change nothing, for what it may not send now."""
         match message:
             case messages.Welcome(session=token):
-                self.up += [Attach(session=token), self._claim()]
+                self.up += [Attach(session=token), self.claim()]
             case messages.Refusal() | messages.Shutdown():
                 self.is_connected = False
             case messages.Pong():
@@ -208,7 +208,7 @@ class Clinic:
             held_round = min(records.held_round, resumed.held_round)
             self.records = Records(step=resumed.step, commit_number=resumed.commit_number, held_round=held_round)
             self.session = self._new_session()
-            self.up.append(self._claim())
+            self.up.append(self.claim())
             return
         if resumed.verdict == "anew" or resumed.step == records.pending_step:
             records.step, records.commit_number = resumed.step, resumed.commit_number
@@ -216,7 +216,7 @@ class Clinic:
         if resumed.layers:
             records.held_round = resumed.held_round
 
-    def _claim(self) -> Resume:
+    def claim(self) -> Resume:
         records = self.records
         return self.session.resume(
             held_round=records.held_round,
@@ -249,6 +249,7 @@ CALLS: Mapping[str, Call] = {
     "forward": lambda clinic, told: clinic.forward(int(told.get("step", clinic.session.next_step))),
     "backward": lambda clinic, told: clinic.backward(),
     "commit": lambda clinic, told: clinic.commit(int(told.get("labels", 4))),
+    "resume": lambda clinic, told: clinic.claim(),
     "upload": lambda clinic, told: clinic.upload(),
     "report": lambda clinic, told: clinic.report(told.get("phase", "round"), float(told.get("loss", 2.0))),
     "goodbye": lambda clinic, told: clinic.session.goodbye({"num_examples": 5.0}),

@@ -17,6 +17,7 @@ from traces.sentences import sentence
 from traces.world import World
 
 from splitfl.config.trees import ServerConfig
+from splitfl.session.server_session import ServerSession
 
 # Small, and with two tensors that train on each side of the upper cut; `run` lays its settings over these.
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -77,6 +78,7 @@ class Conversation:
             "train": self._train,
             "tick": lambda command: self._world.tick(float(command.words[0].removesuffix("s"))),
             "hold-results": self._hold,
+            "next-results": lambda _: self._world.server.hear_results(),
             "release-results": self._release,
             "slow": self._slow,
             "fast": self._fast,
@@ -259,8 +261,10 @@ class Conversation:
                 self._world.tell(line)
 
 
-def _place(session: Any) -> str:
+def _place(session: ServerSession | None) -> str:
     """Say where the server's side of a session is."""
+    if session is None:
+        return "unknown"
     words = [session.phase.name]
     if session.phase.name == "TRAINING":
         words.append("its steps are done" if session.has_done_its_steps else f"step {session.next_step} is next")

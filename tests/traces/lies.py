@@ -1,7 +1,9 @@
 """Messages by their names and fields, as a script writes them: also those that nobody may send."""
 
+import math
+import struct
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from sample_messages import frames_of
@@ -105,11 +107,14 @@ def _value(type_: Any, text: str | None, terms: Terms) -> Any:
 
 
 def _tensor(text: str, terms: Terms) -> TensorFrames:
-    """Read `2x3xD` (D is the run's hidden width, P its number of client-side tensors), or with a type, `2x3xD:bf16`."""
+    """Read `2x3xD` (D is the run's hidden width, P its number of client-side tensors), `2x3xD:bf16` or `2x3xD:nan`."""
     shape, _, dtype = text.partition(":")
     named = {"D": terms.hidden_size, "P": terms.num_trainable}
     sizes = [named.get(size) if size in named else int(size) for size in shape.split("x")]
-    return frames_of(*(size for size in sizes if size is not None), dtype=dtype if dtype in DTYPE_BYTES else "f32")
+    zeros = frames_of(*(size for size in sizes if size is not None), dtype=dtype if dtype in DTYPE_BYTES else "f32")
+    if dtype != "nan":
+        return zeros
+    return replace(zeros, buffers=(struct.pack("<f", math.nan) * math.prod(zeros.shape),))
 
 
 def _layers(text: str, terms: Terms) -> tuple[TensorFrames, ...]:

@@ -20,6 +20,7 @@ from splitfl.durability.store import Store
 from splitfl.errors import PeerGone
 from splitfl.protocol import codec
 from splitfl.protocol.messages import Buffer, Message, Resume
+from splitfl.session.server_session import ServerSession
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import Event, MetricsLog
@@ -76,15 +77,19 @@ class ToldServer(Server):
 
     def settle(self) -> None:
         """Have the compute thread do all that it was given, and go on with the results."""
-        self._num_done = 1
-        while self._num_done:
-            self._num_done, self._is_settled = 0, False
-            self._queue.put(work.Settle(token=_NOWHERE, claim=_NO_CLAIM))
-            while not self._is_settled:
-                self._go_on(self.clock())
-                if not self._is_settled:
-                    assert self.wire.has_news.wait(_PATIENCE_S), "the compute thread hangs"
-                    self.wire.has_news.clear()
+        while self.hear_results():
+            pass
+
+    def hear_results(self) -> int:
+        """Go on with the results of all that the compute thread was given so far; return how many there were."""
+        self._num_done, self._is_settled = 0, False
+        self._queue.put(work.Settle(token=_NOWHERE, claim=_NO_CLAIM))
+        while not self._is_settled:
+            self._go_on(self.clock())
+            if not self._is_settled:
+                assert self.wire.has_news.wait(_PATIENCE_S), "the compute thread hangs"
+                self.wire.has_news.clear()
+        return self._num_done
 
     def tick(self) -> None:
         """Look at the deadlines."""
@@ -107,9 +112,10 @@ class ToldServer(Server):
         self.store.close()
         self.metrics.close()
 
-    def session_of(self, client_id: str) -> Any:
-        """Return the server's side of a client's session."""
-        return self._members[client_id].session
+    def session_of(self, client_id: str) -> ServerSession | None:
+        """Return the server's side of a client's session, None for one that it has not let in."""
+        member = self._members.get(client_id)
+        return None if member is None else member.session
 
     def waits_for(self) -> str:
         """Say what the run waits for."""
