@@ -13,7 +13,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,11 @@ from benchmarks.history import HISTORY_FILE, begun_anew, last_digests
 from client_edge.layers.edge import Edge
 from client_edge.text.batches import TrainBatches
 from client_edge.text.own_text import read_text
-from server_backbone.compute.worker import Contribution, Worker
+from server_backbone.compute.blocks_worker import COMMON, Contribution, MicroBatch
+from server_backbone.compute.copies import digest_in, weights_in
+from server_backbone.compute.worker import worker_of
 from server_backbone.host import load
+from server_backbone.kinds import server_parts
 from server_backbone.provisions import prepare
 from server_backbone.records import entries as log
 from server_backbone.records.entries import from_fields
@@ -97,13 +100,13 @@ class _Quiet:
         self.run: RunConfig = config.run_config()
         model = load(config, _CPU)
         provisions = prepare(model.directory, model.cut, model.weights, cache_dir=scratch, run_dir=scratch)
-        self.worker = Worker(model.cut, self.run, _CPU)
+        self.worker = worker_of(model.cut, self.run, server_parts(self.run).gradient_rules(self.run, model.cut), _CPU)
         files = {name: file.path for name, file in provisions.files.items()}
         self.edges = {each.client.client_id: self._edge(each, model.directory, files) for each in clients}
         self.batches = {each.client.client_id: self._batches(each, model.directory) for each in clients}
         self.strategy = strategy_for(self.run.federation, self.run.strategy, self.run.seed)
         first = next(iter(self.edges.values())).layers()
-        self.merged = Folded(layers=first | self.worker.before_merge())
+        self.merged = Folded(layers=first | self._backbone(COMMON))
         self.rates = dict.fromkeys(self.edges, 0.0)
         self.known: set[str] = set()
         self.versions = {0: self.merged.layers}
@@ -151,14 +154,13 @@ class _Quiet:
 
     def _commit(self, entry: log.Committed) -> None:
         contributions = [self._compute(client_id, step) for client_id, step in entry.members]
-        coefficient, gradients = self.worker.reduce(contributions)
+        reduced = self.worker.reduce(contributions)
+        coefficient = reduced.clip_coefficient
         if coefficient != entry.clip_coefficient:
             self.replayed.problems.append(f"commit {entry.number}: another clip coefficient")
         schedule = self.schedules[horizon_of(entry.number, self.horizons)]
-        slot, first = contributions[0].slot, contributions[0].step
-        self.worker.redo(slot, first, coefficient, gradients, schedule.learning_rate(first))
-        self.worker.withdraw()
-        self.replayed.server[entry.number] = self.worker.digest(slot)
+        self.worker.apply(replace(reduced, learning_rate=schedule.learning_rate(reduced.step)))
+        self.replayed.server[entry.number] = digest_in(self.worker.state(reduced.client_id))
         for client_id, step in entry.members:
             rate = schedule.learning_rate(step)
             self.edges[client_id].step(step, coefficient, rate)
@@ -186,22 +188,24 @@ class _Quiet:
             micro_batch = edge.bottom_forward(batch, step=step, number=number)
             hidden_BSD = self.worker.forward(
                 client_id,
-                number,
-                micro_batch.hidden_BSD.detach(),
-                batch.layout,
-                step=step,
-                micro_batch=number,
+                MicroBatch(
+                    hidden_BSD=micro_batch.hidden_BSD.detach(),
+                    layout=batch.layout,
+                    request_id=number,
+                    step=step,
+                    micro_batch=number,
+                ),
             )
             _, gradient_BSD = edge.top_loss_and_backward(
                 micro_batch, hidden_BSD, step=step, num_label_tokens=num_label_tokens
             )
             back = None
             if self.run.backbone_trains or self.run.bottom_trains:
-                back = self.worker.backward(client_id, number, gradient_BSD)
+                back = self.worker.backward(client_id, number, gradient_BSD).gradient_BSD
             edge.bottom_backward(micro_batch, back)
         edge.finish_gradients(step)
         norms = edge.optimizer.norms().tolist()
-        return Contribution(slot=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
+        return Contribution(client_id=client_id, step=step, num_label_tokens=num_label_tokens, norms_P=norms)
 
     def _merge(self, entry: log.MergeMade, recorded: Mapping[str, Tensor]) -> None:
         if entry.accepted:
@@ -220,7 +224,7 @@ class _Quiet:
                     num_clients=len(self.known),
                 )
             )
-        backbone = {name: self.merged.layers[name] for name in self.worker.before_merge()}
+        backbone = {name: self.merged.layers[name] for name in self._backbone(COMMON)}
         layers = {name: layer for name, layer in self.merged.layers.items() if name not in backbone}
         # as the record has them, in this order
         tensors = [*layers.values(), *self.merged.state.values(), *(backbone.values() if entry.accepted else ())]
@@ -238,10 +242,14 @@ class _Quiet:
             self.rates = dict.fromkeys(self.edges, 0.0)
         self.worker.merged(backbone)
 
+    def _backbone(self, client_id: str) -> Mapping[str, Tensor]:
+        """Return a client's copy of the backbone, or what all copies begin with; nothing where there are none."""
+        return weights_in(self.worker.state(client_id)) if self.run.has_copies else {}
+
     def _update_of(self, name: str, number: int) -> Mapping[str, Tensor]:
         """Return a client's layers now, or those of an upload of that name as they count in this merge."""
         if not self.run.is_buffered:
-            return self.edges[name].layers() | self.worker.to_merge(name)
+            return self.edges[name].layers() | self._backbone(name)
         layers, begun = self.uploads.pop(name)
         return Rebased(layers, self.versions[begun], self.merged.layers, number - 1 - begun)
 

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from server_backbone.compute.placement import DeviceMap, device_map_of, devices_of
-from server_backbone.compute.worker import Worker
+from server_backbone.compute.worker import worker_of
 from server_backbone.disk_space import room_for
 from server_backbone.door.admission import Admission
 from server_backbone.engine.engine import Engine
@@ -23,6 +24,7 @@ from server_backbone.kinds import server_parts
 from server_backbone.merging.merger import FirstLayers
 from server_backbone.provisions import prepare
 from server_backbone.records.entries import Prolonged
+from server_backbone.records.kept import KeptSnapshots
 from server_backbone.records.ledger import Ledger
 from server_backbone.records.untold import untold
 from server_backbone.run_folder import STATE_DIR, RunFolder, search
@@ -156,12 +158,12 @@ def _recover(server: Server, folder: RunFolder, history: History) -> list[str]:
 
     def redone(commit_number: int, client_id: str) -> None:
         if history.is_on:
-            history.note("redone", commit_number=commit_number, digest=engine.worker.digest(client_id))
+            history.note("redone", commit_number=commit_number, digest=engine.digest(client_id))
         server.stop.check()  # nothing has been written yet
 
-    notes = ledger.recover(engine.worker, redone) if folder.is_resumed else []
+    notes = ledger.recover(redone) if folder.is_resumed else []
     if not ledger.state.fingerprint:  # new, or ended before its first snapshot
-        ledger.begin(folder.config.run_config().fingerprint(), engine.worker)
+        ledger.begin(folder.config.run_config().fingerprint())
     federation, is_raised = folder.config.federation, folder.raises_num_rounds
     if objection := ledger.state.objection_to(federation, is_raised=is_raised):
         raise ConfigError(f"{folder.path}: {objection}")
@@ -183,7 +185,7 @@ def _go_on(server: Server, metrics: MetricsLog, notes: list[str], begun_s: float
     if state.has_ended:
         engine.merger.forget_other_bests(0)  # it may have ended before that
     if state.round is None and state.num_merged:
-        engine.merger.save(engine.worker.trained())  # it may have ended between a merge and this
+        engine.merger.save(engine.trained())  # it may have ended between a merge and this
     for name, fields in untold(state, read_events(metrics.path), engine.merger.layers()):
         metrics.emit(name, **fields)
     engine.refresh()
@@ -219,7 +221,7 @@ def _finish(
     model_dir = _export(folder.config, model, folder.path) if not server.reason else None
     server.stop.raises = False
     if history.is_on:
-        history.note("finished", digest=server.engine.worker.digest())
+        history.note("finished", digest=server.engine.digest())
     totals = _totals(server, listener, begun_s)
     server.metrics.emit("run_finished", **totals, reason=server.reason, model_dir=model_dir)
     if not server.reason:
@@ -296,9 +298,11 @@ def build_server(
     strategy = strategy_for(run.federation, run.strategy, run.seed)
     kind = server_parts(run)
     merger = kind.merger(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms, Bound.of(run))
-    ledger = Ledger(store, keeps_records=run.storage.durability == "redo", snapshot_steps=run.storage.snapshot_steps)
-    worker = Worker(cut, run, device, model.device_map)
-    terms = kind.checked(terms_of(run, cut), worker.check_packing)
+    worker = worker_of(cut, run, kind.gradient_rules(run, cut), device, model.device_map)
+    storage = run.storage
+    ledger = Ledger(store, worker, keeps_records=storage.durability == "redo", snapshot_steps=storage.snapshot_steps)
+    kept = KeptSnapshots(ledger, store, worker, limit=storage.keep_named, has_copies=run.has_copies)
+    terms = kind.checked(terms_of(run, cut), partial(worker.blocks.check_packing, run.text.max_seq_length))
     limits = limits_of(terms, run.link, clients=config.server.max_clients)
     listener.bound_messages(num_bytes=limits.message_bytes, num_frames=limits.message_frames)
     return Server(
@@ -309,7 +313,7 @@ def build_server(
         limits=limits,
         listener=listener,
         admission=Admission(security.allow_list if security else None, limits),
-        engine=Engine(run, worker, merger, ledger, history),
+        engine=Engine(run, kind, worker, merger, ledger, kept, history),
         provisions=prepare(model.directory, cut, model.weights, cache_dir=_cache_dir(config), run_dir=run_dir),
         metrics=metrics,
         history=history,
@@ -345,8 +349,8 @@ def _totals(server: Server, listener: Listener, begun_s: float) -> dict[str, Any
         "peak_rss_bytes": peak_rss_bytes(),
         "bytes_sent": listener.traffic.sent,
         "bytes_received": listener.traffic.received,
-        "compute_seconds": server.engine.view.compute_seconds,
-        "most_copies": server.engine.view.most_copies,
+        "compute_seconds": server.engine.view.used.compute_seconds,
+        "most_copies": server.engine.view.used.most_copies,
         "pid": os.getpid(),
         "complete": not server.reason,
     }

@@ -1,10 +1,11 @@
 """What each kind of run is made of on the server: its gate, its rounds, its sessions, and what is written of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from server_backbone.compute.worker import Scaling
+from server_backbone.compute.blocks_worker import Scaling
+from server_backbone.compute.gradient_rules import GradientRule, rules_of_own_loops, rules_of_rounds
 from server_backbone.deciding.gates import Gate, gate_for
 from server_backbone.deciding.rounds import Choose, Endless, Rounds
 from server_backbone.deciding.turns import Turns
@@ -14,6 +15,7 @@ from server_backbone.records.entries import Entry, Left, RoundBegan, TurnBegan, 
 from splitfl.config.kind import RunKind
 from splitfl.config.trees import RunConfig
 from splitfl.errors import ModelError
+from splitfl.models.cut import Cut
 from splitfl.protocol.messages import Commit
 from splitfl.session.own_loop import OwnLoopServerSession
 from splitfl.session.server_session import ServerSession
@@ -65,6 +67,10 @@ class ServerParts(Protocol):
         """Return the loss of a step as it may be told on; None where a client keeps it to itself."""
         ...
 
+    def gradient_rules(self, run: RunConfig, cut: Cut) -> Sequence[GradientRule]:
+        """Return what becomes of a step's gradients, in order."""
+        ...
+
     def checked(self, terms: Terms, check_packing: Callable[[], None]) -> Terms:
         """Return the terms where packed rows have been tried; raise `ModelError` where the run needs them in vain."""
         ...
@@ -91,6 +97,9 @@ class _WithRounds:
 
     def loss_told(self, commit: Commit) -> float | None:
         return commit.loss
+
+    def gradient_rules(self, run: RunConfig, cut: Cut) -> Sequence[GradientRule]:
+        return rules_of_rounds(run, cut)
 
     def checked(self, terms: Terms, check_packing: Callable[[], None]) -> Terms:
         if terms.max_packed_examples:
@@ -168,6 +177,9 @@ class WithOwnLoops:
 
     def loss_told(self, commit: Commit) -> float | None:
         return None
+
+    def gradient_rules(self, run: RunConfig, cut: Cut) -> Sequence[GradientRule]:
+        return rules_of_own_loops(run)
 
     def checked(self, terms: Terms, check_packing: Callable[[], None]) -> Terms:
         """Return the terms without packed rows where they fail the trial: the client's loop is told in the welcome."""

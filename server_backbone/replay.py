@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
-from server_backbone.compute.worker import Worker
+from server_backbone.compute.blocks_worker import COMMON, BlocksWorker
+from server_backbone.compute.copies import digest_in, weights_in
+from server_backbone.compute.worker import worker_of
 from server_backbone.host import load
+from server_backbone.kinds import server_parts
 from server_backbone.records.entries import Committed, from_fields
 from server_backbone.records.ledger import Ledger
 from server_backbone.records.state import RunState
@@ -52,30 +55,31 @@ def replay(run_dir: Path) -> Replay:
         raise ConfigError(f"{run_dir}: there is no snapshot in {STATE_DIR}/: nothing to do again")
     cpu = torch.device("cpu")
     model = load(config, cpu)
-    worker = Worker(model.cut, config.run_config(), cpu, model.device_map)
+    run = config.run_config()
+    worker = worker_of(model.cut, run, server_parts(run).gradient_rules(run, model.cut), cpu, model.device_map)
     keeps_records = config.storage.durability == "redo"
-    ledger = Ledger(store, keeps_records=keeps_records, snapshot_steps=1)
+    ledger = Ledger(store, worker, keeps_records=keeps_records, snapshot_steps=1)
     found = Replay(from_generation=generations[0])
-    ledger.go_to(store.snapshot_of(generations[0]), worker)
+    ledger.go_to(store.snapshot_of(generations[0]))
     for generation in generations:
         snapshot = store.snapshot_of(generation)
         if keeps_records or generation == generations[0]:
-            _compare(ledger, worker, snapshot, generation, found)
-        ledger.go_to(snapshot, worker)
-        _follow(ledger, worker, store.entries_of(generation), found)
-    found.last_commit, found.digest = ledger.state.commit_number, worker.digest()
+            _compare(ledger, snapshot, generation, found)
+        ledger.go_to(snapshot)
+        _follow(ledger, store.entries_of(generation), found)
+    found.last_commit, found.digest = ledger.state.commit_number, digest_in(worker.state(COMMON))
     _compare_saved(run_dir, ledger, worker, found)
     return found
 
 
-def _compare(ledger: Ledger, worker: Worker, snapshot: Record, generation: int, found: Replay) -> None:
-    if ledger.is_at(snapshot, worker):
+def _compare(ledger: Ledger, snapshot: Record, generation: int, found: Replay) -> None:
+    if ledger.is_at(snapshot):
         found.snapshots_equal += 1
     else:
         found.problems.append(f"snapshot {generation} has other weights than the log before it leads to")
 
 
-def _follow(ledger: Ledger, worker: Worker, records: Iterator[Record], found: Replay) -> None:
+def _follow(ledger: Ledger, records: Iterator[Record], found: Replay) -> None:
     for record in records:
         if not ledger.is_redone(record.kind):
             continue
@@ -83,7 +87,7 @@ def _follow(ledger: Ledger, worker: Worker, records: Iterator[Record], found: Re
         if isinstance(entry, Committed):
             _check_order(ledger.state, entry, found)
             found.commits += 1
-        ledger.redo(record, worker)
+        ledger.redo(record)
 
 
 def _check_order(state: RunState, entry: Committed, found: Replay) -> None:
@@ -95,13 +99,13 @@ def _check_order(state: RunState, entry: Committed, found: Replay) -> None:
         found.steps[client_id] = found.steps.get(client_id, 0) + 1
 
 
-def _compare_saved(run_dir: Path, ledger: Ledger, worker: Worker, found: Replay) -> None:
+def _compare_saved(run_dir: Path, ledger: Ledger, worker: BlocksWorker, found: Replay) -> None:
     path = run_dir / TRAINED_FILE
     is_training = ledger.state.round is not None or ledger.state.turns
     if is_training or not ledger.state.num_merged or not path.exists():
         return  # in the middle of a round the last merge's file is older than the log
     saved = TensorFile(path)
-    trained = {**(ledger.merged_layers or {}), **worker.trained()}
+    trained = {**(ledger.merged_layers or {}), **weights_in(worker.state(COMMON))}
     different = [name for name, tensor in trained.items() if not torch.equal(saved[name], tensor)]
     if different:
         found.problems.append(

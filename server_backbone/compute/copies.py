@@ -1,7 +1,6 @@
 """What trains of the backbone: one set of weights with an optimizer for all, or in `per_client` a copy for each client.
 
-The blocks are one; whose weights they compute with is set by pointing them at other parameters, which copies nothing. A
-graph holds on to the parameters of its forward, so clients' micro-batches may overlap in any order.
+A state names the common tensors as the model does, and those of a client's own after `own/` and its id.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from splitfl.config.trees import RunConfig
+from splitfl.protocol.tensors import digest_of
 from splitfl.training.optimizer import PartOptimizer, is_moment
 
 _OWN = "own/"  # before a client's id, in the names of a state
@@ -35,15 +35,14 @@ class Copies:
     makes the common weights anew. In between its optimizer's moments wait for the next one.
     """
 
-    def __init__(self, backbone: nn.Module, trainable: Mapping[str, nn.Parameter], run: RunConfig) -> None:
-        """Take a filled backbone and those of its parameters that train; they become the common ones."""
+    def __init__(self, trainable: Mapping[str, nn.Parameter], run: RunConfig) -> None:
+        """Take those parameters of a filled backbone that train; they become the common ones."""
         self._run = run
         self._last_version = 0
         self.are_per_client = run.has_copies
         self.most_held = 0
         """Clients whose copies or moments were held at once, at most."""
         self.common = Copy(parameters=dict(trainable), optimizer=self._optimizer_of(trainable))
-        self._places = _places_of(backbone, trainable)
         self._own: dict[str, Copy] = {}
         self._moments: dict[str, Mapping[str, Tensor]] = {}
 
@@ -60,20 +59,10 @@ class Copies:
         """Return what this client evaluates and generates with."""
         return self._own.get(client_id, self.common)
 
-    def use(self, copy: Copy) -> None:
-        """Have the blocks compute with a copy from now on."""
-        for registry, key, name in self._places:
-            registry[key] = copy.parameters[name]
-
     def moved(self, copy: Copy) -> None:
         """Take note that a copy's weights have changed."""
         self._last_version += 1
         copy.version, copy.has_learned = self._last_version, True
-
-    def discard_gradients(self) -> None:
-        """Forget all gradients: they lie on the parameters only while a step is made."""
-        for copy in (self.common, *self._own.values()):
-            copy.optimizer.discard()
 
     def begin_round(self, clients: Iterable[str]) -> None:
         """Forget the copies and moments of all but these clients."""
@@ -130,10 +119,6 @@ class Copies:
         copy.optimizer.load_state(state)
         self.moved(copy)
 
-    def owners(self) -> Sequence[str]:
-        """Name the clients whose own copies have moved."""
-        return sorted(client_id for client_id, copy in self._own.items() if copy.has_learned)
-
     def _state_of(self, client_id: str) -> Mapping[str, Tensor]:
         copy = self._own.get(client_id)
         if copy is None:
@@ -150,14 +135,16 @@ class Copies:
         return PartOptimizer(parameters, self._run.optimizer, self._run.num_training_steps)
 
 
-def _places_of(
-    backbone: nn.Module, trainable: Mapping[str, nn.Parameter]
-) -> Sequence[tuple[dict[str, nn.Parameter | None], str, str]]:
-    """Return where in the blocks each parameter is held: registry, key in it, and its name in the whole model."""
-    names = {parameter: name for name, parameter in trainable.items()}
-    return [
-        (module._parameters, key, names[parameter])
-        for module in backbone.modules()
-        for key, parameter in module._parameters.items()
-        if parameter is not None and parameter in names
-    ]
+def weights_in(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights among the tensors of a state, without the moments."""
+    return {name: value for name, value in state.items() if not is_moment(name)}
+
+
+def digest_in(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 (hex) over the weights among the tensors of a client's state, in the model's order."""
+    return digest_of(weights_in(state).values())
+
+
+def owners_in(state: Mapping[str, Tensor]) -> Sequence[str]:
+    """Name the clients whose own copies have moved, by a state of everything."""
+    return sorted({name.split("/", 2)[1] for name in weights_in(state) if name.startswith(_OWN)})

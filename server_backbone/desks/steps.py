@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from server_backbone.compute.blocks_worker import Contribution
 from server_backbone.compute.mishaps import Mishap
-from server_backbone.compute.worker import Contribution
 from server_backbone.deciding.blame import Stage
 from server_backbone.deciding.gates import Apply, Begin, CloseStep, Gate
 from server_backbone.desks.desk import (
@@ -185,7 +185,7 @@ class Steps(Desk):
 
     def _contribution(self, client_id: str, commit: Commit) -> Contribution:
         return Contribution(
-            slot=client_id,
+            client_id=client_id,
             step=commit.step,
             num_label_tokens=commit.num_label_tokens,
             norms_P=realise(commit.norms_P).tolist(),
@@ -207,7 +207,7 @@ class Steps(Desk):
             clip_coefficient=decided.clip_coefficient,
             bytes_sent=member.received,
             bytes_received=member.sent,
-            compute_seconds=self.engine.view.compute_seconds,
+            compute_seconds=self.engine.view.used.compute_seconds,
         )
 
     def _close_step(self, effect: CloseStep) -> Effects:

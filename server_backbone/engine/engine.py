@@ -11,15 +11,26 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from server_backbone.compute.blocks_worker import (
+    COMMON,
+    BlocksWorker,
+    Contribution,
+    MicroBatch,
+    Positions,
+    ReducedStep,
+    Used,
+)
+from server_backbone.compute.copies import digest_in, owners_in, weights_in
 from server_backbone.compute.mishaps import Mishap, done_for, done_for_all
-from server_backbone.compute.worker import Contribution, Worker
 from server_backbone.deciding.rounds import Merge, Open
 from server_backbone.deciding.standing import Standing, value_of
 from server_backbone.engine import work
 from server_backbone.engine.work import Work
+from server_backbone.kinds import ServerParts
 from server_backbone.merging.buffered import BufferedMerger
-from server_backbone.merging.merger import Merger, Seen, Weighed
+from server_backbone.merging.merger import SHARED, Merger, OwnCopies, Seen, Weighed
 from server_backbone.records import entries as log
+from server_backbone.records.kept import KeptSnapshots
 from server_backbone.records.ledger import Ledger
 from server_backbone.records.state import RoundState, RunState
 from splitfl.config.trees import RunConfig
@@ -108,22 +119,34 @@ class View:
     """What other threads may know of the compute thread's work."""
 
     state: RunState
-    compute_seconds: float
-    most_copies: int
-    """How many clients' copies were held at once at most."""
+    used: Used
 
 
 class Engine:
     """The backbone, its records and its merges."""
 
-    def __init__(self, run: RunConfig, worker: Worker, merger: Merger, ledger: Ledger, history: History) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        kind: ServerParts,
+        worker: BlocksWorker,
+        merger: Merger,
+        ledger: Ledger,
+        kept: KeptSnapshots,
+        history: History,
+    ) -> None:
         self._run = run
+        self._kind = kind
         self._history = history
         self._realise = partial(realise, max_rms=run.link.max_rms)
         self.worker = worker
         self.merger = merger
+        self._backbones = OwnCopies(worker) if run.has_copies else SHARED
         self._buffer = merger if isinstance(merger, BufferedMerger) else None
         self.ledger = ledger
+        self._kept = kept
+        self._decided: ReducedStep | None = None
+        """Written down, and to be applied next."""
         self.view = self._look()
         """Any thread may read it; it is of the moment after the last piece of work."""
 
@@ -147,9 +170,9 @@ class Engine:
             case work.Generate(message=message, objection=objection):
                 return Declined(request_id=message.request_id, reason=objection)
             case work.FreeCache():
-                return self.worker.end_cache(asked.client_id, asked.cache_id)
+                return self.worker.generations.end(asked.client_id, asked.cache_id)
             case work.FreeCaches():
-                return self.worker.end_caches(asked.client_id)
+                return self.worker.generations.end(asked.client_id)
             case work.Discard():
                 return self.worker.discard(asked.client_id)
             case work.GiveUpStep():
@@ -194,11 +217,7 @@ class Engine:
         self.view = self._look()
 
     def _look(self) -> View:
-        return View(
-            state=self.ledger.state,
-            compute_seconds=self.worker.compute.seconds,
-            most_copies=self.worker.most_copies,
-        )
+        return View(state=self.ledger.state, used=self.worker.used)
 
     # micro-batches
 
@@ -225,30 +244,23 @@ class Engine:
             return done_for(work, f"the server could not compute {rows} x {length} tokens of {client_id}")
         except Mishap:
             self.worker.discard(client_id)
-            self.worker.end_caches(client_id)
+            self.worker.generations.end(client_id)
             raise
 
     def _evaluate(self, client_id: str, message: Forward) -> ForwardDone:
-        self._check_adapters(message)
-        hidden_BSD = self.worker.evaluate(
-            client_id,
-            self._realise(message.hidden_BSD),
-            _layout(message),
-            adapters_off=message.adapters_off,
-        )
+        hidden_BSD = self.worker.evaluate(client_id, self._micro_batch(message))
         return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
 
     def _decode(self, client_id: str, message: Decode) -> ForwardDone | Declined:
         self._check_adapters(message)
+        positions = Positions(
+            hidden_BSD=self._realise(message.hidden_BSD),
+            lengths_B=message.lengths_B,
+            beams_B=message.beams_B,
+            adapters_off=message.adapters_off,
+        )
         try:
-            got = self.worker.decode(
-                client_id,
-                message.cache_id,
-                self._realise(message.hidden_BSD),
-                message.lengths_B,
-                message.beams_B,
-                adapters_off=message.adapters_off,
-            )
+            got = self.worker.generations.decode(client_id, message.cache_id, positions)
         except ModelError as error:
             got = str(error)
         if isinstance(got, str):
@@ -257,71 +269,68 @@ class Engine:
 
     def _forward(self, client_id: str, message: Forward) -> ForwardDone:
         crash_point("forward")
+        hidden_BSD = self.worker.forward(client_id, self._micro_batch(message))
+        return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
+
+    def _micro_batch(self, message: Forward) -> MicroBatch:
         self._check_adapters(message)
-        hidden_BSD = self.worker.forward(
-            client_id,
-            message.request_id,
-            self._realise(message.hidden_BSD),
-            _layout(message),
+        return MicroBatch(
+            hidden_BSD=self._realise(message.hidden_BSD),
+            layout=_layout(message),
+            request_id=message.request_id,
             step=message.step,
             micro_batch=message.micro_batch,
             adapters_off=message.adapters_off,
         )
-        return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
 
     def _check_adapters(self, message: Forward | Decode) -> None:
         if message.adapters_off and self._run.backbone_trains and self._run.train.backbone == "full":
             raise RemoteProtocolError("adapters_off where the backbone trains in full: it has no adapters to turn off")
 
     def _backward(self, client_id: str, message: Backward) -> BackwardDone:
-        gradient_BSD = self.worker.backward(client_id, message.request_id, self._realise(message.gradient_BSD))
+        got = self.worker.backward(client_id, message.request_id, self._realise(message.gradient_BSD))
         return BackwardDone(
             request_id=message.request_id,
-            gradient_BSD=None if gradient_BSD is None else self._describe(gradient_BSD),
-            norms_Q=self._describe(self.worker.norms(client_id)) if self._run.has_own_loops else None,
+            gradient_BSD=None if got.gradient_BSD is None else self._describe(got.gradient_BSD),
+            norms_Q=self._describe(got.norms_Q) if self._kind.tells_norms else None,
         )
 
     # steps
 
     def decide(self, contributions: Sequence[Contribution]) -> Decided:
         """Reduce a step's gradients and write its record: from here on the step counts, whatever dies."""
-        clip_coefficient, gradients = self._reduce(contributions)
-        learning_rate = self.worker.learning_rate_of(contributions[0])
+        step = self._reduce(contributions)
         crash_point("commit-before-record")
-        try:
-            number = self.ledger.commit(
-                contributions, gradients, clip_coefficient=clip_coefficient, learning_rate=learning_rate
-            )
-        except StorageError:
-            self.worker.withdraw()
-            raise
+        number = self.ledger.commit(contributions, step)
+        self._decided = step
         crash_point("commit-after-record")
         is_redo = self._run.storage.durability == "redo"
-        durable_step = contributions[0].step if is_redo else self.ledger.state.durable_step
+        durable_step = step.step if is_redo else self.ledger.state.durable_step
         return Decided(
             commit_number=number,
-            clip_coefficient=clip_coefficient,
+            clip_coefficient=step.clip_coefficient,
             durable_step=durable_step,
-            learning_rate=learning_rate,
+            learning_rate=step.learning_rate,
         )
 
-    def _reduce(self, contributions: Sequence[Contribution]) -> tuple[float, dict[str, Tensor]]:
+    def _reduce(self, contributions: Sequence[Contribution]) -> ReducedStep:
         """Add up a step's gradients; raise `Mishap`, with none of them left, where torch could not."""
-        who = ", ".join(each.slot for each in contributions)
+        who = ", ".join(each.client_id for each in contributions)
         what = f"the server could not add up the gradients of step {contributions[0].step} of {who}"
         try:
             return done_for(partial(self.worker.reduce, contributions), what)
         except Mishap:
             for each in contributions:
-                self.worker.discard(each.slot)
-            self.worker.withdraw()
+                self.worker.discard(each.client_id)
             raise
 
     def apply(self, contributions: Sequence[Contribution]) -> str:
         """Apply what was decided; return why no snapshot could be taken if one was due, else ""."""
-        number = self.ledger.state.commit_number
-        if not done_for_all(self.worker.apply, f"the optimizer's step of commit {number} could not be taken"):
+        step, self._decided = self._decided, None
+        if step is None:  # it could not be decided
             return ""
+        number = self.ledger.state.commit_number
+        done_for_all(partial(self.worker.apply, step), f"the optimizer's step of commit {number} could not be taken")
         crash_point("commit-after-apply")
         state = self.ledger.state
         if self._history.is_on:
@@ -330,16 +339,17 @@ class Engine:
                 commit_number=state.commit_number,
                 round=state.round.number if state.round else 0,
                 members=[
-                    {"client_id": c.slot, "step": c.step, "num_label_tokens": c.num_label_tokens} for c in contributions
+                    {"client_id": c.client_id, "step": c.step, "num_label_tokens": c.num_label_tokens}
+                    for c in contributions
                 ],
-                digest=self.worker.digest(contributions[0].slot),
+                digest=self.digest(contributions[0].client_id),
             )
         return self.snapshot() if self.ledger.is_due else ""
 
     def snapshot(self) -> str:
         """Take a snapshot; a full disk is survived with the log alone, and said."""
         try:
-            self.ledger.snapshot(self.worker)
+            self.ledger.snapshot()
         except StorageError as error:
             if self._run.storage.durability == "snapshot":
                 raise
@@ -352,8 +362,7 @@ class Engine:
     def opened(self, round_: Open) -> None:
         """Write that a round opens."""
         num_steps = self._run.federation.local_steps
-        begins = log.RoundBegan if self._buffer is None else log.TurnBegan
-        entry = begins(
+        entry = self._kind.begins(
             number=round_.round_number,
             first_step=round_.first_step,
             num_steps=num_steps,
@@ -458,7 +467,9 @@ class Engine:
         weighed = Weighed(used={}, lowered={})
         if not reason:
             rates = state.round.rates if state.round else {}
-            fold = partial(self.merger.merge, merge.uploaded, self.worker, rates=rates, num_clients=state.num_clients)
+            fold = partial(
+                self.merger.merge, merge.uploaded, self._backbones, rates=rates, num_clients=state.num_clients
+            )
             weighed = done_for_all(fold, f"the merge of round {merge.round_number} could not be made")
         weights, moved = weighed.used, self._moved(weighed.used)
         layers, backbone = self.merger.layers(), self.merger.backbone()
@@ -476,7 +487,7 @@ class Engine:
         crash_point("merge-after-record")
         self.worker.merged(backbone)
         self._stand()
-        self.merger.save(self.worker.trained())
+        self.merger.save(self.trained())
         note = self.snapshot()
         self.merger.forget_uploads(self.ledger.state.buffer)
         if self._buffer is not None and merge.closes:
@@ -573,8 +584,8 @@ class Engine:
         crash_point("end-after-record")
         if best is not None:
             self.merger.end_with(best[0])
-            self.worker.load_trained(best[1])
-            self.merger.save(self.worker.trained())
+            self.worker.merged(best[1])
+            self.merger.save(self.trained())
         self.merger.forget_other_bests(0)
         return EndedRounds(layers=self.describe_layers(), note=note)
 
@@ -585,7 +596,7 @@ class Engine:
     def save(self) -> str:
         """Save this moment, when the compute thread has ended; return why no snapshot could be taken, else ""."""
         note = self.snapshot()
-        if self._run.has_own_loops:
+        if not self._kind.has_merges:
             self.save_trained()
         return note
 
@@ -599,20 +610,20 @@ class Engine:
     def keep(self, client_id: str) -> Kept | Declined:
         """Keep a snapshot of the backbone that a client's checkpoint can name."""
         try:
-            return Kept(commit_number=self.ledger.keep(client_id, self.worker, self._run.storage.keep_named))
+            return Kept(commit_number=self._kept.keep(client_id))
         except StorageError as error:
             return Declined(request_id=0, reason=f"the server could not keep a snapshot: {error}")
 
     def go_back(self, client_id: str, commit_number: int) -> WentBack | Declined:
         """Bring the backbone back to a kept snapshot, for a client that nobody else has trained beside since."""
-        if not self.ledger.is_where(client_id, commit_number, self.worker):
+        if not self._kept.is_where(client_id, commit_number):
             try:
-                reason = self.ledger.objection_to_going_back(client_id, commit_number, self.worker)
+                reason = self._kept.objection_to_going_back(client_id, commit_number)
             except Damaged as error:
                 reason = str(error)
             if reason:
                 return Declined(request_id=0, reason=reason)
-            self.ledger.go_back(client_id, commit_number, self.worker)
+            self._kept.go_back(client_id, commit_number)
             self._history.note("went_back", client_id=client_id, commit_number=commit_number)
             if self.ledger.is_due:
                 self.snapshot()
@@ -620,10 +631,18 @@ class Engine:
 
     def save_trained(self) -> None:
         """Write what the backbone has learned, in a run without merges, where exporting finds it."""
-        if not self.worker.has_copies:
-            self.merger.save(self.worker.trained())
-        for client_id in self.worker.owners():
-            self.merger.save(self.worker.trained(client_id), client_id)
+        if not self._run.has_copies:
+            self.merger.save(self.trained())
+        for client_id in owners_in(self.worker.state()):
+            self.merger.save(self.trained(client_id), client_id)
+
+    def trained(self, client_id: str = COMMON) -> dict[str, Tensor]:
+        """Return what trains here, by its name in the whole model, the live tensors: of one client, or everybody's."""
+        return weights_in(self.worker.state(client_id))
+
+    def digest(self, client_id: str = COMMON) -> str:
+        """Return the SHA-256 (hex) over `trained`, in the model's order."""
+        return digest_in(self.worker.state(client_id))
 
     def _describe(self, tensor: Tensor) -> TensorFrames:
         return describe(tensor, self._run.link.frame_bytes)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from server_backbone.compute.worker import Contribution
+from server_backbone.compute.blocks_worker import Contribution
 from server_backbone.deciding import rounds
 from server_backbone.records.entries import Entry
 from splitfl.protocol import messages

@@ -14,6 +14,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from server_backbone.compute.blocks_worker import COMMON, BlocksWorker
+from server_backbone.compute.copies import weights_in
 from splitfl.errors import ModelError
 from splitfl.federation.movement import Bound
 from splitfl.federation.strategy import Strategy
@@ -51,7 +53,7 @@ class Backbones(Protocol):
         """Return what they began with."""
         ...
 
-    def to_merge(self, slot: str) -> Mapping[str, Tensor]:
+    def to_merge(self, client_id: str) -> Mapping[str, Tensor]:
         """Return one client's."""
         ...
 
@@ -60,13 +62,30 @@ class _Shared:
     """One backbone for all: there is nothing of it to merge."""
 
     def before_merge(self) -> Mapping[str, Tensor]:
+        """Return nothing."""
         return {}
 
-    def to_merge(self, slot: str) -> Mapping[str, Tensor]:
+    def to_merge(self, client_id: str) -> Mapping[str, Tensor]:
+        """Return nothing."""
         return {}
 
 
-_SHARED = _Shared()
+SHARED = _Shared()
+
+
+class OwnCopies:
+    """A copy of the backbone for each client."""
+
+    def __init__(self, worker: BlocksWorker) -> None:
+        self._worker = worker
+
+    def before_merge(self) -> Mapping[str, Tensor]:
+        """Return what all have in common, the live tensors."""
+        return weights_in(self._worker.state(COMMON))
+
+    def to_merge(self, client_id: str) -> Mapping[str, Tensor]:
+        """Return what this client's steps have made of that, the live tensors."""
+        return weights_in(self._worker.state(client_id))
 
 
 class _Joined(Mapping[str, Tensor]):
@@ -179,7 +198,7 @@ class Merger:
     def merge(
         self,
         clients: Sequence[str],
-        backbones: Backbones = _SHARED,
+        backbones: Backbones = SHARED,
         *,
         rates: Mapping[str, float] | None = None,
         num_clients: int = 0,

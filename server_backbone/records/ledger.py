@@ -6,15 +6,15 @@ whose queue also decides the order of the entries. Any thread may read `state`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from server_backbone.compute.worker import Contribution, Worker
+from server_backbone.compute.blocks_worker import BlocksWorker, Contribution, ReducedStep
 from server_backbone.records import entries as log
 from server_backbone.records.entries import Entry, from_fields, to_fields
-from server_backbone.records.state import MemberState, RunState
+from server_backbone.records.state import RunState
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
 
@@ -43,10 +43,11 @@ NO_TENSORS: Mapping[str, Tensor] = {}
 class Ledger:
     """The run's state on disk, and the one way to change it."""
 
-    def __init__(self, store: Store, *, keeps_records: bool, snapshot_steps: int) -> None:
+    def __init__(self, store: Store, worker: BlocksWorker, *, keeps_records: bool, snapshot_steps: int) -> None:
         """`keeps_records` is `durability = "redo"`: then commits are redone from the log, else they are forgotten."""
         self._store = store
-        self._keeps_records = keeps_records
+        self._worker = worker
+        self.keeps_records = keeps_records
         self._snapshot_steps = snapshot_steps
         self._commits_since_snapshot = 0
         self.state = RunState()
@@ -56,18 +57,18 @@ class Ledger:
     @property
     def is_due(self) -> bool:
         """Whether enough was committed since the last snapshot to take another."""
-        return self._keeps_records and self._commits_since_snapshot >= self._snapshot_steps
+        return self.keeps_records and self._commits_since_snapshot >= self._snapshot_steps
 
     def is_redone(self, kind: str) -> bool:
         """Whether entries of this kind are done again from the log: all, or those that need no records."""
-        return self._keeps_records or kind in _ALWAYS_REDONE
+        return self.keeps_records or kind in _ALWAYS_REDONE
 
-    def begin(self, fingerprint: str, worker: Worker) -> None:
+    def begin(self, fingerprint: str) -> None:
         """Write the first snapshot of a new run."""
         self.state = replace(self.state, fingerprint=fingerprint)
-        self.snapshot(worker)
+        self.snapshot()
 
-    def recover(self, worker: Worker, redone: Callable[[int, str], None]) -> list[str]:
+    def recover(self, redone: Callable[[int, str], None]) -> list[str]:
         """Bring state and worker to where the log ends; return notes for the operator.
 
         `redone` is told the number of each commit that was applied again, and a member of it, when it is.
@@ -76,81 +77,74 @@ class Ledger:
         snapshot = recovered.snapshot
         if snapshot is None:
             return recovered.notes
-        self.go_to(snapshot, worker)
+        self.go_to(snapshot)
         for record in recovered.entries:
             if self.is_redone(record.kind):
-                self.redo(record, worker)
+                self.redo(record)
                 if record.kind == log.Committed.kind:
                     redone(self.state.commit_number, record.fields["members"][0][0])
         last_kept = max(self._store.kept(), default=0)
         has_lost = last_kept > self.state.commit_number
         # a number names one state for ever
         self.state = replace(self.state, commit_number=max(self.state.commit_number, last_kept))
-        if has_lost or not self._keeps_records:
-            self.snapshot(worker)  # what is not done again must not be read again
+        if has_lost or not self.keeps_records:
+            self.snapshot()  # what is not done again must not be read again
         return recovered.notes
 
-    def go_to(self, snapshot: Record, worker: Worker) -> None:
+    def go_to(self, snapshot: Record) -> None:
         """Bring state and worker to a snapshot."""
         self.state = RunState.from_fields(snapshot.fields)
-        worker.load(_without(_WORKER, snapshot.tensors))
+        self._worker.load(_without(_WORKER, snapshot.tensors))
         self.merged_layers = _without(_LAYERS, snapshot.tensors) if self.state.num_merged else None
         self.strategy_state = _without(_STRATEGY, snapshot.tensors)
 
-    def is_at(self, snapshot: Record, worker: Worker) -> bool:
+    def is_at(self, snapshot: Record) -> bool:
         """Tell whether state and worker are what a snapshot holds, bit for bit."""
-        theirs, mine = _without(_WORKER, snapshot.tensors), worker.state()
+        theirs, mine = _without(_WORKER, snapshot.tensors), self._worker.state()
         is_same = theirs.keys() == mine.keys() and all(torch.equal(theirs[name], mine[name].cpu()) for name in mine)
         return is_same and snapshot.fields == self.state.to_fields()
 
-    def redo(self, record: Record, worker: Worker) -> None:
+    def redo(self, record: Record) -> None:
         """Do again what a record says."""
         entry = from_fields(record.kind, record.fields)
         self.state = self.state.after(entry)
         match entry:
             case log.RoundBegan():
-                worker.begin_round(entry.clients)
+                self._worker.begin_round(entry.clients)
             case log.MergeMade():
                 self.merged_layers = _without(_LAYERS, record.tensors)
                 self.strategy_state = _without(_STRATEGY, record.tensors)
-                worker.merged(_without(_BACKBONE, record.tensors))
+                self._worker.merged(_without(_BACKBONE, record.tensors))
             case log.Committed():
                 self._commits_since_snapshot += 1
-                slot, _ = entry.members[0]
-                worker.redo(slot, entry.step, entry.clip_coefficient, record.tensors, entry.learning_rate)
+                self._worker.apply(_step_of(entry, record.tensors))
             case log.WentBack():
-                worker.go_back(entry.client_id, record.tensors)
+                self._worker.load(record.tensors, entry.client_id)
             case log.Ended() if record.tensors:
                 self.merged_layers = _without(_LAYERS, record.tensors)
-                worker.load_trained(_without(_BACKBONE, record.tensors))
+                self._worker.merged(_without(_BACKBONE, record.tensors))
 
     def write(self, entry: Entry, tensors: Mapping[str, Tensor] = NO_TENSORS) -> None:
         """Write an entry and fold it; one that is `durable` is on the disk when this returns."""
         record = Record(kind=entry.kind, fields=to_fields(entry), tensors=tensors)
         self._store.append(
-            record, durable=entry.durable and (self._keeps_records or not isinstance(entry, log.Committed))
+            record, durable=entry.durable and (self.keeps_records or not isinstance(entry, log.Committed))
         )
         self.state = self.state.after(entry)
+        if isinstance(entry, log.Committed | log.WentBack):  # of which the second is as large as a snapshot
+            self._commits_since_snapshot += 1
 
-    def commit(
-        self,
-        contributions: Sequence[Contribution],
-        gradients: Mapping[str, Tensor],
-        *,
-        clip_coefficient: float,
-        learning_rate: float,
-    ) -> int:
+    def commit(self, contributions: Sequence[Contribution], step: ReducedStep) -> int:
         """Write a decided step, to be applied next, and return its number."""
         entry = log.Committed(
             number=self.state.commit_number + 1,
-            step=contributions[0].step,
-            members=[(each.slot, each.step) for each in contributions],
+            step=step.step,
+            members=[(each.client_id, each.step) for each in contributions],
             tokens=[each.num_label_tokens for each in contributions],
-            clip_coefficient=clip_coefficient,
-            learning_rate=learning_rate,
+            clip_coefficient=step.clip_coefficient,
+            learning_rate=step.learning_rate,
         )
-        self.write(entry, gradients if self._keeps_records else NO_TENSORS)
-        self._commits_since_snapshot += 1
+        self.write(entry, step.gradients if self.keeps_records else NO_TENSORS)
         return entry.number
 
     def merged(
@@ -179,9 +173,9 @@ class Ledger:
             tensors = _with(_LAYERS, best[0]) | _with(_BACKBONE, best[1])
         self.write(log.Ended(reason=reason, held_round=held_round, best_round=best_round), tensors)
 
-    def snapshot(self, worker: Worker) -> None:
+    def snapshot(self) -> None:
         """Write state and tensors of this moment; raise `StorageError` and keep what there was if that fails."""
-        tensors = _with(_WORKER, worker.state()) | self._tensors_of_the_merge()
+        tensors = _with(_WORKER, self._worker.state()) | self._tensors_of_the_merge()
         self._store.snapshot(Record(kind="snapshot", fields=self.state.to_fields(), tensors=tensors))
         self._commits_since_snapshot = 0
 
@@ -191,72 +185,6 @@ class Ledger:
             if int(self._store.snapshot_of(generation).fields.get("folded_round", 0)) < merge:
                 return generation
         return None
-
-    # snapshots that clients' checkpoints name
-
-    def keep(self, client_id: str, worker: Worker, limit: int) -> int:
-        """Keep state and tensors of this moment beside the log, if they are not kept yet; return their commit.
-
-        At most `limit` are kept; the oldest go.
-        """
-        # a client's own copy has the weights of its own last commit, which is nobody else's
-        number = self._member(client_id).commit_number if worker.has_copies else self.state.weights_of
-        if number not in self._store.kept():
-            kept = Record(kind="kept", fields=self.state.to_fields(), tensors=worker.to_keep(client_id))
-            self._store.keep(number, kept, limit)
-        return number
-
-    def is_where(self, client_id: str, commit_number: int, worker: Worker) -> bool:
-        """Tell whether the client, and the backbone that it trains, are where they were after a commit."""
-        is_backbone_there = worker.has_copies or self.state.weights_of == commit_number
-        return is_backbone_there and self._member(client_id).commit_number == commit_number
-
-    def _member(self, client_id: str) -> MemberState:
-        return self.state.members.get(client_id, MemberState())
-
-    def objection_to_going_back(self, client_id: str, commit_number: int, worker: Worker) -> str:
-        """Say why the backbone cannot go back to a commit for this client, "" when it can."""
-        kept = self._store.kept()
-        if commit_number not in kept:
-            known = ", ".join(map(str, kept)) or "none"
-            return (
-                f"no snapshot of commit {commit_number} is kept; those that are: {known} (storage.keep_named bounds"
-                " how many)"
-            )
-        then = RunState.from_fields(self._store.kept_at(commit_number).fields)
-        if worker.has_copies:
-            is_mine = then.members.get(client_id, MemberState()).commit_number == commit_number
-            return "" if is_mine else f"commit {commit_number} is another client's, whose copy of the backbone it moved"
-        others = sorted(
-            name
-            for name, member in self.state.members.items()
-            if name != client_id and member.step != then.members.get(name, MemberState()).step
-        )
-        if others:
-            return (
-                f"{', '.join(others)} has trained the backbone since commit {commit_number}, and going back would undo"
-                " that: go on from here, or let the operator take the whole run back with `splitfl rollback`"
-            )
-        return ""
-
-    def go_back(self, client_id: str, commit_number: int, worker: Worker) -> None:
-        """Bring worker and client back to a kept snapshot.
-
-        The entry holds the tensors, so that it can be done again when the kept file is gone.
-        """
-        kept = self._store.kept_at(commit_number)
-        member = RunState.from_fields(kept.fields).members.get(client_id, MemberState())
-        # the client knows its place by the commit it went back to, although that may be another's
-        place = asdict(member) | {"commit_number": commit_number}
-        self.write(log.WentBack(client_id=client_id, commit_number=commit_number, member=place), kept.tensors)
-        self._commits_since_snapshot += 1  # it is as large as one
-        worker.go_back(client_id, kept.tensors)
-        if not self._keeps_records:
-            self.snapshot(worker)
-
-    def close(self) -> None:
-        """Let another process have the folder."""
-        self._store.close()
 
     def _tensors_of_the_merge(self) -> dict[str, Tensor]:
         return _with(_LAYERS, self.merged_layers or {}) | _with(_STRATEGY, self.strategy_state)
@@ -268,3 +196,14 @@ def _with(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _step_of(entry: log.Committed, gradients: Mapping[str, Tensor]) -> ReducedStep:
+    client_id, _ = entry.members[0]
+    return ReducedStep(
+        client_id=client_id,
+        step=entry.step,
+        clip_coefficient=entry.clip_coefficient,
+        learning_rate=entry.learning_rate,
+        gradients=gradients,
+    )

@@ -8,7 +8,10 @@ from conftest import tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from server_backbone.compute.worker import Contribution, Worker
+from server_backbone.compute.blocks_worker import COMMON, Contribution, MicroBatch, Positions
+from server_backbone.compute.copies import digest_in, weights_in
+from server_backbone.compute.gradient_rules import ClipWhole, rules_of_rounds
+from server_backbone.compute.worker import Worker, worker_of
 from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.layout import Layout
@@ -17,14 +20,14 @@ from splitfl.models.trainable import choose_trainable, first_adapter_values
 LAYOUT = Layout(lengths_B=(5, 5))
 
 
-def worker_of(train: str = "lora", family: str = "llama", **federation: Any) -> Worker:
+def made(train: str = "lora", family: str = "llama", **federation: Any) -> Worker:
     torch.manual_seed(0)
     tree = {"train": {"backbone": train}, "federation": {"server_mode": "per_client", **federation}}
     run = RunConfig.from_tree(tree, source="test")
     cut = Cut.of(AutoModelForCausalLM.from_config(tiny_config(family)), bottom_layers=1, top_layers=1)
     choose_trainable(cut, run)
     cut.fill("server", lambda names, values: first_adapter_values(names[0], values, 0), torch.device("cpu"))
-    return Worker(cut, run, torch.device("cpu"))
+    return worker_of(cut, run, rules_of_rounds(run, cut), torch.device("cpu"))
 
 
 def hidden(client: str, number: int, batch: int = 2) -> Tensor:
@@ -33,32 +36,46 @@ def hidden(client: str, number: int, batch: int = 2) -> Tensor:
 
 
 def forward(worker: Worker, client: str, number: int, step: int) -> Tensor:
-    return worker.forward(client, number, hidden(client, number), LAYOUT, step=step, micro_batch=number % 2)
+    batch = MicroBatch(
+        hidden_BSD=hidden(client, number), layout=LAYOUT, request_id=number, step=step, micro_batch=number % 2
+    )
+    return worker.forward(client, batch)
 
 
 def backward(worker: Worker, client: str, number: int) -> Tensor | None:
-    return worker.backward(client, number, hidden(client + "'", number))
+    return worker.backward(client, number, hidden(client + "'", number)).gradient_BSD
 
 
 def commit(worker: Worker, client: str, step: int) -> None:
-    worker.reduce([contribution(worker, client, step)])
-    assert worker.apply()
+    worker.apply(worker.reduce([contribution(worker, client, step)]))
 
 
 def contribution(worker: Worker, client: str, step: int) -> Contribution:
-    norms = [1.0] * worker._is_mine.count(False)
-    return Contribution(slot=client, step=step, num_label_tokens=5, norms_P=norms)
+    clip = worker._rules[-1]
+    assert isinstance(clip, ClipWhole)
+    norms = [1.0] * clip.is_here.count(False)
+    return Contribution(client_id=client, step=step, num_label_tokens=5, norms_P=norms)
 
 
 def merge(worker: Worker, *clients: str) -> None:
     """Make the mean of these clients' copies everyone's."""
-    copies = [worker.to_merge(client) for client in clients]
-    worker.merged({name: sum(copy[name] for copy in copies) / len(copies) for name in worker.before_merge()})
+    copies = [weights_in(worker.state(client)) for client in clients]
+    names = weights_in(worker.state(COMMON))
+    worker.merged({name: sum(copy[name] for copy in copies) / len(copies) for name in names})
 
 
 def num_of(worker: Worker) -> int:
     """Return how many tensors train."""
-    return len(worker.trained())
+    return len(weights_in(worker.state(COMMON)))
+
+
+def evaluate(worker: Worker, client: str) -> Tensor:
+    return worker.evaluate(client, MicroBatch(hidden_BSD=hidden("x", 1), layout=LAYOUT))
+
+
+def decode(worker: Worker, client: str, number: int) -> Tensor | str:
+    positions = Positions(hidden_BSD=hidden("x", number), lengths_B=(5, 5), beams_B=(0, 1))
+    return worker.generations.decode(client, 1, positions)
 
 
 def two_steps(worker: Worker, client: str) -> list[Tensor | None]:
@@ -75,7 +92,7 @@ def two_steps(worker: Worker, client: str) -> list[Tensor | None]:
 @pytest.mark.parametrize("train", ["lora", "full"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_interleaved_clients_are_those_who_run_apart(train: str, family: str) -> None:
-    together = worker_of(train, family)
+    together = made(train, family)
     seen: dict[str, list[Tensor | None]] = {"a": [], "b": []}
     # a's first step runs while b's graphs live, and the other way round
     seen["b"].append(forward(together, "b", 2, 1))
@@ -100,26 +117,26 @@ def test_interleaved_clients_are_those_who_run_apart(train: str, family: str) ->
     commit(together, "a", 2)
 
     for client in "ab":
-        alone = worker_of(train, family)
+        alone = made(train, family)
         expected = two_steps(alone, client)
         assert all(torch.equal(x, y) for x, y in zip(seen[client], expected, strict=True) if x is not None)
-        assert together.digest(client) == alone.digest(client)
-    assert together.digest("a") != together.digest("b")
-    assert together.digest() == worker_of(train, family).digest()
+        assert digest_in(together.state(client)) == digest_in(alone.state(client))
+    assert digest_in(together.state("a")) != digest_in(together.state("b"))
+    assert digest_in(together.state(COMMON)) == digest_in(made(train, family).state(COMMON))
 
 
 def test_a_client_evaluates_and_generates_with_its_own() -> None:
-    worker = worker_of()
-    first = worker.evaluate("a", hidden("x", 1), LAYOUT)
-    begun = worker.decode("b", 1, hidden("x", 1), (5, 5), (0, 1))
+    worker = made()
+    first = evaluate(worker, "a")
+    begun = decode(worker, "b", 1)
     two_steps(worker, "a")
-    assert not torch.equal(worker.evaluate("a", hidden("x", 1), LAYOUT), first)
-    assert torch.equal(worker.evaluate("b", hidden("x", 1), LAYOUT), first)
+    assert not torch.equal(evaluate(worker, "a"), first)
+    assert torch.equal(evaluate(worker, "b"), first)
     assert isinstance(begun, Tensor)
-    assert isinstance(worker.decode("b", 1, hidden("x", 2), (5, 5), (0, 1)), Tensor)  # what a learned is not b's affair
+    assert isinstance(decode(worker, "b", 2), Tensor)  # what a learned is not b's affair
     merge(worker, "a")
-    assert "has learned since" in str(worker.decode("b", 1, hidden("x", 3), (5, 5), (0, 1)))
-    of_all = [worker.evaluate(client, hidden("x", 1), LAYOUT) for client in ("a", "b", "new")]
+    assert "has learned since" in str(decode(worker, "b", 3))
+    of_all = [evaluate(worker, client) for client in ("a", "b", "new")]
     assert torch.equal(of_all[0], of_all[1])
     assert torch.equal(of_all[0], of_all[2])
     assert not torch.equal(of_all[0], first)
@@ -127,32 +144,32 @@ def test_a_client_evaluates_and_generates_with_its_own() -> None:
 
 def test_a_merge_under_a_live_graph_harms_nobody() -> None:
     """Whoever is late computes for nothing; its next round begins with the merged weights."""
-    worker = worker_of("full")
+    worker = made("full")
     two_steps(worker, "a")
     forward(worker, "late", 2, 1)
     merge(worker, "a")
     assert backward(worker, "late", 2) is not None
     forward(worker, "late", 3, 1)
     worker.discard("late")
-    merged = worker.digest()
+    merged = digest_in(worker.state(COMMON))
     forward(worker, "late", 6, 3)
     backward(worker, "late", 6)
-    assert worker.digest("late") == merged
+    assert digest_in(worker.state("late")) == merged
     commit(worker, "late", 3)
-    assert worker.digest("late") != merged
-    assert worker.digest() == merged
+    assert digest_in(worker.state("late")) != merged
+    assert digest_in(worker.state(COMMON)) == merged
 
 
 @pytest.mark.parametrize("optimizer_state", ["keep", "reset"])
 def test_a_state_leads_back_to_every_copy(optimizer_state: str) -> None:
-    worker = worker_of(optimizer_state=optimizer_state)
+    worker = made(optimizer_state=optimizer_state)
     two_steps(worker, "a")
     merge(worker, "a")
     assert sum("own/a/" in name for name in worker.state()) == (0 if optimizer_state == "reset" else 3 * num_of(worker))
     two_steps(worker, "b")
     forward(worker, "a", 6, 3)  # has begun a step, and moved nothing yet
     kept = {name: tensor.clone() for name, tensor in worker.state().items()}
-    again = worker_of(optimizer_state=optimizer_state)
+    again = made(optimizer_state=optimizer_state)
     again.load(kept)
     assert again.state().keys() == kept.keys()
     worker.discard("a")
@@ -167,7 +184,7 @@ def test_a_state_leads_back_to_every_copy(optimizer_state: str) -> None:
 
 
 def test_a_round_forgets_those_who_are_not_in_it() -> None:
-    worker = worker_of()
+    worker = made()
     for client in ("a", "b"):
         two_steps(worker, client)
     merge(worker, "a", "b")
@@ -175,12 +192,11 @@ def test_a_round_forgets_those_who_are_not_in_it() -> None:
     assert {name.split("/")[1] for name in worker.state() if name.startswith("own/")} == {"b"}
 
 
-def test_a_step_that_cannot_be_written_is_withdrawn() -> None:
-    worker = worker_of()
+def test_a_step_that_is_reduced_and_not_applied_leaves_nothing() -> None:
+    worker = made()
     forward(worker, "a", 2, 1)
     backward(worker, "a", 2)
-    before = worker.digest("a")
-    worker.reduce([contribution(worker, "a", 1)])
-    worker.withdraw()
-    assert not worker.apply()
-    assert worker.digest("a") == before
+    before = digest_in(worker.state("a"))
+    assert any(gradient.any() for gradient in worker.reduce([contribution(worker, "a", 1)]).gradients.values())
+    assert not worker.reduce([contribution(worker, "a", 1)]).gradients
+    assert digest_in(worker.state("a")) == before

@@ -9,8 +9,11 @@ import torch
 from conftest import Finished, tiny_config, write_text
 from torch import Tensor
 
+from server_backbone.compute.blocks_worker import COMMON, Contribution, MicroBatch
+from server_backbone.compute.copies import weights_in
+from server_backbone.compute.gradient_rules import rules_of_rounds
 from server_backbone.compute.placement import device_map_of, devices_of
-from server_backbone.compute.worker import Contribution, Worker
+from server_backbone.compute.worker import worker_of
 from splitfl.config.trees import RunConfig
 from splitfl.errors import ModelError
 from splitfl.models.checkpoint import TensorFile
@@ -41,20 +44,21 @@ def blocks_apart(cut: Cut) -> dict[str, int | str]:
 
 
 def three_steps(cut: Cut, run: RunConfig, device_map: Mapping[str, int | str] | None) -> dict[str, Tensor]:
-    worker = Worker(cut, run, torch.device("cpu"), device_map)
-    blocks = worker._backbone.base.get_submodule(cut.anatomy.blocks_name)
+    worker = worker_of(cut, run, rules_of_rounds(run, cut), torch.device("cpu"), device_map)
+    blocks = worker.blocks.backbone.base.get_submodule(cut.anatomy.blocks_name)
     assert all(hasattr(block, "_hf_hook") is (device_map is not None) for block in blocks)
-    worker.check_packing()
+    worker.blocks.check_packing(run.text.max_seq_length)
     draw = torch.Generator().manual_seed(1)
     outputs: dict[str, Tensor] = {}
     for step in (1, 2, 3):
         hidden_BSD, gradient_BSD = (torch.randn(2, 5, 32, generator=draw) for _ in range(2))
-        outputs[f"out {step}"] = worker.forward("a", step, hidden_BSD, LAYOUT, step=step, micro_batch=0)
-        outputs[f"gradient {step}"] = worker.backward("a", step, gradient_BSD)  # type: ignore[assignment]
+        batch = MicroBatch(hidden_BSD=hidden_BSD, layout=LAYOUT, request_id=step, step=step)
+        outputs[f"out {step}"] = worker.forward("a", batch)
+        outputs[f"gradient {step}"] = worker.backward("a", step, gradient_BSD).gradient_BSD  # type: ignore[assignment]
         num_norms = len(cut.trainable("client"))
-        worker.reduce([Contribution(slot="a", step=step, num_label_tokens=6, norms_P=[0.5] * num_norms)])
-        worker.apply()
-    return outputs | worker.trained()
+        mine = Contribution(client_id="a", step=step, num_label_tokens=6, norms_P=[0.5] * num_norms)
+        worker.apply(worker.reduce([mine]))
+    return outputs | weights_in(worker.state(COMMON))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -5,7 +5,9 @@ import torch
 from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
-from server_backbone.compute.worker import Contribution, Worker
+from server_backbone.compute.blocks_worker import Contribution, MicroBatch
+from server_backbone.compute.gradient_rules import rules_of_rounds
+from server_backbone.compute.worker import Worker, worker_of
 from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.layout import Layout
@@ -19,13 +21,13 @@ def test_whoever_claims_huge_norms_does_not_stop_the_others(claimed: float) -> N
     run = RunConfig()
     cut = Cut.of(AutoModelForCausalLM.from_config(tiny_config("llama")), bottom_layers=1, top_layers=1)
     choose_trainable(cut, run)
-    worker = Worker(cut, run, torch.device("cpu"))
+    worker = worker_of(cut, run, rules_of_rounds(run, cut), torch.device("cpu"))
     num_tensors = len(cut.trainable("client"))
     norms = {"honest": [0.0] * num_tensors, "mallory": [claimed] + [-1.0] * (num_tensors - 1)}
-    coefficient, _ = worker.reduce(
-        [Contribution(slot=name, step=1, num_label_tokens=5, norms_P=each) for name, each in norms.items()]
+    step = worker.reduce(
+        [Contribution(client_id=name, step=1, num_label_tokens=5, norms_P=each) for name, each in norms.items()]
     )
-    assert coefficient == pytest.approx(1 / (min(claimed, 10.0) / 2), rel=1e-3)
+    assert step.clip_coefficient == pytest.approx(1 / (min(claimed, 10.0) / 2), rel=1e-3)
 
 
 CLIENTS = [f"clinic-{number:02d}" for number in range(16)]
@@ -44,7 +46,7 @@ def half_worker() -> tuple[Worker, int]:
     whole = AutoModelForCausalLM.from_config(tiny_config("llama")).to(torch.bfloat16)
     cut = Cut.of(whole, bottom_layers=1, top_layers=1)
     choose_trainable(cut, run)
-    return Worker(cut, run, torch.device("cpu")), len(cut.trainable("client"))
+    return worker_of(cut, run, rules_of_rounds(run, cut), torch.device("cpu")), len(cut.trainable("client"))
 
 
 def learn(worker: Worker, number: int) -> None:
@@ -53,20 +55,20 @@ def learn(worker: Worker, number: int) -> None:
     hidden_BSD, gradient_BSD = (torch.randn(2, 5, 32, generator=draw).bfloat16() for _ in range(2))
     layout = Layout(lengths_B=(5, 5))
     for micro_batch in range(2):
-        worker.forward(CLIENTS[number], micro_batch, hidden_BSD, layout, step=1, micro_batch=micro_batch)
+        batch = MicroBatch(
+            hidden_BSD=hidden_BSD, layout=layout, request_id=micro_batch, step=1, micro_batch=micro_batch
+        )
+        worker.forward(CLIENTS[number], batch)
         worker.backward(CLIENTS[number], micro_batch, gradient_BSD)
 
 
 def reduced(worker: Worker, numbers: list[int], num_norms: int) -> dict[str, torch.Tensor]:
-    """Return what these clients' gradients come to, weighted by label tokens, and forget them."""
+    """Return the sum of these clients' gradients, weighted by label tokens."""
     members = [
-        Contribution(slot=CLIENTS[number], step=1, num_label_tokens=TOKENS[number], norms_P=[-1.0] * num_norms)
+        Contribution(client_id=CLIENTS[number], step=1, num_label_tokens=TOKENS[number], norms_P=[-1.0] * num_norms)
         for number in numbers
     ]
-    _, gradients = worker.reduce(members)
-    kept = {name: gradient.clone() for name, gradient in gradients.items()}
-    worker.withdraw()
-    return kept
+    return dict(worker.reduce(members).gradients)
 
 
 @pytest.mark.parametrize("num_clients", [2, 8, 16])
@@ -94,5 +96,5 @@ def test_one_clients_bfloat16_gradients_are_torchs_own() -> None:
     """As the unsplit model has them: its micro-batches are added up by autograd."""
     worker, num_norms = half_worker()
     learn(worker, 3)
-    gradients = [each.clone() for each in worker._slots[CLIENTS[3]].gradients if each is not None]
+    gradients = [each.clone() for each in worker._under_way[CLIENTS[3]].gradients if each is not None]
     assert all(map(torch.equal, reduced(worker, [3], num_norms).values(), gradients))
