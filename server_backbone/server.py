@@ -26,7 +26,7 @@ from server_backbone.desks.snapshots import Snapshots
 from server_backbone.desks.steps import Steps
 from server_backbone.desks.waiting import Waiting
 from server_backbone.door.admission import Admission
-from server_backbone.door.mail import Mail
+from server_backbone.door.mail import Damaged, Illegal, Letter, LockedOut, Mail, Received
 from server_backbone.door.members import Connection, Members
 from server_backbone.engine.engine import Engine
 from server_backbone.engine.work import Work
@@ -42,7 +42,7 @@ from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.backbones import backbone_of
-from splitfl.transport.zeromq import Arrived, Listener
+from splitfl.transport.zeromq import Listener
 
 # How often the loop looks at its deadlines.
 _TICK_S = 0.25
@@ -86,7 +86,7 @@ class Server:
         kind = self.kind
         gate, rounds = kind.gate(run), kind.rounds(run, engine.merger.strategy.configure_train, now_s)
         self._members, self._gate = members, gate
-        self._mail = mail = Mail(self.listener, self.limits)
+        self._mail = mail = Mail(self.listener, self.limits, members, self.admission)
         self._queue: Queue[Work] = Queue(engine.do, mail.wake)
         shared: _Shared = {"members": members, "queue": self._queue, "mail": mail, "metrics": metrics}
         self._presence = Presence(run=run, limits=self.limits, admission=self.admission, **shared)
@@ -184,7 +184,7 @@ class Server:
                 self._forgive(now_s - before_s)
                 before_s = now_s
                 if arrived is not None:
-                    self._carry_out(self._hear(arrived, now_s), now_s)
+                    self._carry_out(self._hear(self._mail.open(arrived, now_s), now_s), now_s)
                 self._go_on(now_s)
                 if now_s >= self._tick_due_s:
                     self._tick_due_s = now_s + _TICK_S
@@ -232,21 +232,22 @@ class Server:
             for connection in self._members.connections():
                 connection.last_heard_s += stalled_s
 
-    def _hear(self, arrived: Arrived, now_s: float) -> Effects:
-        connection = self._members.at(arrived.peer)
-        if not arrived.intact:
-            return self._presence.damaged(arrived, connection)
-        if not self.admission.is_let_in(arrived.user_id):
-            return self._presence.lock_out(arrived.peer, connection)
-        if connection is not None:
-            self._mail.count(connection, arrived, now_s)
-        try:
-            message = self._mail.read(arrived)
-            if connection is None:
-                return self._arrivals.hear_stranger(arrived, message, now_s)
-            return self._take(connection, message, now_s)
-        except RemoteProtocolError as error:
-            return self._presence.punish(arrived.peer, arrived.user_id, connection, str(error))
+    def _hear(self, received: Received, now_s: float) -> Effects:
+        arrived, connection = received.arrived, received.connection
+        match received:
+            case Damaged():
+                return self._presence.damaged(arrived, connection)
+            case LockedOut():
+                return self._presence.lock_out(arrived.peer, connection)
+            case Illegal(rule=rule):
+                return self._presence.punish(arrived.peer, arrived.user_id, connection, rule)
+            case Letter(message=message):
+                try:
+                    if connection is None:
+                        return self._arrivals.hear_stranger(arrived, message, now_s)
+                    return self._take(connection, message, now_s)
+                except RemoteProtocolError as error:
+                    return self._presence.punish(arrived.peer, arrived.user_id, connection, str(error))
 
     def _take(self, connection: Connection, message: Message, now_s: float) -> Effects:
         """Hand a message to its desk if it is legal now."""

@@ -3,8 +3,11 @@
 import logging
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
 
-from server_backbone.door.members import Connection, Member
+from server_backbone.door.admission import Admission
+from server_backbone.door.members import Connection, Member, Members
 from splitfl.errors import LocalProtocolError, PeerGone, RemoteProtocolError
 from splitfl.protocol import codec
 from splitfl.protocol.messages import Message, Refusal, Why
@@ -16,12 +19,48 @@ from splitfl.transport.zeromq import Arrived, Listener
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Received:
+    arrived: Arrived
+    connection: Connection | None
+    """None for a peer without a session."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Letter(_Received):
+    """A message."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Damaged(_Received):
+    """What the way has damaged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LockedOut(_Received):
+    """Whatever was sent with a key that is not let in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Illegal(_Received):
+    """What is no message, or too large."""
+
+    rule: str
+
+
+Received: TypeAlias = Letter | Damaged | LockedOut | Illegal
+
+
 class Mail:
     """What comes in and goes out. Sending never loses anybody: who is gone is noted, and met by the loop."""
 
-    def __init__(self, listener: Listener, limits: Limits) -> None:
+    def __init__(self, listener: Listener, limits: Limits, members: Members, admission: Admission) -> None:
         self._listener = listener
         self._limits = limits
+        self._members = members
+        self._admission = admission
         self.gone: deque[tuple[Connection, str]] = deque()
         """Connections that were found closed, and how."""
 
@@ -37,16 +76,28 @@ class Mail:
         """Return who was cut off for a message without end, since this was last asked."""
         return self._listener.sweep()
 
-    def read(self, arrived: Arrived) -> Message:
-        """Decode a message; raise `RemoteProtocolError` for what is none, or too large."""
+    def open(self, arrived: Arrived, now_s: float) -> Received:
+        """Find out who has sent something, take note that it was heard, and decode it."""
+        connection = self._members.at(arrived.peer)
+        if not arrived.intact:
+            return Damaged(arrived=arrived, connection=connection)
+        if not self._admission.is_let_in(arrived.user_id):
+            return LockedOut(arrived=arrived, connection=connection)
+        if connection is not None:
+            self._count(connection, arrived, now_s)
+        try:
+            return Letter(arrived=arrived, connection=connection, message=self._read(arrived))
+        except RemoteProtocolError as error:
+            return Illegal(arrived=arrived, connection=connection, rule=str(error))
+
+    def _read(self, arrived: Arrived) -> Message:
         if len(arrived.frames) > self._limits.message_frames:
             raise RemoteProtocolError(f"a message of more than message_frames = {self._limits.message_frames}")
         if codec.payload(arrived.frames) > self._limits.message_bytes:
             raise RemoteProtocolError(f"a message of more than message_bytes = {self._limits.message_bytes}")
         return codec.decode(arrived.frames, max_frame_bytes=self._limits.frame_bytes)
 
-    def count(self, connection: Connection, arrived: Arrived, now_s: float) -> None:
-        """Take note that a connection's client was heard."""
+    def _count(self, connection: Connection, arrived: Arrived, now_s: float) -> None:
         connection.last_heard_s, connection.heard_at = now_s, arrived.peer
         connection.member.received += arrived.num_bytes
         if arrived.peer == connection.peer:
