@@ -17,7 +17,7 @@ from torch import Tensor
 
 from client_edge.layers.edge import Edge, MicroBatch
 from client_edge.link.link import Link
-from client_edge.part.evaluation import Answerer
+from client_edge.measuring.answerer import Answerer
 from splitfl.models.cut import Top
 
 # So many in a row that they are no coincidence in a few MB of floats.

@@ -46,13 +46,12 @@ class Pending:
 class Journal:
     """This client's records; one thread uses them."""
 
-    def __init__(self, store: Store, edge: Edge, history: History, *, keeps_records: bool, snapshot_steps: int) -> None:
-        """`keeps_records` is `durability = "redo"`."""
+    def __init__(self, store: Store, edge: Edge, history: History, storage: StorageSection) -> None:
         self._store = store
         self._edge = edge
         self._history = history
-        self._keeps_records = keeps_records
-        self._snapshot_steps = snapshot_steps
+        self._keeps_records = storage.durability == "redo"
+        self._snapshot_steps = storage.snapshot_steps
         self._steps_since_snapshot = 0
         self._saved: Place | None = None
         """Where the last snapshot was taken."""

@@ -88,7 +88,7 @@ def test_a_link_that_no_large_message_passes(
     with_files.connection.close()
     cutter = Cutter(port_of(server), **{f"{way}_bytes": 60_000})
     said: list[str] = []
-    monkeypatch.setattr("client_edge.part.run._say", lambda _console, _config, text: said.append(text))
+    monkeypatch.setattr("client_edge.part.run._teller", lambda _console, _client_id: said.append)
     client |= {"server_address": f"tcp://127.0.0.1:{cutter.port}", "reconnect_timeout": TIMEOUT_S}
     config = ClientConfig.from_tree({"client": client, "data": {"path": data, "eval_fraction": 0.0}}, source="test")
     with pytest.raises(PeerGone, match=r"gave up on .* after 3 s \(client.reconnect_timeout\)") as caught:

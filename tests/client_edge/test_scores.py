@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from client_edge.part.scores import accuracy, exact_match, macro_f1, rouge_l, words
+from client_edge.measuring.scores import accuracy, exact_match, macro_f1, rouge_l, words
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "rouge_score_and_scikit_learn.json").read_text())
 
@@ -67,7 +67,7 @@ def test_words_are_those_of_the_script() -> None:
 
 
 def test_rouge_is_loaded_when_it_is_asked_for_and_not_before() -> None:
-    program = "import sys, client_edge.part.scores; sys.exit('nltk' in sys.modules)"
+    program = "import sys, client_edge.measuring.scores; sys.exit('nltk' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 

@@ -13,7 +13,7 @@ from conftest import Finished
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from client_edge.part.scores import accuracy, exact_match, macro_f1, rouge_l
+from client_edge.measuring.scores import accuracy, exact_match, macro_f1, rouge_l
 from splitfl.telemetry.metrics import Event, read_events
 
 WORDS = (" yes", " no", " may be")

@@ -1,25 +1,42 @@
-"""Which run a client's folder is of: the name alone does not tell, since an operator may give it to another run."""
+"""A client's own folder of a run, and which run that is.
+
+The name alone does not tell, since an operator may give it to another run.
+"""
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from splitfl.config.run import differences
 from splitfl.config.trees import RunConfig
-from splitfl.durability.disk import sync_dir
+from splitfl.durability.disk import make_private_dir, sync_dir
 from splitfl.errors import ConfigError, StorageError
 
 # What it needs to go on, and whose that is.
 STATE_DIR = "state"
-RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+_RUN_FILE = "run.json"
 # What an operator may set anew for a run that is under way.
 _MAY_CHANGE = ("optimizer.num_training_steps",)
 _MOST_NAMED = 8
 
 
-def check_run(folder: Path, run: RunConfig) -> None:
-    """Raise `ConfigError` when what is kept in a folder is of another run than the server's of that name."""
+def open_folder(folder: Path, run: RunConfig, *, resumes: bool) -> None:
+    """Make the folder ready for this run, without what an earlier start has left there if it is not to resume.
+
+    Raises `ConfigError` when what is kept there is of another run than the server's of that name.
+    """
+    make_private_dir(folder)
+    if not resumes:
+        shutil.rmtree(folder / STATE_DIR, ignore_errors=True)
+        (folder / _RUN_FILE).unlink(missing_ok=True)
+    _check_run(folder, run)
+    _write_run(folder, run)
+
+
+def _check_run(folder: Path, run: RunConfig) -> None:
     if not (folder / STATE_DIR).is_dir() or (before := _identity_in(folder)) is None:
         return
     other = [
@@ -36,10 +53,9 @@ def check_run(folder: Path, run: RunConfig) -> None:
         )
 
 
-def write_run(folder: Path, run: RunConfig) -> None:
-    """Write down which run a folder is of."""
-    path = folder / RUN_FILE
-    half_done = folder / f".{RUN_FILE}.{os.getpid()}.partial"
+def _write_run(folder: Path, run: RunConfig) -> None:
+    path = folder / _RUN_FILE
+    half_done = folder / f".{_RUN_FILE}.{os.getpid()}.partial"
     try:
         with open(os.open(half_done, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:  # noqa: PTH123
             json.dump({"identity": run.identity()}, file)
@@ -55,7 +71,7 @@ def write_run(folder: Path, run: RunConfig) -> None:
 
 def _identity_in(folder: Path) -> dict[str, Any] | None:
     try:
-        match json.loads((folder / RUN_FILE).read_text(encoding="utf-8")):
+        match json.loads((folder / _RUN_FILE).read_text(encoding="utf-8")):
             case {"identity": dict(identity)}:
                 return identity
     except FileNotFoundError:
@@ -63,6 +79,6 @@ def _identity_in(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         pass
     raise ConfigError(
-        f"{folder / RUN_FILE} cannot be read, so it is not known which run the folder is of: start with --resume never"
+        f"{folder / _RUN_FILE} cannot be read, so it is not known which run the folder is of: start with --resume never"
         " to begin anew"
     )

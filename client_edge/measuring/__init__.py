@@ -1,0 +1,1 @@
+"""Measures of what the layers are worth on held-out text."""
