@@ -1,7 +1,8 @@
 """Processes of ours that are there at once: forked from one that has imported what they import.
 
 A test that kills processes and starts them again would else spend most of its time on their imports. That `python -m`
-starts them as well is for other tests (tests/models/test_origin.py, tests/commands/test_simulate.py).
+starts them as well is for other tests (tests/models/test_origin.py, tests/commands/test_simulate.py). The process that
+they are forked from has run nothing but imports, and knows nothing of the test.
 """
 
 import multiprocessing
@@ -26,17 +27,29 @@ _FORKS.set_forkserver_preload(
 
 
 class Forked:
-    """`python -m MODULE ARGUMENTS`, with the methods of `subprocess.Popen` that tests use."""
+    """`python -m MODULE` or `python SCRIPT` with arguments, and the methods of `subprocess.Popen` that tests use."""
 
-    def __init__(self, module: str, *arguments: str, said: Path, env: Mapping[str, str], accepts: bool = True) -> None:
-        """What it writes to standard error goes to the file `said`, what it prints to its neighbour `.out`.
+    def __init__(
+        self,
+        program: str | Path,
+        *arguments: str,
+        said: Path,
+        env: Mapping[str, str] | None = None,
+        accepts: bool = True,
+        terminal: str = "",
+    ) -> None:
+        """Start a module by its name, or a script by its path, with this environment instead of the test's own.
 
-        A client accepts what the server may see, unless it is a test's subject.
+        What it writes to standard error goes to the file `said`, what it prints to its neighbour `.out`; with the name
+        of a `terminal` both go there, it reads from there, and Ctrl-C there is a signal to it. A client accepts what
+        the server may see, unless that is a test's subject.
         """
         self._said = said
-        if module == "client_edge" and accepts:
+        if program == "client_edge" and accepts:
             arguments = (*arguments, "--accept")
-        self._process = _FORKS.Process(target=_run, args=(module, arguments, said, dict(env)), daemon=True)
+        environment = dict(os.environ if env is None else env)
+        where = (terminal, said)
+        self._process = _FORKS.Process(target=_run, args=(program, arguments, environment, where), daemon=True)
         self._process.start()
         self._lock = threading.Lock()  # its exit code is read from a pipe, once
 
@@ -85,12 +98,33 @@ class Forked:
         return printed.read_text(encoding="utf-8") if printed.exists() else ""
 
 
-def _run(module: str, arguments: tuple[str, ...], said: Path, env: Mapping[str, str]) -> None:
+def _run(program: str | Path, arguments: tuple[str, ...], env: Mapping[str, str], where: tuple[str, Path]) -> None:
     os.environ.clear()
     os.environ.update(env)
-    for number, path in ((1, said.with_suffix(".out")), (2, said)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    terminal, said = where
+    if terminal:
+        _take_terminal(terminal)
+    else:
+        _send_to(said.with_suffix(".out"), 1)
+        _send_to(said, 2)
+    sys.argv = [str(program), *arguments]
+    if isinstance(program, Path):
+        runpy.run_path(str(program), run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def _send_to(path: Path, number: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(descriptor, number)
+    os.close(descriptor)
+
+
+def _take_terminal(name: str) -> None:
+    """Be what a shell starts on a terminal: in a session of its own, whose terminal this becomes."""
+    os.setsid()
+    descriptor = os.open(name, os.O_RDWR)
+    for number in range(3):
         os.dup2(descriptor, number)
-        os.close(descriptor)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing has it read from nowhere
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -7,8 +7,6 @@ import pty
 import select
 import shutil
 import struct
-import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port, write_text
+from forked import Forked
 from served import ServedRun
 
 import client_edge
@@ -276,9 +275,7 @@ class TestWithdrawing:
     ) -> None:
         served = serve(federation={"min_available_clients": 2, "wait_timeout": 60.0})
         file = client(served)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "client_edge", "--config", str(file), "--accept"], stderr=subprocess.DEVNULL
-        )
+        process = Forked("client_edge", "--config", str(file), said=tmp_path / "client.said")
         folder = tmp_path / "clients" / "run" / "clinic"
         try:
             deadline = time.monotonic() + 60
@@ -324,29 +321,23 @@ class TestWithdrawing:
         assert (code, "has consented to 0 runs (none)" in said) == (2, True)
 
 
-# A shell gives its commands the terminal, so that Ctrl-C there is a signal to them.
-_ON_A_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-)
-
-
 class Terminal:
     """A client that is started on a terminal of so many columns."""
 
     def __init__(self, file: Path, *, columns: int = 80) -> None:
         self._end, its_end = pty.openpty()
         fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        command = [sys.executable, "-c", _ON_A_TERMINAL, sys.executable, "-m", "client_edge", "--config", str(file)]
         environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
-            command,
-            stdin=its_end,
-            stdout=its_end,
-            stderr=its_end,
-            start_new_session=True,
+        self.process = Forked(
+            "client_edge",
+            "--config",
+            str(file),
+            said=file.with_suffix(".said"),
             env=environment | {"TERM": "xterm"},
+            accepts=False,
+            terminal=os.ttyname(its_end),
         )
-        os.close(its_end)
+        self._its_end: int | None = its_end
         self.shown = ""
 
     def answer(self, said: str, *, after_s: float = 0.0) -> tuple[int, list[str]]:
@@ -358,6 +349,7 @@ class Terminal:
                     self.shown += os.read(self._end, 4096).decode()
                 except OSError:  # the other end is closed
                     break
+                self._let_go()
             if said and "[y/N] " in self.shown:
                 time.sleep(after_s)
                 os.write(self._end, said.encode())
@@ -367,7 +359,14 @@ class Terminal:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self._let_go()
         os.close(self._end)
+
+    def _let_go(self) -> None:
+        """Close the process's end here: it has its own by now, and the terminal ends with that."""
+        if self._its_end is not None:
+            os.close(self._its_end)
+            self._its_end = None
 
 
 @pytest.fixture

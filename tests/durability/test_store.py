@@ -15,6 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from durability.forgetful import ForgetfulDisk
+from forked import Forked
 
 from splitfl import __version__
 from splitfl.durability.disk import Appending, RealDisk
@@ -302,16 +303,18 @@ for number in range(int(sys.argv[2]), 10**6):
         store.append(record)
     print(number, flush=True)
 """
-    folder, begin, draw = tmp_path / "state", 0, random.Random(3)
-    for _ in range(5):
-        with subprocess.Popen(
-            [sys.executable, "-c", code, str(folder), str(begin)], stdout=subprocess.PIPE, text=True
-        ) as writer:
-            assert writer.stdout is not None
-            writer.stdout.readline()
-            time.sleep(draw.uniform(0.0, 0.2))
-            writer.kill()
-            said = [begin, *map(int, writer.stdout.read().split())]
+    script, folder, begin, draw = tmp_path / "writer.py", tmp_path / "state", 0, random.Random(3)
+    script.write_text(code, encoding="utf-8")
+    for life in range(5):
+        writer = Forked(script, str(folder), str(begin), said=tmp_path / f"{life}.said")
+        deadline = time.monotonic() + 60
+        while "\n" not in writer.printed():
+            assert time.monotonic() < deadline, writer.said()
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 0.2))
+        writer.kill()
+        writer.wait()
+        said = list(map(int, writer.printed().split()))
         with open_store(folder) as store:
             left = numbers(store)
         assert left == list(range(left[0], left[-1] + 1))
