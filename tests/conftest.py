@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import functools
 import random
 import string
 import threading
@@ -89,19 +90,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def write_model(directory: Path, family: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a tiny random model with a tokenizer and return its directory."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(tiny_config(family, **overrides)).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
 def make_model(tmp_path: Path) -> Callable[..., Path]:
     """Write a tiny random model with a tokenizer and return its directory."""
-
-    def make(family: str = "llama", *, seed: int = 0, name: str = "model", **overrides: Any) -> Path:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides))
-        directory = tmp_path / name
-        model.save_pretrained(directory)
-        tiny_tokenizer().save_pretrained(directory)
-        return directory
-
-    return make
+    return lambda family="llama", *, name="model", **more: write_model(tmp_path / name, family, **more)
 
 
 def write_text(path: Path, *, num_lines: int, seed: int, lengths: tuple[int, int] = (4, 12)) -> Path:
@@ -124,64 +124,67 @@ class Finished:
     """By client id, "server" for the server's."""
 
 
-@pytest.fixture
-def federate(tmp_path: Path) -> Callable[..., Finished]:
+def train_together(
+    folder: Path,
+    server: Mapping[str, Any],
+    clients: Mapping[str, Mapping[str, Any]],
+    *,
+    transport: str = "inproc",
+    address: str = "",
+    client_address: str = "",
+) -> Finished:
     """Run a server and its clients to their end, each in a thread, over a real transport."""
     from client_edge.part.run import take_part
     from server_backbone.host import serve
     from splitfl.config.trees import ClientConfig, ServerConfig
 
-    def run(
-        server: Mapping[str, Any],
-        clients: Mapping[str, Mapping[str, Any]],
-        *,
-        transport: str = "inproc",
-        address: str = "",
-        client_address: str = "",
-    ) -> Finished:
-        where = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
-        where.mkdir()
-        address = (
-            address
-            or {
-                "inproc": f"inproc://{where}",
-                "ipc": f"ipc://{where}/socket",
-                "tcp": f"tcp://127.0.0.1:{free_port()}",
-            }[transport]
-        )
-        own = {"address": address, "runs_dir": where, "run_id": "run", "cache_dir": tmp_path / "cache"}
-        tree = {**server, "server": {**own, **server.get("server", {})}}
-        tree["federation"] = {"wait_timeout": 20.0, **server.get("federation", {})}
-        config = ServerConfig.from_tree(tree, source="test")
-        finished = Finished(run_dir=where / "run", folders={}, errors={})
+    where = folder / f"run-{len(list(folder.glob('run-*')))}"
+    where.mkdir()
+    address = (
+        address
+        or {
+            "inproc": f"inproc://{where}",
+            "ipc": f"ipc://{where}/socket",
+            "tcp": f"tcp://127.0.0.1:{free_port()}",
+        }[transport]
+    )
+    own = {"address": address, "runs_dir": where, "run_id": "run", "cache_dir": folder / "cache"}
+    tree = {**server, "server": {**own, **server.get("server", {})}}
+    tree["federation"] = {"wait_timeout": 20.0, **server.get("federation", {})}
+    config = ServerConfig.from_tree(tree, source="test")
+    finished = Finished(run_dir=where / "run", folders={}, errors={})
 
-        def guarded(name: str, work: Callable[[], object]) -> threading.Thread:
-            def target() -> None:
-                try:
-                    work()
-                except Exception as error:  # noqa: BLE001  # whatever ends a thread is the test's to see
-                    finished.errors[name] = error
+    def guarded(name: str, work: Callable[[], object]) -> threading.Thread:
+        def target() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001  # whatever ends a thread is the test's to see
+                finished.errors[name] = error
 
-            thread = threading.Thread(target=target, name=name, daemon=True)
-            thread.start()
-            return thread
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        return thread
 
-        def client(name: str, data: Mapping[str, Any]) -> Callable[[], object]:
-            mine = {"client_id": name, "server_address": client_address or address, "connect_timeout": 30.0}
-            folders = {"output_dir": where / "clients", "cache_dir": tmp_path / "cache" / name}
-            own = {"client": {**mine, **folders, **data.get("client", {})}, "policy": ALLOWS_ALL}
-            tree = {**own, "data": {key: value for key, value in data.items() if key != "client"}}
-            finished.folders[name] = where / "clients" / "run" / name
-            return lambda: take_part(ClientConfig.from_tree(tree, source="test"), accept=True)
+    def client(name: str, data: Mapping[str, Any]) -> Callable[[], object]:
+        mine = {"client_id": name, "server_address": client_address or address, "connect_timeout": 30.0}
+        folders = {"output_dir": where / "clients", "cache_dir": folder / "cache" / name}
+        own = {"client": {**mine, **folders, **data.get("client", {})}, "policy": ALLOWS_ALL}
+        tree = {**own, "data": {key: value for key, value in data.items() if key != "client"}}
+        finished.folders[name] = where / "clients" / "run" / name
+        return lambda: take_part(ClientConfig.from_tree(tree, source="test"), accept=True)
 
-        threads = [guarded("server", lambda: serve(config))]
-        threads += [guarded(name, client(name, data)) for name, data in clients.items()]
-        for thread in threads:
-            thread.join(timeout=60)
-        assert not any(thread.is_alive() for thread in threads), "a thread hangs"
-        return finished
+    threads = [guarded("server", lambda: serve(config))]
+    threads += [guarded(name, client(name, data)) for name, data in clients.items()]
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    return finished
 
-    return run
+
+@pytest.fixture
+def federate(tmp_path: Path) -> Callable[..., Finished]:
+    """Run a server and its clients to their end: see `train_together`."""
+    return functools.partial(train_together, tmp_path)
 
 
 @pytest.fixture(autouse=True)

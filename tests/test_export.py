@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import Finished, write_text
+from conftest import Finished, train_together, write_model, write_text
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,34 +58,63 @@ def split_logits(model: Path, run_dir: Path, ids_BS: torch.Tensor) -> torch.Tens
         return cut.top().eval()(cut.backbone().eval()(cut.bottom().eval()(ids_BS, None), None), None)
 
 
-@pytest.mark.parametrize(
-    ("family", "train"), [("llama", "lora"), ("gpt2", "lora"), ("qwen2", "full"), ("mixtral", "lora")]
-)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A run that is over, and the model it began with."""
+
+    base: Path
+    stored: Path
+    """The weights as the run reads them: rewritten for a family that is stored otherwise than it computes."""
+    run_dir: Path
+    text: Path
+
+
+# Family, what trains of it, and of how many blocks on the server.
+RUNS = [("llama", "lora", 0), ("llama", "lora", 1), ("gpt2", "lora", 1), ("qwen2", "full", 0), ("mixtral", "lora", 1)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """Train one of these once, for all tests of this file that look at it."""
+
+    @cache
+    def train(family: str, part: str, backbone_layers: int) -> Trained:
+        folder = tmp_path_factory.mktemp("planted-folder")
+        base = write_model(folder / "planted-path", family)
+        parts: dict[str, Any] = {"bottom": part, "top": part, "backbone": part, "embeddings": part == "full"}
+        text = write_text(folder / "planted-name.txt", num_lines=20, seed=1)
+        finished = train_together(
+            folder,
+            {
+                "model": {"model_name_or_path": str(folder / ".." / folder.name / "planted-path")},
+                "lora": {"r": 3},
+                "train": {**parts, "backbone_layers": backbone_layers},
+                "optimizer": {"learning_rate": 1e-2},
+                "federation": {"num_rounds": 2, "local_steps": 3, "server_mode": "sequential"},
+                "text": {"max_seq_length": 64},
+            },
+            {"planted-clinic": {"path": text, "also_evaluate": {"planted-also": text}}},
+        )
+        assert finished.errors == {}
+        rewritten = [*(folder / "cache").glob("rewritten/*")]
+        stored = rewritten[0] if family == "mixtral" else base
+        return Trained(base=base, stored=stored, run_dir=finished.run_dir, text=text)
+
+    return train
+
+
+@pytest.mark.parametrize(("family", "part", "layers"), RUNS)
 def test_split_logits_are_the_exported_models(
-    family: str, train: str, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+    family: str, part: str, layers: int, trained: Callable[..., Trained]
 ) -> None:
-    model = make_model(family)
-    parts: dict[str, Any] = {"bottom": train, "top": train, "backbone": train, "embeddings": train == "full"}
-    finished = federate(
-        {
-            "model": {"model_name_or_path": str(model)},
-            "train": parts,
-            "optimizer": {"learning_rate": 1e-2},
-            "federation": {"num_rounds": 2, "local_steps": 2},
-            "text": {"max_seq_length": 64},
-        },
-        {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},
-    )
-    assert finished.errors == {}
-    if family == "mixtral":  # stored one expert a tensor, computed as one: the cache has the rewritten copy
-        (model,) = (tmp_path / "cache" / "rewritten").iterdir()
+    run = trained(family, part, layers)
     ids_BS = torch.randint(3, 250, (2, 11))
-    ours = split_logits(model, finished.run_dir, ids_BS)
-    exported = AutoModelForCausalLM.from_pretrained(finished.run_dir / "model").eval()
+    ours = split_logits(run.stored, run.run_dir, ids_BS)
+    exported = AutoModelForCausalLM.from_pretrained(run.run_dir / "model").eval()
     with torch.no_grad():
         theirs = exported(input_ids=ids_BS, use_cache=False).logits
-        base = AutoModelForCausalLM.from_pretrained(model).eval()(input_ids=ids_BS, use_cache=False).logits
-    if train == "full":
+        base = AutoModelForCausalLM.from_pretrained(run.stored).eval()(input_ids=ids_BS, use_cache=False).logits
+    if part == "full":
         assert torch.equal(ours, theirs)
     else:  # adapters are merged into the weights, which rounds once more
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -91,58 +122,39 @@ def test_split_logits_are_the_exported_models(
 
 
 def test_export_again_gives_the_same_files_and_needs_no_splitfl(
-    make_model: Callable[..., Path],
-    federate: Callable[..., Finished],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    trained: Callable[..., Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finished = federate(
-        {"model": {"model_name_or_path": str(make_model())}, "federation": {"num_rounds": 1, "local_steps": 1}},
-        {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},
-    )
-    assert finished.errors == {}
-    again = tmp_path / "again"
+    run_dir, again = trained(*RUNS[0]).run_dir, tmp_path / "again"
     capsys.readouterr()
-    assert run_one("export", Export(), [str(finished.run_dir), str(again), "--json"]) == 0
+    assert run_one("export", Export(), [str(run_dir), str(again), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"model_dir": str(again), "format": "merged"}
-    first = finished.run_dir / "model"
+    first = run_dir / "model"
     assert {path.name for path in first.iterdir()} == {path.name for path in again.iterdir()}
     assert all(path.read_bytes() == (again / path.name).read_bytes() for path in first.iterdir())
-    assert run_one("export", Export(), [str(finished.run_dir), str(again)]) == 2
+    assert run_one("export", Export(), [str(run_dir), str(again)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
     plain = subprocess.run([sys.executable, "-c", PLAIN, str(again)], capture_output=True, text=True, check=False)
     assert plain.stdout == "(1, 6)", plain.stderr
 
 
-@pytest.mark.parametrize(("family", "layers"), [("llama", 0), ("llama", 1), ("gpt2", 1), ("qwen2", 0), ("mixtral", 1)])
+ADAPTERS = [run for run in (*RUNS, ("qwen2", "lora", 0)) if run[1] == "lora"]
+
+
+@pytest.mark.parametrize(("family", "part", "layers"), ADAPTERS)
 def test_the_adapter_on_its_base_gives_the_split_logits(
-    family: str, layers: int, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
+    family: str, part: str, layers: int, trained: Callable[..., Trained], tmp_path: Path
 ) -> None:
-    model = make_model(family)
-    finished = federate(
-        {
-            "model": {"model_name_or_path": str(model)},
-            "train": {"backbone_layers": layers},
-            "optimizer": {"learning_rate": 1e-2},
-            "federation": {"num_rounds": 1, "local_steps": 2},
-            "text": {"max_seq_length": 64},
-            "server": {"export_model": False},
-        },
-        {"clinic": {"path": write_text(tmp_path / "text.txt", num_lines=8, seed=1)}},
-    )
-    assert finished.errors == {}
-    output = tmp_path / "adapter"
-    assert run_one("export", Export(), [str(finished.run_dir), str(output), "--format", "adapter"]) == 0
+    run, output = trained(family, part, layers), tmp_path / "adapter"
+    assert run_one("export", Export(), [str(run.run_dir), str(output), "--format", "adapter"]) == 0
     assert not (output / "config.json").exists()
-    assert json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
-    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    told = json.loads((output / "adapter_config.json").read_text())
+    assert Path(told["base_model_name_or_path"]).resolve() == run.base
+    base = AutoModelForCausalLM.from_pretrained(run.base).eval()
     ids_BS = torch.randint(3, 250, (2, 11))
     with torch.no_grad():
         before = base(input_ids=ids_BS, use_cache=False).logits
         theirs = PeftModel.from_pretrained(base, output).eval()(input_ids=ids_BS, use_cache=False).logits
-    if family == "mixtral":
-        (model,) = (tmp_path / "cache" / "rewritten").iterdir()
-    assert torch.equal(theirs, split_logits(model, finished.run_dir, ids_BS))
+    assert torch.equal(theirs, split_logits(run.stored, run.run_dir, ids_BS))
     assert (theirs - before).abs().max() > 1e-3
     assert AutoTokenizer.from_pretrained(output)("abc")["input_ids"]
 
@@ -192,30 +204,17 @@ def test_an_adapter_directory_holds_adapters_only(
 
 @pytest.mark.parametrize("format_", ["merged", "adapter"])
 def test_the_card_says_how_it_was_trained_and_nothing_of_the_text(
-    format_: Literal["merged", "adapter"],
-    make_model: Callable[..., Path],
-    federate: Callable[..., Finished],
-    tmp_path: Path,
+    format_: Literal["merged", "adapter"], trained: Callable[..., Trained], tmp_path: Path
 ) -> None:
-    secret = write_text(tmp_path / "planted-folder" / "planted-name.txt", num_lines=20, seed=1)
-    finished = federate(
-        {
-            "model": {"model_name_or_path": str(make_model(name="planted-path") / ".." / "planted-path")},
-            "lora": {"r": 3},
-            "federation": {"num_rounds": 2, "local_steps": 3, "server_mode": "sequential"},
-            "server": {"export_model": False},
-        },
-        {"planted-clinic": {"path": secret, "also_evaluate": {"planted-also": secret}}},
-    )
-    assert finished.errors == {}
-    folder = export_run(finished.run_dir, tmp_path / "out", format_)
+    run = trained(*RUNS[0])
+    folder = export_run(run.run_dir, tmp_path / "out", format_)
     card = ModelCard.load(folder / "README.md")
     told = card.data.to_dict()
     assert told["library_name"] == {"merged": "transformers", "adapter": "peft"}[format_]
     assert told["license"] == "unknown"
     assert "base_model" not in told  # a folder here; on the hub it would be the id
     rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", card.text, flags=re.MULTILINE))
-    report = json.loads((finished.run_dir / "report.json").read_text())
+    report = json.loads((run.run_dir / "report.json").read_text())
     assert rows["base model"] == "planted-path"
     assert rows["rounds merged"] == "2 of 2"
     assert rows["commits"] == str(report["steps"]) == "6"
@@ -225,6 +224,6 @@ def test_the_card_says_how_it_was_trained_and_nothing_of_the_text(
     assert rows["mean held-out loss after"] == f"{report['eval_loss_after']:.4f} nats a token"
     assert f"torch {torch.__version__}," in rows["versions"]
     assert report["versions"]["torch"] == torch.__version__
-    lines = secret.read_text().splitlines()
-    for planted in ("planted-folder", "planted-name", "planted-clinic", "planted-also", str(tmp_path), *lines):
+    lines = run.text.read_text().splitlines()
+    for planted in ("planted-folder", "planted-name", "planted-clinic", "planted-also", str(run.base.parent), *lines):
         assert planted not in card.content
