@@ -191,7 +191,7 @@ def watch(
                         "local_steps": 2,
                         "min_available_clients": 2,
                         "evaluate": "rounds",
-                        **({"step_timeout": 2.0, "wait_timeout": 8.0} if leaks else {}),
+                        **({"step_timeout": 2.0, "wait_timeout": 4.0} if leaks else {}),
                     },
                     "text": text_settings,
                     "evaluation": {

@@ -70,13 +70,13 @@ def test_a_client_says_what_it_is_trying(tmp_path: Path, case: Callable[[Path], 
     section, says = case(tmp_path)
     said: list[tuple[float, str]] = []
     begun_s = time.monotonic()
-    patient = section.model_copy(update={"connect_timeout": 4.0})
+    patient = section.model_copy(update={"connect_timeout": 2.0})
     with pytest.raises(PeerGone, match=says):
         Connection(patient, gate(patient), tell=lambda text: said.append((time.monotonic() - begun_s, text)))
-    assert 3.5 < time.monotonic() - begun_s < 15.0
+    assert 1.5 < time.monotonic() - begun_s < 15.0
     ((at_s, text),) = said  # and again after ten seconds
-    assert 0.9 < at_s < 4.0
-    assert "trying for up to 4 s" in text
+    assert 0.9 < at_s < 2.0
+    assert "trying for up to 2 s" in text
     assert says.replace("there", f"at {section.server_address} yet") in text
 
 
@@ -121,7 +121,7 @@ def test_a_server_that_comes_later_is_found(tmp_path: Path) -> None:
 
     def join() -> None:
         try:
-            section = client(tmp_path, server_address=address, connect_timeout=4.0)
+            section = client(tmp_path, server_address=address, connect_timeout=2.0)
             Connection(section, gate(section), tell=said.append)
         except PeerGone as gone:
             ended.append(str(gone))

@@ -368,7 +368,7 @@ def test_how_much_of_a_message_has_left_is_known(place: Place, listener: Listene
         endpoint.recv(0.05)
         before = endpoint.on_the_wire()
         assert before is not None
-        proxy.harm["up"].bytes_per_second = 1e7
+        proxy.harm["up"].bytes_per_second = 2e7
         endpoint.send(frames)
         seen: list[int] = []
         deadline = time.monotonic() + 30
