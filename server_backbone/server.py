@@ -272,6 +272,9 @@ class Server:
         """Hand over what the compute thread has done, and take note of who was found gone."""
         for done in self._queue.done():
             self._carry_out(self._follow_up(done, now_s), now_s)
+        self._meet_gone(now_s)
+
+    def _meet_gone(self, now_s: float) -> None:
         while self._mail.gone:
             connection, reason = self._mail.gone.popleft()
             self._carry_out(self._presence.lose(connection, reason), now_s)

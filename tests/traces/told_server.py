@@ -85,11 +85,18 @@ class ToldServer(Server):
         self._num_done, self._is_settled = 0, False
         self._queue.put(work.Settle(token=_NOWHERE, claim=_NO_CLAIM))
         while not self._is_settled:
-            self._go_on(self.clock())
-            if not self._is_settled:
+            self.wire.has_news.clear()
+            if not self._hand_over():
                 assert self.wire.has_news.wait(_PATIENCE_S), "the compute thread hangs"
-                self.wire.has_news.clear()
+        self._meet_gone(self.clock())
         return self._num_done
+
+    def _hand_over(self) -> bool:
+        """Hand over results, but none of work that was put after `_NOWHERE`'s; return whether there was one."""
+        for done in self._queue.done():
+            self._carry_out(self._follow_up(done, self.clock()), self.clock())
+            return True
+        return False
 
     def tick(self) -> None:
         """Look at the deadlines."""
