@@ -1,8 +1,8 @@
 """Ends or holds up the process at a named point: how the tests put a crash, or a signal, where it hurts most.
 
 `SPLITFL_CRASH=commit-after-record:3` ends it, as a kill would, the third time it comes by that point.
-`SPLITFL_PAUSE=optimizer-tensor:3:2.5` says on standard error that it pauses there, and sleeps for 2.5 s, or until the
-file is there that `SPLITFL_GO` names: so a test holds a process up for as long as it needs, and no longer. Several
+`SPLITFL_PAUSE=optimizer-tensor:3:2.5` says on standard error that it pauses there. It sleeps for 2.5 s, or until the
+file that `SPLITFL_GO` names is there. So a test holds a process up for as long as it needs, and no longer. Several
 points are separated by commas.
 """
 

@@ -1,4 +1,4 @@
-"""The file operations that durability hangs on, and nothing else: what is written is private, whole and forced out.
+"""The file operations that durability hangs on, and nothing else: files are private, whole and forced out.
 
 POSIX promises little: a file's content is safe after `fsync` of it, its name after `fsync` of its folder.
 """
@@ -27,7 +27,7 @@ class Appending(Protocol):
         ...
 
     def cut(self, size: int) -> None:
-        """Drop what is behind this many bytes."""
+        """Drop everything after this many bytes."""
         ...
 
     def close(self) -> None:

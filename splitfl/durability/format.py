@@ -1,7 +1,7 @@
 """In which form a folder's records are, and which splitfl wrote them: another form is refused, by name.
 
-A record says nothing of what its fields mean. So the folder does: a number that is raised whenever records, their kinds
-or their fields change in a way that an older or a newer splitfl would read wrongly or not at all.
+A record says nothing of what its fields mean. So the folder has a number. It is raised whenever records, their kinds or
+their fields change so that an older or a newer splitfl would read them wrongly or not at all.
 """
 
 import json
@@ -50,4 +50,4 @@ def _said(disk: Disk, path: Path) -> tuple[Any, str]:
                 return number, f"splitfl {writer:.40}"
     except ValueError:
         pass
-    raise ConfigError(f"{path} cannot be read, so it is not known which splitfl wrote the records beside it")
+    raise ConfigError(f"{path} cannot be read, so it is not known which splitfl wrote the records in this folder")

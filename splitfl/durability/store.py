@@ -1,7 +1,7 @@
 """One folder with generations: a snapshot, and the log of what happened since.
 
-`snapshot-N.bin` is one record, `log-N.bin` holds the records behind it. A new snapshot begins generation N + 1, and the
-generation before it stays, so that a damaged snapshot has a predecessor: its log leads to the same moment.
+`snapshot-N.bin` is one record, and `log-N.bin` holds the records after it. A new snapshot begins generation N + 1. The
+generation before it stays, so a damaged snapshot has a predecessor, whose log leads to the same moment.
 """
 
 import fcntl
@@ -75,7 +75,7 @@ class Store:
 
     @classmethod
     def reading(cls, folder: Path) -> Self:
-        """Open the folder to look at it only, whoever writes to it."""
+        """Open the folder to look at it only, also while another process writes to it."""
         return cls(folder, fsync="never", fsync_interval=1.0, keep=0, is_reading=True)
 
     def __enter__(self) -> Self:
@@ -140,14 +140,14 @@ class Store:
                 raise Damaged(f"{path}: {error}") from None
 
     def entries_of(self, generation: int) -> Iterator[Record]:
-        """Read the records behind a generation's snapshot, up to the first that is damaged."""
+        """Read the records after a generation's snapshot, up to the first that is damaged."""
         for record, _ in self._read_log(generation):
             yield record
 
     def recover(self) -> Recovered:
-        """Return the newest snapshot that is whole, and all that was recorded behind it.
+        """Return the newest snapshot that is whole, and all records after it.
 
-        Appending goes on behind the last whole record; what is torn or damaged behind that is set aside.
+        Appending goes on after the last whole record; torn or damaged bytes after that are set aside.
         """
         generations = self.generations()
         recovered = Recovered()
@@ -176,7 +176,7 @@ class Store:
                 yield record
             if generation != generations[-1] and end < self._size_of_log(generation):
                 raise StorageError(
-                    f"{self._path('log', generation)}: damaged {end} bytes in, and the snapshot behind it as well:"
+                    f"{self._path('log', generation)}: damaged {end} bytes in, and the snapshot after it as well:"
                     " restore the folder from a backup, or go back with `splitfl rollback`"
                 )
 
@@ -201,7 +201,7 @@ class Store:
                 yield record, at
 
     def _repair(self, generation: int, notes: list[str]) -> None:
-        """Cut the last log off behind its last whole record, and keep what was cut off aside."""
+        """Cut the last log off after its last whole record, and keep the rest aside."""
         good = max((up_to for _, up_to in self._read_log(generation)), default=0)
         path = self._path("log", generation)
         if self._is_reading:
@@ -214,8 +214,8 @@ class Store:
             if tail:
                 self._disk.write_whole(path.with_name(f"{path.name}.damaged"), [tail])
                 notes.append(
-                    f"{path}: the last {len(tail)} bytes are no whole record, as after a crash; they are kept aside as"
-                    f" {path.name}.damaged, and the run goes on before them"
+                    f"{path}: the last {len(tail)} bytes are no whole record, as after a crash; {path.name}.damaged"
+                    " keeps them, and the run goes on before them"
                 )
         self._go_on_in(self._disk.append(path))
         self._log_bytes = good
@@ -225,10 +225,10 @@ class Store:
     # writing
 
     def append(self, record: Record, *, durable: bool = True) -> None:
-        """Write a record behind the others.
+        """Write a record after the others.
 
         With `fsync = "always"` it is on the disk when this returns, if it must be `durable`. If the disk does not take
-        it, what was written of it is taken back, and the store goes on with what it had.
+        it, the written part is taken back, and the store goes on with its earlier records.
         """
         log = self._appending()
         crash_point("append-before")
@@ -263,7 +263,7 @@ class Store:
         """
         generations = self.generations()
         number = generations[-1] + 1 if generations else 0
-        # its log first: a snapshot whose log could not be opened would hide what goes on being written behind the last
+        # its log first: a snapshot whose log could not be opened would hide the records after the last one
         log = self._disk.append(self._path("log", number))
         crash_point("snapshot-before-rename")
         try:
@@ -294,7 +294,7 @@ class Store:
                 self._disk.remove(self._path("kept", number))
 
     def rewind(self, generation: int) -> None:
-        """Go back to right after a generation's snapshot; what came later is kept aside as `*.dropped`."""
+        """Go back to right after a generation's snapshot; later records are kept aside as `*.dropped`."""
         for name in self._disk.names(self._folder):
             if name.endswith(".dropped"):
                 self._disk.remove(self._folder / name)

@@ -18,9 +18,10 @@ _SLICE = 1 << 20  # elements
 class Bound:
     """The farthest that a tensor may move: its own size, and `max_update` times as far as the round's steps reach.
 
-    A step of AdamW moves a value by its learning rate, and by 7.3 times that at most (betas of 0.9 and 0.999; by the
-    inequality of Cauchy and Schwarz, whatever the gradients). One of SGD moves all values together by the learning rate
-    times the norm that gradients are clipped to. The tensor's own size is for weight decay and for rounding.
+    A step of AdamW moves a value by its learning rate, and by 7.3 times that at most. This is for betas of 0.9 and
+    0.999, by the inequality of Cauchy and Schwarz, whatever the gradients. A step of SGD moves all values together by
+    the learning rate times the norm that gradients are clipped to. The tensor's own size is for weight decay and for
+    rounding.
     """
 
     optimizer: OptimizerSection

@@ -1,7 +1,7 @@
 """Deals the records of one file to the clients of a simulation: evenly, by a field's values, or with skewed labels.
 
-The names are those of flwr-datasets. A partitioner returns, for each client, the ascending indices of its records;
-every record goes to exactly one client, and the same seed gives the same partitions.
+The names come from flwr-datasets. A partitioner returns, for each client, the ascending indices of its records. Every
+record goes to exactly one client, and the same seed gives the same partitions.
 """
 
 import difflib
@@ -83,9 +83,9 @@ class NaturalIdPartitioner:
 class DirichletPartitioner:
     """Skews labels: each label's records are split by proportions drawn from Dirichlet(alpha) over the partitions.
 
-    The label skew of Hsu et al. 2019 (arXiv:1909.06335), drawn label by label as in Yurochkin et al. 2019
-    (arXiv:1905.12022) and flwr-datasets: small `alpha` gives each partition few labels, large `alpha` is close to iid.
-    Drawn again until every partition has `min_partition_size` records, 1000 times at most.
+    It is the label skew of Hsu et al. 2019 (arXiv:1909.06335), drawn label by label as in Yurochkin et al. 2019
+    (arXiv:1905.12022) and flwr-datasets. Small `alpha` gives each partition few labels; large `alpha` is close to iid.
+    Proportions are drawn again until every partition has `min_partition_size` records, 1000 times at most.
     """
 
     num_partitions: int

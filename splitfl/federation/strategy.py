@@ -35,7 +35,7 @@ class Strategy(ABC):
         return self._options.max_client_weight
 
     def configure_train(self, round_number: int, clients: Sequence[str]) -> Sequence[str]:
-        """Return the clients that train in a round, from those that are ready (sorted).
+        """Return the clients that train in a round, from the ready ones (sorted).
 
         Draws `fraction_train` of them, at least `min_train_clients`, by the run's seed.
         """
@@ -71,11 +71,11 @@ class Strategy(ABC):
     ) -> dict[str, Tensor]:
         """Return what this merge makes of the control variates, to be kept with `Folded.state`; {} if it has none.
 
-        `rates` are the sums of what each client's gradients were multiplied by in the round (learning rate times clip
-        coefficient), `num_clients` is the number of all clients of the run, whether they trained or not.
+        `rates` are the sums, for each client, of a step's learning rate times its clip coefficient. `num_clients` is
+        the number of all clients of the run, whether they trained or not.
         """
         return {}
 
     def controls(self, held: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the control variates that go to every client behind the layers, one for each; [] if it has none."""
+        """Return the control variates that go to every client after the layers, one for each; [] if it has none."""
         return []

@@ -1,7 +1,7 @@
-"""What clients hand in at the end of a round, and arithmetic over it that holds one tensor at a time.
+"""Clients' updates at the end of a round, and arithmetic over them that holds one tensor at a time.
 
-Updates may be mappings that read a tensor from disk each time it is asked for: nothing here keeps one for longer than
-it needs it, so that memory does not grow with the number of clients where the arithmetic allows that.
+Updates may be mappings that read a tensor from disk each time it is asked for. Nothing here keeps one for longer than
+it needs it. So memory does not grow with the number of clients where the arithmetic allows that.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a run has trained as a PEFT adapter: a few megabytes that `PeftModel.from_pretrained` puts on the base model."""
+"""A run's result as a PEFT adapter: a few megabytes that `PeftModel.from_pretrained` puts on the base model."""
 
 from collections.abc import Mapping
 from pathlib import Path

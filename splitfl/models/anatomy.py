@@ -1,8 +1,8 @@
 """Where the blocks of a Hugging Face causal LM are, and shallow copies of it that hold only some of them.
 
 Nothing here copies model code or weights. A *view* is a copy of the few module objects on the way from the model to its
-block list, sharing every parameter; in a view the block list is another one, the config says so, and the ends the view
-does not own are neutral: identity for what follows the blocks, zero for learned positions, nothing for the embedding.
+block list, sharing every parameter. In a view the block list is another one, and the config says so. The ends that the
+view does not own are neutral: identity after the blocks, zero for learned positions, nothing for the embedding.
 
 Shapes: B micro-batch, S sequence, D hidden width, V vocabulary.
 """
@@ -26,7 +26,7 @@ _INPUT_NORMS = ("word_embeddings_layernorm", "layernorm_embedding")
 # Positions that are computed, not learned, and added to the embedding (xglm, trocr).
 _INPUT_POSITIONS = ("embed_positions",)
 _INPUT_NAMES = (*_INPUT_PROJECTIONS, *_INPUT_NORMS, *_INPUT_POSITIONS)
-# Numbers of block owners that scale embeddings wherever they come from (granite): 1 for whoever does not embed.
+# Numbers of block owners that scale embeddings wherever they come from (granite): 1 for a side that does not embed.
 _INPUT_SCALES = ("embedding_multiplier",)
 # Tables of positions inside blocks (gptj, codegen), and the field that gives their length where no tensor has it (mpt).
 _POSITION_TABLE = "embed_positions"
@@ -34,8 +34,8 @@ _POSITION_LENGTHS = {"mpt": "max_seq_len"}
 # What a block that attends to an encoder calls it (bart and its kin, mllama).
 _CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
-# Fields of a config that say, if they are set, why its blocks cannot be parted: what one block does is then another's
-# input, or the token ids', neither of which crosses the cut.
+# Fields of a config that say, if they are set, why its blocks cannot be parted. A block then needs another block's
+# values or the token ids, neither of which crosses the cut.
 _TIES_BETWEEN_BLOCKS = {
     "num_kv_shared_layers": "its last blocks use the keys and values of earlier ones",
     "hidden_size_per_layer_input": "each of its blocks is fed from the token ids, which only the client has",

@@ -1,6 +1,6 @@
 """Reading some tensors of a safetensors checkpoint without the others, and writing such files.
 
-Bytes go straight from the file into the tensor's memory: reading through a memory map would count the same tensor twice
+Bytes go straight from the file into the tensor's memory. Reading through a memory map would count the same tensor twice
 in the process's peak, and a client must not need more than its own layers. The format: 8 bytes little-endian length of
 a JSON header, the header (name -> dtype, shape, offsets), then the tensors' bytes
 (https://github.com/huggingface/safetensors#format).

@@ -1,7 +1,7 @@
 """One hash over what a model is, so that a run knows it again wherever it lies and whatever it is called.
 
 It is over what decides weights and tokens: each tensor's name, type, shape and bytes, `config.json` without notes, and
-the tokenizer's files. How the tensors are spread over files, and what else lies beside them, does not count.
+the tokenizer's files. The spread of the tensors over files, and other files in the folder, do not count.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def _digest_of(path: Path) -> str:
     """Hash a described file; of one of JSON the values, without notes."""
     content = path.read_bytes()
     if path.suffix == ".json":
-        with suppress(ValueError, RecursionError):  # whoever needs it will say what is wrong with it
+        with suppress(ValueError, RecursionError):  # its reader will say what is wrong with it
             content = json.dumps(_without_notes(path.name, json.loads(content)), sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
 

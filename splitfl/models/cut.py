@@ -65,7 +65,7 @@ class Backbone(nn.Module):
     def decode(
         self, cache: BackboneCache, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
     ) -> Tensor:
-        """Return activations BSD of new positions, behind those in `cache` (see `FarCache.decode`)."""
+        """Return activations BSD of new positions, after the positions in `cache` (see `FarCache.decode`)."""
         cache.reorder(beams_B)
         mask_BS, position_ids_BS = cache.grown(hidden_BSD.shape[1], lengths_B)
         device = hidden_BSD.device
@@ -330,7 +330,7 @@ class Cut:
     def _refuse_unknown_ends(self) -> None:
         """Run a backbone whose blocks hand on what they get: anything it changes is an end we do not know.
 
-        Families scale, normalise or project around their blocks in code that no module list shows; a cut that missed it
+        Families scale, normalise or project around their blocks in code that no module list shows. A cut that missed it
         would train wrongly and say nothing.
         """
         kind = self.whole.config.model_type

@@ -1,8 +1,8 @@
 """Logits that are computed when somebody looks at them, so that a loss can do without.
 
 `model(input_ids, labels=...)` of transformers makes the logits first and the loss from them. With a `DeferringHead` in
-the LM head's place it makes a note of what the logits would be; the loss takes `chunked_loss` instead, and whoever
-reads `outputs.logits` gets what the plain model would have given, bit for bit.
+the LM head's place it makes a note of what the logits would be. The loss takes `chunked_loss` instead, and a reader of
+`outputs.logits` gets the plain model's values, bit for bit.
 
 Shapes: B micro-batch, S sequence, D hidden width, V vocabulary.
 """
@@ -45,8 +45,8 @@ class _Recipe:
     def cook(self) -> Tensor:
         if self.linear.weight._version != self.weight_version:
             raise ModelError(
-                "the LM head has learned since these logits were due, so they can no longer be computed: read"
-                ' outputs.logits before optimizer.step(), or set train.loss = "plain" on the server'
+                "the LM head has learned since these logits were due: read outputs.logits before optimizer.step(), or"
+                ' set train.loss = "plain" on the server'
             )
         kind = self.hidden_BSD.device.type
         casting = torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)

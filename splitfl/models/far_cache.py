@@ -1,8 +1,8 @@
 """A generation's key-value cache, in two parts: the client's blocks have theirs here, the backbone has its own.
 
 In the client's cache one `FarLayer` stands where the stand-in stands among the blocks. It holds no keys and no values.
-It counts the positions, so that the library makes masks and positions right even with no block in front, and it keeps
-what has become of the rows since the last token, which goes to the backbone with the next one.
+It counts the positions, so that the library makes masks and positions right even with no block in front. It also notes
+how rows were reordered since the last token, and that goes to the backbone with the next one.
 
 Shapes: B rows, S new positions, D hidden width.
 """
@@ -22,7 +22,7 @@ class FarCache(Protocol):
     """The backbone's part of one generation's cache."""
 
     def decode(self, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]) -> Tensor:
-        """Run new positions behind those in the cache and return the backbone's activations BSD.
+        """Run new positions after the positions in the cache and return the backbone's activations BSD.
 
         `lengths_B` are the rows' tokens among the new positions, padded on the left; `beams_B` are the cached rows
         that the rows go on from, () when each goes on from its own.
@@ -152,12 +152,12 @@ class BackboneCache:
     def grown(self, num_new: int, lengths_B: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Take note of new positions; return mask over all and positions of the new ones, None when no row is padded.
 
-        Raises `DataError` for padding behind a token.
+        Raises `DataError` for padding after a token.
         """
         before_B = torch.zeros(len(lengths_B), dtype=torch.long) if self._padding_B is None else self._padding_B
         new_B = num_new - torch.tensor(lengths_B)
         if bool(((new_B > 0) & (before_B < self._length)).any()):
-            raise DataError("padding behind the tokens of a row: a generation's rows are padded on the left")
+            raise DataError("padding after the tokens of a row: a generation's rows are padded on the left")
         self._padding_B = before_B + new_B
         self._length += num_new
         if not self._padding_B.any():

@@ -1,8 +1,8 @@
 """A model's description that came from a peer: read and bounded before the library is given it.
 
-transformers takes nearly any value from `config.json` and the tokenizer's files: names of classes, of code on the hub,
-paths, and sizes that it builds before anybody has looked. Only what can be built here, by the installed library, within
-bounds that every known model keeps, gets past this.
+The library transformers takes nearly any value from `config.json` and the tokenizer's files. These may be names of
+classes, of code on the hub, paths, and sizes that it builds before anybody has looked. Only a description that the
+installed library can build, within bounds that every known model keeps, gets past this.
 """
 
 import json
@@ -40,7 +40,7 @@ _REPEATED = re.compile(r"(?:^|_)(?:n_)?(?:layers?|blocks?|heads?|experts|stages|
 _MOST_SIZE = 1 << 31
 _MOST_MODULES = 100_000
 _MOST_BUFFER_BYTES = 1 << 32
-# Names of code: what they name may be anywhere.
+# Names of code, which may lie anywhere.
 _CODE = ("auto_map", "custom_pipelines", "quantization_config")
 _PLACES = ("init_inputs", "name_or_path", "cache_dir")
 _IMPLEMENTATION = re.compile(r"_implementation(?:_internal)?$")

@@ -16,9 +16,9 @@ from splitfl.models.cut import mask_of
 class Layout:
     """Rows of one example each, padded on one side, or rows that several examples are packed into.
 
-    transformers keeps the examples of a packed row apart where it is given no mask and positions that begin anew with
-    each example (`masking_utils.find_packed_sequence_indices`). What pads such a row is one more example, which nothing
-    is learned from.
+    The library transformers keeps the examples of a packed row apart where it gets no mask, and positions that begin
+    anew with each example (`masking_utils.find_packed_sequence_indices`). The padding of such a row is one more
+    example, which nothing is learned from.
     """
 
     lengths_B: tuple[int, ...]

@@ -1,8 +1,8 @@
 """The causal LM loss without its logits: a few rows at a time, gradients taken on the way forward.
 
-The library's loss holds the logits of a whole batch, their log-probabilities and their gradients: at a vocabulary of
+The library's loss holds the logits of a whole batch, their log-probabilities and their gradients. At a vocabulary of
 150,000 that is several times the model's own ends. Here a chunk of rows goes all the way to its gradients before the
-next one begins, and one buffer serves for logits, probabilities and gradients.
+next one begins. One buffer serves for logits, probabilities and gradients.
 
 Shapes: B micro-batch, S sequence, D hidden width, V vocabulary, N rows that have a label, R rows of one chunk.
 """
@@ -170,7 +170,7 @@ def _losses_and_softmax(logits_RV: Tensor, labels_R: Tensor) -> tuple[Tensor, Te
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """The sum of the rows' losses; what its gradients are is known when the forward ends."""
+    """The sum of the rows' losses; its gradients are known when the forward ends."""
 
     @staticmethod
     def forward(

@@ -10,8 +10,8 @@ _NUMBER = "layer_idx"
 def numbered(block: nn.Module, number: int) -> nn.Module:
     """Return a block that uses this number, the block itself if it does already or keeps none.
 
-    Only the modules on the way to a number are copied, and they go on sharing their registries of parameters and
-    buffers: memory that one of them gets later is the other's too.
+    Only the modules on the way to a number are copied. They go on sharing their registries of parameters and buffers,
+    so memory that one of them gets later is the other's too.
     """
     if all(getattr(module, _NUMBER, number) == number for module in block.modules()):
         return block

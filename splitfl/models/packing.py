@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from splitfl.errors import ModelError
 from splitfl.models.layout import Layout
 
-# Lengths of the two examples that are tried, and of the padding behind them.
+# Lengths of the two examples that are tried, and of the padding after them.
 _TRIED = (4, 3)
 _PADDING = 2
 
@@ -21,8 +21,8 @@ _PADDING = 2
 def check_packing(base: nn.Module, *, max_seq_length: int) -> None:
     """Raise `ModelError` unless a base model computes examples packed into a row as if each were alone in one.
 
-    No gradient may come from one example to another, which is exact in every dtype; and an example behind another must
-    come out as it does alone, to half the digits of its dtype, or its positions would be others.
+    No gradient may come from one example to another, which is exact in every dtype. An example after another must come
+    out as it does alone, to half the digits of its dtype; otherwise its positions would be others.
     """
     config: Any = base.config
     kind = config.model_type

@@ -1,7 +1,7 @@
 """Write a checkpoint with one tensor a parameter: `python -m splitfl.models.rewrite SOURCE DESTINATION [GGUF_FILE]`.
 
-Loads the whole model as transformers does (GGUF, experts that are stored one by one), so it runs in a process of its
-own, once; the result is cached by whoever asked.
+It loads the whole model as transformers does (GGUF, experts that are stored one by one). So it runs in a process of its
+own, once, and the caller keeps the result.
 """
 
 import os
@@ -38,7 +38,7 @@ def _convert(source: Path, destination: Path, gguf_file: str | None) -> None:
     half_done.mkdir(parents=True)
     try:
         if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # what is written are plain weights
+            del model.config.quantization_config  # plain weights are written
         model.config.save_pretrained(half_done)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(half_done)

@@ -174,7 +174,7 @@ class Shards(Mapping[str, Entry]):
         except (ValueError, KeyError, TypeError):
             is_beside_it = False
         if not is_beside_it:
-            raise ModelError(f"{index}: not an index of safetensors files beside it")
+            raise ModelError(f"{index}: not an index of safetensors files in its folder")
         return weight_map
 
     def _opened_all(self) -> dict[str, str]:
@@ -194,13 +194,13 @@ def lacking(weights: Weights, cut: Cut, *sides: Side) -> list[str]:
 
 
 def server_weights(origin: Origin, cut: Cut, *, seed: int, cache_dir: Path) -> Weights:
-    """Open a checkpoint on the server, rewriting it once if its tensors are not those of the model's modules.
+    """Open a checkpoint on the server, rewriting it once if its tensors are not the modules' own.
 
-    Some families (mixtures of experts) are stored otherwise than they are computed; only transformers' own loading
-    knows how, and it needs the whole model in memory, so a process of its own does it.
+    Some families (mixtures of experts) are stored otherwise than they are computed. Only transformers' own loading
+    knows how. It needs the whole model in memory, so a process of its own does it.
     """
     weights = weights_in(origin, cut, seed=seed)
-    if not origin.hub_id:  # what the clients get is needed as well: better to miss a file now than after the backbone
+    if not origin.hub_id:  # the clients' tensors are needed as well: better to miss a file now than after the backbone
         Shards(origin).all_files()
     if not lacking(weights, cut, "client", "server"):
         return weights

@@ -46,9 +46,9 @@ def split(model: PreTrainedModel, *, bottom_layers: int = 1, top_layers: int = 1
     """Cut a causal LM in two that work as one: (client, backbone).
 
     `client` is a model of the same class that holds the embedding, the first and last blocks, the final norm and the LM
-    head; calling it runs the backbone, and `loss.backward()` leaves gradients on both sides, equal bit for bit to the
-    whole model's on CPU. Both share `model`'s parameters, and no `requires_grad` changes. Raises `ModelError` for a
-    model that cannot be cut there.
+    head. Calling it runs the backbone. `loss.backward()` leaves gradients on both sides, equal bit for bit to the whole
+    model's on CPU. Both share `model`'s parameters, and no `requires_grad` changes. Raises `ModelError` for a model
+    that cannot be cut there.
     """
     cut = Cut.of(_unwrapped(model), bottom_layers=bottom_layers, top_layers=top_layers)
     backbone = cut.backbone()

@@ -29,9 +29,9 @@ class FarBlocks(Protocol):
 class StandIn(nn.Module):
     """Call the far blocks where a block would be called.
 
-    Blocks are handed a finished attention mask, from which rows cannot be read in every family; the mask and the
-    positions that the caller gave are therefore taken from the module that owns the blocks, just before it runs. So is
-    the cache, in which the stand-in has an entry of its own.
+    Blocks get a finished attention mask, from which rows cannot be read in every family. So the caller's mask and
+    positions are taken from the module that owns the blocks, just before it runs. So is the cache, in which the
+    stand-in has an entry of its own.
     """
 
     def __init__(self, far: FarBlocks, number: int, *, gives_tuple: bool = False) -> None:

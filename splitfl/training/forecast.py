@@ -160,7 +160,7 @@ def _work_of(run: RunConfig, work: EvaluationWork) -> tuple[str, dict[str, objec
     tokens = work.answered * run.evaluation.max_new_tokens
     said = f"Each takes {counted(forward, 'forward pass', 'forward passes')} of up to {counted(rows, 'row')}"
     if candidates:
-        said += f", those of {counted(work.classified, 'prompt')} with each of {work.labels} label words among them"
+        said += f", among them {counted(work.classified, 'prompt')} with each of {work.labels} label words"
     if work.answered:
         said += (
             f", and at most {counted(tokens, 'generated token')}: {counted(work.answered, 'prompt')} in about"
@@ -221,10 +221,10 @@ def memory_of(part: Part, whose: str, *, topic: str) -> Finding:
     )
 
 
-# What attacks measured (docs/privacy.md). Whoever shows what a server can read shows this sentence, and no kinder one.
+# The attacks' results (docs/privacy.md). Every page about what a server can read shows this text, and no kinder one.
 READABLE = (
-    "A server that wants to can read the text and its labels from these, at every cut (measured on SmolLM2-135M on"
-    " 2026-11-30: 100 % of the tokens with 1, 2, 4 and 8 blocks below the first cut; docs/privacy.md)."
+    "A server that wants to can read the text and its labels from these, at every cut (docs/privacy.md). Measured on"
+    " SmolLM2-135M on 2026-11-30: 100 % of the tokens, with 1, 2, 4 and 8 blocks below the first cut."
 )
 
 

@@ -80,15 +80,15 @@ class WithOwnRounds:
         federation, size = run.federation, run.strategy.buffer_size
         return (
             f"{counted(federation.num_rounds, 'merge')} of {counted(size, 'upload')} of"
-            f" {counted(federation.local_steps, 'step')}, whoever they come from:"
+            f" {counted(federation.local_steps, 'step')}, from any clients:"
             f" {counted(run.total_steps * size, 'step')} of all clients together"
         )
 
 
 class WithOwnLoops:
-    """Loops of the clients' own: what trains there is their affair, and not known here."""
+    """Own-loop clients: what trains there is their affair, and not known here."""
 
-    unevaluated = "loops of clients' own evaluate as they are written"
+    unevaluated = "own-loop clients evaluate as their loops are written"
     steps_unsaid = ""
 
     def terms_of(self, run: RunConfig, cut: Cut) -> Terms:

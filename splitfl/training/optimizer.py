@@ -1,7 +1,7 @@
 """One side's share of an optimizer step that equals the whole model's.
 
 Clipping needs the global norm over both sides. torch takes the norm of the per-tensor norms, in the model's order, and
-combining two finished norms is not bit-equal to that; so the per-tensor norms travel, and the server orders them.
+combining two finished norms is not bit-equal to that. So the per-tensor norms travel, and the server orders them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _MOMENT = "|"  # between a weight's name and its moment's
 class SlicedAdamW(torch.optim.AdamW):
     """torch's AdamW, bit for bit, a slice of each tensor at a time.
 
-    torch makes two temporaries of a tensor's size; for an embedding they would be half of what a client holds.
+    The original makes two temporaries of a tensor's size. For an embedding they would be half of a client's memory.
     """
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ def norms_of(gradients: Sequence[Tensor | None]) -> Tensor:
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the type in which such tensors are added up and measured: float32 for those that have fewer bits."""
+    """Return the type in which such tensors are added up and measured: float32 for types with fewer bits."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 

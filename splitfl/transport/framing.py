@@ -13,8 +13,8 @@ CHECKSUM_BYTES = 4
 # ZMTP 3.1 (https://rfc.zeromq.org/spec/37): before each frame flags and a length of 1 or, for larger ones, 8 bytes.
 _SMALL_FRAME_BYTES = 255
 _SHORT_BYTES, _LONG_BYTES = 2, 9
-# CurveZMQ (https://rfc.zeromq.org/spec/26): each frame is a MESSAGE command: a name of 8 bytes, a nonce of 8, a box
-# that is 16 longer than its content, and in that the flags. ZeroMQ counts all of it against ZMQ_MAXMSGSIZE.
+# CurveZMQ (https://rfc.zeromq.org/spec/26): each frame is a MESSAGE command. It has a name of 8 bytes, a nonce of 8,
+# and a box that is 16 longer than its content, with the flags in it. ZeroMQ counts all of it against ZMQ_MAXMSGSIZE.
 _CURVE_BYTES = 33
 
 

@@ -1,7 +1,7 @@
 """Keys on disk: a side's own pair, the clients a server lets in, and the file that enrols a client.
 
 A key is a CURVE25519 key in Z85 (https://rfc.zeromq.org/spec/32): 40 characters. The identity of a client is its key;
-its name is what the server's operator has written beside it.
+its name is the one that the server's operator has given to the key.
 """
 
 import errno
@@ -39,7 +39,7 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enrolment:
-    """What a client is told by the server's operator; nothing in it is secret."""
+    """The operator's word to a client about the server; nothing in it is secret."""
 
     server_address: str
     server_public_key: str
@@ -151,7 +151,7 @@ class AllowList:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            return False  # nothing can be opened just now: those who were let in are
+            return False  # nothing can be opened just now: clients that were let in stay so
         if marks == self._marks:
             return False
         keys: dict[str, str] = {}
@@ -289,6 +289,6 @@ def _check_name(client_id: str) -> None:
 def _check_system() -> None:
     if os.name == "nt":
         raise ConfigError(
-            "keys cannot be used on Windows yet: splitfl cannot check there that nobody else may read a secret key; use"
-            " Linux or macOS, or Windows' Linux subsystem"
+            "keys cannot be used on Windows yet: splitfl cannot check there who else may read a secret key; use Linux,"
+            " macOS, or Windows' Linux subsystem"
         )

@@ -1,8 +1,8 @@
 """Ends a client's connection to a server that sends a message without end, before it fills the client's memory.
 
-As in `watch`, which does the same for a server: libzmq keeps the frames of a multipart message until the last has come,
-and the application sees nothing of it. Here it is one connection, and how much may wait on it is known more exactly:
-a client is sent little that it has not asked for. Linux only.
+`watch` does the same for a server: libzmq keeps the frames of a multipart message until the last has come, and the
+application sees nothing of it. Here it is one connection, and its bound is known more exactly, since a client is sent
+little that it has not asked for. Linux only.
 """
 
 import threading

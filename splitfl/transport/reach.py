@@ -1,7 +1,7 @@
 """Finds out why an address cannot be reached: libzmq tries again and again and says no reason.
 
-A SOCKS proxy is tried from here before libzmq may: when one refuses, libzmq 4.3.5 ends the whole process on closing the
-socket (it takes a descriptor out of its epoll set that it has closed before).
+A SOCKS proxy is tried from here before libzmq may. When one refuses, libzmq 4.3.5 ends the whole process on closing the
+socket, since it takes a descriptor out of its epoll set that it has closed before.
 """
 
 import socket

@@ -1,6 +1,7 @@
 """What the kernel knows of a TCP connection that libzmq holds: bytes that came, wait, and are acknowledged. Linux only.
 
-A descriptor may be closed and another's at any time: what is found is of whoever has it, and nothing is done to it.
+A descriptor may be closed and another's at any time. So the figures may be another connection's, and nothing is done to
+it.
 """
 
 import fcntl
@@ -27,7 +28,7 @@ class Counters:
     """Sent, and arrived at the other machine."""
     received: int
     unread: int
-    """Received, and not yet taken by whoever holds the connection."""
+    """Received, and not yet taken by the holder of the connection."""
 
 
 def is_supported() -> bool:

@@ -1,14 +1,14 @@
 """Cuts off connections that send a message without end, before it fills the memory.
 
-libzmq keeps the frames of a multipart message until the last has come, and counts none of them against any limit; the
+libzmq keeps the frames of a multipart message until the last has come, and counts none of them against any limit. The
 application sees nothing of it. So the accepted TCP connections are watched from beside. Linux only: elsewhere the
 system does not tell (`TCP_INFO.tcpi_bytes_received`, RFC 4898's tcpEStatsAppHCThruOctetsReceived).
 
-What counts are the bytes that libzmq has read from a connection (received, less what waits in the kernel) since its
-last whole message was taken from the socket. Honest peers exceed a message too: whole messages wait while the socket's
-thread is at something else. So a connection is cut off when it holds more than a message although the socket was found
-empty since; or more than all messages that may wait (ZMQ_RCVHWM), the one that is arriving, and one in libzmq's hand. A
-cut is a lost connection and nothing else.
+The watch counts the bytes that libzmq has read from a connection since its last whole message was taken from the
+socket: received, less the bytes that wait in the kernel. Honest peers exceed a message too: whole messages wait while
+the socket's thread is busy. So a connection is cut off when it holds more than a message although the socket was found
+empty since. It is also cut off when it holds more than all messages that may wait (ZMQ_RCVHWM), the arriving one, and
+one in libzmq's hand. A cut is a lost connection and nothing else.
 """
 
 import ipaddress
@@ -36,7 +36,7 @@ _CUTS_WITHIN_S = 600.0
 _BAN_S = 60.0
 # A client has two connections, and a few that it has lost and this side has not noticed yet.
 _MOST_OF_A_KEY = 64
-# Whoever connects says hello at once.
+# A client that connects says hello at once.
 _SILENT_S = 30.0
 _MOST_DESCRIPTORS = 65_536
 
@@ -125,7 +125,7 @@ class Watch:
     def _run(self) -> None:
         while not self._stopping.is_set():
             look_at_s = time.monotonic() + _INTERVAL_S
-            # whoever connects again and again must not keep it from looking
+            # a peer that connects again and again must not keep it from looking
             while (left_s := look_at_s - time.monotonic()) > 0 and self._monitor.poll(math.ceil(left_s * 1000)):
                 self._follow()
                 if self._stopping.is_set():
@@ -154,14 +154,14 @@ class Watch:
             self._bound_connections(now_s)
 
     def _bound_connections(self, now_s: float) -> None:
-        """End the oldest of a key that has too many, and those that say nothing."""
+        """End the oldest connections of a key that has too many, and silent connections."""
         by_key: dict[str, list[int]] = {}
         for descriptor, connection in self._connections.items():
             if connection.is_cut:
                 continue
             if connection.user_id:
                 by_key.setdefault(connection.user_id, []).append(descriptor)
-            # what it has said may wait while the socket's thread is at something else
+            # its words may wait while the socket's thread is busy
             elif connection.is_silent and min(now_s, self._emptied_s) - connection.heard_s > _SILENT_S:
                 self._end(descriptor)
         for user_id, descriptors in by_key.items():

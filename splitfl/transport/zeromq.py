@@ -5,10 +5,10 @@ from another. Over `inproc://` the same code runs without a network, for tests a
 
 With keys every connection is encrypted and authenticated (`transport.security`). Without them, over TCP, a message has
 one frame more: the CRC-32 of the others, since TCP's own checksum is weak.
-A connection that was once made and broke is not mended: libzmq would make a new one in silence, and what was on its way
-would be missing.
+A connection that was once made and broke is not mended. libzmq would make a new one in silence, and the messages on
+their way would be missing.
 
-Ownership: large buffers are sent without a copy, so whoever hands one over must never write to it again.
+Ownership: large buffers are sent without a copy, so the caller must never write to one again.
 """
 
 import errno
@@ -44,9 +44,9 @@ from splitfl.transport.watch import Cut, Watch
 # Below this a copy costs less than keeping track of who holds the buffer.
 _COPY_BELOW_BYTES = 1 << 16
 _CHECKSUM = struct.Struct("<I")
-# What a message may take until the run's own bound is known: nobody has joined before that.
+# Bound on a message until the run's own bound is known: nobody has joined before that.
 _MESSAGE_BYTES = 1 << 26
-# Messages that wait at a client: what it has asked for, and a few words that it has not.
+# Messages that wait at a client: answers to its questions, and a few words that it has not asked for.
 _QUEUED_AT_CLIENT = 64
 _HANDSHAKE_MS = 5000
 _BACKLOG = 1024
@@ -172,7 +172,7 @@ def _checksum(frames: Sequence[Buffer]) -> int:
 
 
 class Listener(_Socket):
-    """The server's end: many peers behind one address."""
+    """The server's end: many peers at one address."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class Listener(_Socket):
         if address.startswith("ipc://") and _someone_listens(address.removeprefix("ipc://")):
             self.close()
             raise TransportError(_in_use(address))
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error, not silence
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a lost peer is an error, not silence
         try:
             self._socket.bind(_for_ipv6(self._socket, address))
         except zmq.ZMQError as error:
@@ -454,7 +454,7 @@ class Endpoint(_Socket):
         while True:
             left_s = max(0.0, deadline_s - time.monotonic())
             ready = dict(self._poller.poll(int(left_s * 1000)))
-            if self._socket in ready:  # what has arrived counts, also when the connection broke behind it
+            if self._socket in ready:  # a message that has arrived counts, also when the connection broke after it
                 return self._take()
             if self._lookout is not None:
                 self._lookout.emptied()
@@ -483,8 +483,8 @@ class Endpoint(_Socket):
     def _check_excess(self) -> None:
         if self._lookout is not None and self._lookout.excess:
             raise RemoteProtocolError(
-                f"{self.address} has sent {self._lookout.excess} bytes without the end of a message, where"
-                f" {self._lookout.message_bytes} are the most that a message of this run takes: the connection is ended"
+                f"{self.address} has sent {self._lookout.excess} bytes without the end of a message, and a message of"
+                f" this run takes at most {self._lookout.message_bytes}: the connection is ended"
             )
 
     def _follow_monitor(self) -> None:

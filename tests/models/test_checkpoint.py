@@ -280,14 +280,14 @@ class TestShards:
     @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"x": ["y"]}}'])
     def test_an_index_that_is_none(self, whole: Path, index: str) -> None:
         (whole / "model.safetensors.index.json").write_text(index)
-        with pytest.raises(ModelError, match="not an index of safetensors files beside it"):
+        with pytest.raises(ModelError, match="not an index of safetensors files in its folder"):
             files_of(whole)
 
     def test_an_index_names_files_beside_it_only(self, whole: Path) -> None:
         outside = {"weight_map": {"x": "../secret.safetensors"}}
         (whole / "model.safetensors.index.json").write_text(json.dumps(outside))
         (whole.parent / "secret.safetensors").write_bytes(b"")
-        with pytest.raises(ModelError, match="not an index of safetensors files beside it"):
+        with pytest.raises(ModelError, match="not an index of safetensors files in its folder"):
             files_of(whole)
 
     def test_a_folder_without_weights(self, whole: Path) -> None:

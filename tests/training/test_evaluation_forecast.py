@@ -35,7 +35,7 @@ def test_what_one_takes() -> None:
     assert found.sentences == (
         "Each client with held-out text is evaluated before and after the run, 2 times: loss, perplexity, token"
         " accuracy, ROUGE-L, accuracy.",
-        "Each takes 11 forward passes of up to 8 rows, those of 20 prompts with each of 3 label words among them, and"
+        "Each takes 11 forward passes of up to 8 rows, among them 20 prompts with each of 3 label words, and"
         " at most 170 generated tokens: 17 prompts in about 3 batches, up to 30 round trips.",
     )
 

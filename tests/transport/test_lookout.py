@@ -68,7 +68,7 @@ def take_all(endpoint: Endpoint) -> None:
 def test_a_message_without_end_ends_the_connection(ends: tuple[Liar, Endpoint]) -> None:
     liar, endpoint = ends
     liar.says(ENDLESS)
-    with pytest.raises(RemoteProtocolError, match="without the end of a message, where"):
+    with pytest.raises(RemoteProtocolError, match="without the end of a message, and"):
         endpoint.recv(10.0)
     assert received(endpoint) < ENDLESS * len(FRAME) * 0.8
 
@@ -81,7 +81,7 @@ def test_so_does_one_that_comes_while_nobody_reads(ends: tuple[Liar, Endpoint]) 
     liar.says(ENDLESS)
     time.sleep(1.0)
     assert received(endpoint) < WAITING_BYTES + (200 << 20)
-    with pytest.raises(RemoteProtocolError, match="without the end of a message, where"):
+    with pytest.raises(RemoteProtocolError, match="without the end of a message, and"):
         endpoint.recv(1.0)
 
 

@@ -1,6 +1,6 @@
 """Adaptive optimizers on the server (Reddi et al. 2021, arXiv:2003.00295, algorithm 2).
 
-As in Flower, the second moment begins at 0 and FedAdam's rate is corrected for moments that begin at 0; the paper
+As in Flower, the second moment begins at 0 and FedAdam's rate is corrected for moments that begin at 0. The paper
 begins the second moment at tau² or more and corrects nothing.
 """
 

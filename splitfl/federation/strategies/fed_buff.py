@@ -13,8 +13,8 @@ from splitfl.federation.updates import Update, exact_means
 class FedBuff(Strategy):
     """A step along the mean of the changes in the buffer, each scaled down by its staleness (algorithm 1).
 
-    Clients are never drawn, and a merge takes whatever is in the buffer; what their layers are compared with is the
-    affair of `Rebased`.
+    Clients are never drawn, and a merge takes whatever is in the buffer. `Rebased` decides the layers that an upload is
+    compared with.
     """
 
     def aggregate_train(
@@ -37,9 +37,9 @@ def staleness_scale(staleness: int) -> float:
 
 
 class Rebased(Mapping[str, Tensor]):
-    """Layers as if their client had begun with those that are everyone's now, computed as each is asked for.
+    """Layers as if their client had begun with everyone's newest, computed as each is asked for.
 
-    That is `held` + scale * (uploaded - begun), in float64. With nothing stale it is what was uploaded, to the bit.
+    That is `held` + scale * (uploaded - begun), in float64. With nothing stale it is the upload, to the bit.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class SCAFFOLD(Strategy):
         rates: Sequence[float],
         num_clients: int,
     ) -> dict[str, Tensor]:
-        """Return c, the mean of all clients' c_i, after these clients' have changed (float32), and how many there are.
+        """Return c, the mean of all clients' c_i (float32) once these clients' have changed, and the number of clients.
 
         c + |S|/N mean(c_i+ - c_i), where c_i+ - c_i = (x - y_i) / sum of rates - c. The c_i of a client that is new
         since the last merge is 0, so c is first scaled to the number there are now.
