@@ -42,7 +42,7 @@ from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import MetricsLog
 from splitfl.training.backbones import backbone_of
-from splitfl.transport.zeromq import Listener
+from splitfl.transport.zeromq import Arrived, Listener
 
 # How often the loop looks at its deadlines.
 _TICK_S = 0.25
@@ -184,7 +184,7 @@ class Server:
                 self._forgive(now_s - before_s)
                 before_s = now_s
                 if arrived is not None:
-                    self._carry_out(self._hear(self._mail.open(arrived, now_s), now_s), now_s)
+                    self._take_in(arrived, now_s)
                 self._go_on(now_s)
                 if now_s >= self._tick_due_s:
                     self._tick_due_s = now_s + _TICK_S
@@ -231,6 +231,9 @@ class Server:
         if stalled_s > _STALL_S:
             for connection in self._members.connections():
                 connection.last_heard_s += stalled_s
+
+    def _take_in(self, arrived: Arrived, now_s: float) -> None:
+        self._carry_out(self._hear(self._mail.open(arrived, now_s), now_s), now_s)
 
     def _hear(self, received: Received, now_s: float) -> Effects:
         arrived, connection = received.arrived, received.connection

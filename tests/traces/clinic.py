@@ -156,7 +156,8 @@ class Clinic:
         """Send new positions of a generation."""
         rows, length = int(told.get("rows", 1)), int(told.get("new", 1))
         hidden_BSD = frames_of(rows, length, self.terms.hidden_size)
-        return self.session.decode(int(told.get("cache", 1)), hidden_BSD, (length,) * rows, ())
+        beams_B = tuple(map(int, told["beams"].split(","))) if "beams" in told else ()
+        return self.session.decode(int(told.get("cache", 1)), hidden_BSD, (length,) * rows, beams_B)
 
     def hear(self, message: Message) -> None:
         """Take what the server sends; raise `RemoteProtocolError`, and change nothing, for what it may not send now."""

@@ -72,8 +72,7 @@ class ToldServer(Server):
     def take(self, peer: bytes, message: Message) -> None:
         """Take a message as if it had just arrived."""
         frames = [memoryview(bytes(frame)) for frame in codec.encode(message)]
-        now_s = self.clock()
-        self._carry_out(self._hear(Arrived(peer=peer, user_id="", frames=frames), now_s), now_s)
+        self._take_in(Arrived(peer=peer, user_id="", frames=frames), self.clock())
 
     def settle(self) -> None:
         """Have the compute thread do all that it was given, and go on with the results."""
@@ -166,10 +165,10 @@ def told_server(
 def _begin(server: ToldServer, config: ServerConfig, *, resumes: bool) -> None:
     ledger, engine = server.engine.ledger, server.engine
     if not resumes:
-        ledger.begin(config.run_config().fingerprint(), engine.worker)
+        ledger.begin(config.run_config().fingerprint())
         engine.refresh()
         return
-    ledger.recover(engine.worker, lambda _number, _client: None)
+    ledger.recover(lambda _number, _client: None)
     engine.restore()
     engine.refresh()
     server.recover()
