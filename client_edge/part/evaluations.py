@@ -4,8 +4,8 @@ import math
 
 from client_edge.link.link import Link
 from client_edge.measuring.evaluator import Evaluator
-from client_edge.part.journal import Journal
 from client_edge.part.own_log import OwnLog
+from client_edge.records.journal import Journal
 from client_edge.text.own_text import Text
 from splitfl.telemetry.measures import ALSO
 

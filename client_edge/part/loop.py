@@ -10,9 +10,9 @@ from client_edge.connection.endings import RoundClosed, StepClosed
 from client_edge.layers.edge import Edge
 from client_edge.link.link import Link
 from client_edge.part.evaluations import Evaluations
-from client_edge.part.journal import Journal
 from client_edge.part.own_log import OwnLog
 from client_edge.part.step import train_step
+from client_edge.records.journal import Journal
 from client_edge.text.batches import TrainBatches
 from splitfl.protocol.messages import Merged, RoundOpened, RoundsEnded
 

@@ -19,13 +19,13 @@ from client_edge.loops import Loop, check_loop
 from client_edge.measuring.answerer import Answerer
 from client_edge.measuring.evaluator import Evaluator
 from client_edge.part.evaluations import Evaluations
-from client_edge.part.journal import Journal
 from client_edge.part.loop import Training
 from client_edge.part.own_folder import METRICS_FILE, STATE_DIR, open_folder
 from client_edge.part.own_log import OwnLog
 from client_edge.part.participation import Participation
 from client_edge.part.resuming import Resuming
 from client_edge.part.totals import goodbye_before, totals_before
+from client_edge.records.journal import Journal
 from client_edge.screen import screen
 from client_edge.text.batches import TrainBatches
 from client_edge.text.own_text import Text, check_files, describe, read_text

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from client_edge.layers.edge import Edge, MicroBatch
 from client_edge.link.link import Activations, Gradient, Link
-from client_edge.part.journal import Journal
+from client_edge.records.journal import Journal
 from client_edge.text.batches import Batch
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from client_edge.part.journal import Place
+from client_edge.records.place import Place
 from server_backbone.deciding.standing import Standing
 from server_backbone.records.state import BufferedUpload, MemberState, RoundState, RunState
 from splitfl.durability.format import STATE_FORMAT

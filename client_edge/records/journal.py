@@ -1,46 +1,23 @@
 """What a client keeps on disk so that it goes on where it was: its gradients of every step, and snapshots.
 
-A step's gradients are written before its commit is sent, and what the server answered behind them; so a client that
+A step's gradients are written before its commit is sent, and what the server answered after them; so a client that
 died knows what it had asked for, and the server's last acknowledgement, which the server keeps, settles the rest.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from client_edge.layers.edge import Edge
+from client_edge.records.place import Pending, Place
+from client_edge.records.snapshots import Snapshots
 from splitfl.config.sections import StorageSection
 from splitfl.durability.crash import crash_point
-from splitfl.durability.record import Damaged, Record
+from splitfl.durability.record import Record
 from splitfl.durability.store import Store
 from splitfl.telemetry.history import History
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a client is in a run."""
-
-    held_round: int = 0
-    """Number of the merge whose layers it holds."""
-    step: int = 0
-    """The last step it has applied."""
-    commit_number: int = 0
-    round_tokens: int = 0
-    """Label tokens of its steps since the last merge."""
-    evaluated: int = -1
-    """The last merge after which it has evaluated; 0 is before the first round, -1 not at all."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Pending:
-    """A step that the server was asked for."""
-
-    step: int
-    num_label_tokens: int
-    loss: float
-    gradients: Mapping[str, Tensor]
 
 
 class Journal:
@@ -51,19 +28,14 @@ class Journal:
         self._edge = edge
         self._history = history
         self._keeps_records = storage.durability == "redo"
-        self._snapshot_steps = storage.snapshot_steps
-        self._steps_since_snapshot = 0
-        self._saved: Place | None = None
-        """Where the last snapshot was taken."""
-        self._merge_generation: int | None = None
-        """The first snapshot with the layers of the last merge, to which a server without records goes back."""
+        self._snapshots = Snapshots(store, edge, storage)
         self.place = Place()
         self.pending: Pending | None = None
         self.is_new = True
 
     def adopt(self, storage: StorageSection) -> None:
         """Go on with settings of which some have changed."""
-        self._snapshot_steps = storage.snapshot_steps
+        self._snapshots.adopt(storage)
         self._store.adopt(fsync=storage.fsync, fsync_interval=storage.fsync_interval, keep=storage.keep_snapshots)
 
     def recover(self) -> list[str]:
@@ -74,7 +46,7 @@ class Journal:
         else:
             self.is_new = False
             self._go_to(recovered.snapshot)
-            self._find_merge_generation()
+            self._snapshots.find_merge(self.place.held_round)
             for entry in recovered.entries:
                 self._redo(entry)
         self._history.note("started", resumed=not self.is_new, step=self.place.step)
@@ -108,8 +80,7 @@ class Journal:
         self.pending = Pending(step=step, num_label_tokens=num_label_tokens, loss=loss, gradients=gradients)
         if self._keeps_records:
             crash_point("step-before-record")
-            fields = {"step": step, "num_label_tokens": num_label_tokens, "loss": loss}
-            self._store.append(Record(kind="step", fields=fields, tensors=gradients), durable=True)
+            self._store.append(self.pending.to_record(), durable=True)
             crash_point("step-after-record")
         self._history.note("invoked", step=step)
 
@@ -126,8 +97,8 @@ class Journal:
         self._edge.step(pending.step, clip_coefficient, learning_rate)
         crash_point("step-applied")
         self._note("applied", pending.step)
-        self._steps_since_snapshot += 1
-        if self._keeps_records and self._steps_since_snapshot >= self._snapshot_steps:
+        self._snapshots.stepped()
+        if self._snapshots.is_due:
             self.snapshot()
         return pending
 
@@ -168,30 +139,18 @@ class Journal:
 
     def snapshot(self) -> None:
         """Write this moment down whole."""
-        self._snapshot(with_pending=self._keeps_records)
-
-    def _snapshot(self, *, with_pending: bool) -> None:
-        is_of_new_merge = self._saved is None or self._saved.held_round != self.place.held_round
-        record = Record(kind="snapshot", fields=asdict(self.place), tensors=self._edge.state())
-        number = self._store.snapshot(record, holds=None if is_of_new_merge else self._merge_generation)
-        if is_of_new_merge and not self._keeps_records:
-            self._merge_generation = number
-        self._saved = self.place
-        self._steps_since_snapshot = 0
-        if self.pending is not None and with_pending:  # it is in no log yet
-            fields = {name: getattr(self.pending, name) for name in ("step", "num_label_tokens", "loss")}
-            self._store.append(Record(kind="step", fields=fields, tensors=self.pending.gradients), durable=True)
+        self._snapshots.take(self.place, self.pending if self._keeps_records else None)
 
     def stopped(self) -> None:
         """Write this moment down, where steps are in no log: this client, or the server, is stopped in order.
 
         The server has done so as well, and goes back to this moment if it is killed before the next merge.
         """
-        if self._keeps_records or (self.pending is None and self._saved == self.place):
+        if self._keeps_records or (self.pending is None and self._snapshots.holds(self.place)):
             return
         if self.pending is not None:  # the server may have applied it before it hears that we go
             self.pending = replace(self.pending, gradients=self._edge.gradients())
-        self._snapshot(with_pending=True)
+        self._snapshots.take(self.place, self.pending)
 
     def finished(self) -> None:
         """Take note that the run is over for this client."""
@@ -217,24 +176,9 @@ class Journal:
         )
         return pending
 
-    def _find_merge_generation(self) -> None:
-        """Look for the oldest snapshot with the layers held now."""
-        if self._keeps_records:
-            return
-        for generation in reversed(self._store.generations()):
-            try:
-                then = Place(**self._store.snapshot_of(generation).fields)
-            except Damaged:
-                continue
-            if then.held_round != self.place.held_round:
-                return
-            self._merge_generation = generation
-
     def _go_to(self, snapshot: Record) -> None:
-        self.place = self._saved = Place(**snapshot.fields)
+        self.place = self._snapshots.go_to(snapshot)
         self.pending = None
-        self._steps_since_snapshot = 0
-        self._edge.restore(snapshot.tensors)
 
     def _redo(self, entry: Record) -> None:
         fields: Mapping[str, Any] = entry.fields
@@ -245,7 +189,7 @@ class Journal:
             case "acknowledged":
                 pending = self._settled(fields["commit_number"])
                 self._edge.step(pending.step, fields["clip_coefficient"], fields["learning_rate"])
-                self._steps_since_snapshot += 1
+                self._snapshots.stepped()
                 self._note("redone", pending.step)
             case "refused":
                 self.pending = None

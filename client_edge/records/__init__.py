@@ -1,0 +1,1 @@
+"""The client's own records: its steps, snapshots, and where it is by them."""
