@@ -76,7 +76,7 @@ MUTANTS = (
         function="_joined",
         letters="labels[starts] = IGNORED_LABEL",
         instead="labels[:1] = IGNORED_LABEL",
-        tests="tests/client_edge/test_data.py tests/client_edge/test_packed_rows.py",
+        tests="tests/client_edge/test_batches.py tests/client_edge/test_packed_rows.py",
     ),
     # the wire
     Mutant(
@@ -168,7 +168,7 @@ MUTANTS = (
     ),
     Mutant(
         name="a client's controls move though its layers were not merged",
-        function="Controls.settle",
+        function="Controls.round_ends",
         letters="if counted and self._rate > 0:",
         instead="if self._rate > 0:",
         tests="tests/client_edge/test_controls.py",
