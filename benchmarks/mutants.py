@@ -116,7 +116,7 @@ MUTANTS = (
         tests="tests/session",
     ),
     Mutant(
-        name="a client that is behind goes on all the same",
+        name="a client that is late goes on all the same",
         function="ServerSession._compare",
         letters='return "anew", ',
         instead='return "go", ',

@@ -1,8 +1,8 @@
 """A stop that was asked for, with Ctrl-C or SIGTERM: noted when it comes, acted on where nothing is half done.
 
 An exception out of a signal handler comes anywhere: in the middle of an optimizer step, or where it is swallowed, as in
-a `__del__`. So the signal is noted, by a thread of its own, and whoever is at work calls `StopRequest.check` between
-one thing and the next. A second signal ends the process at once, whatever its other threads are doing.
+a `__del__`. So the signal is noted, by a thread of its own, and the code at work calls `StopRequest.check` between one
+thing and the next. A second signal ends the process at once, whatever its other threads are doing.
 """
 
 import os

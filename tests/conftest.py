@@ -115,7 +115,7 @@ def write_text(path: Path, *, num_lines: int, seed: int, lengths: tuple[int, int
 
 @dataclass
 class Finished:
-    """What a run in threads left behind."""
+    """The files and errors of a run in threads."""
 
     run_dir: Path
     folders: dict[str, Path]

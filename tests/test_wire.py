@@ -133,7 +133,7 @@ def watch(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Watched]:
-    """Run two clients with training, every kind of evaluation, and merges behind a recorder."""
+    """Run two clients with training, every kind of evaluation, and merges, through a recorder."""
 
     def run(*, leaks: bool = False, **text_settings: Any) -> Watched:
         watched = Watched()

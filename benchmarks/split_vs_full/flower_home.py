@@ -36,7 +36,7 @@ def flower_version() -> str:
 
 
 def _see_ours(home: Path) -> None:
-    """Let the environment see the packages of this one, behind its own."""
+    """Let the environment see the packages of this one, after its own."""
     (site,) = home.glob("lib/python*/site-packages")
     (site / "splitfl-benchmark.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
 

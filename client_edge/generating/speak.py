@@ -53,7 +53,7 @@ class Speaker:
         return self._generate(given, how, streamer)
 
     def _room(self, num_given: int, wanted: int) -> int:
-        """Return how many of the wanted tokens the context has room for behind a prompt; the last needs none."""
+        """Return how many of the wanted tokens the context has room for after a prompt; the last needs none."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return min(wanted, max(1, context - num_given + 1)) if context else wanted
 
@@ -164,7 +164,7 @@ def _take_merged_layers(connection: Connection, cut: Cut) -> None:
     if not resumed.layers:
         return
     merged = merged_layers(connection.run, cut)
-    layers = [connection.realised(layer) for layer in resumed.layers[: len(merged)]]  # controls may come behind them
+    layers = [connection.realised(layer) for layer in resumed.layers[: len(merged)]]  # controls may come after them
     with torch.no_grad():
         for parameter, layer in zip(merged.values(), layers, strict=True):
             parameter.copy_(layer)

@@ -1,1 +1,1 @@
-"""The client's own training loop, with the backbone behind it."""
+"""The model that a user's own training loop runs, whose backbone is on the server."""

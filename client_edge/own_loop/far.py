@@ -247,7 +247,7 @@ def layout_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tenso
 
 
 def _between(is_border_BS: Tensor) -> tuple[int, ...]:
-    """Return the lengths of examples, row after row, from whether another begins behind each position but the last."""
+    """Return the lengths of examples, row after row, from whether another begins after each position but the last."""
     row_ends_B1 = torch.ones(len(is_border_BS), 1, dtype=torch.bool)
     ends = torch.cat([is_border_BS, row_ends_B1], dim=1).flatten().nonzero().flatten() + 1
     return tuple(ends.diff(prepend=torch.zeros(1, dtype=ends.dtype)).tolist())

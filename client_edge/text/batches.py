@@ -62,7 +62,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def collate_packed(rows: Sequence[Sequence[Example]]) -> Batch:
-    """Put the examples of each row one behind the other, without a label where one begins, and pad the rows."""
+    """Put the examples of each row one after the other, without a label where one begins, and pad the rows."""
     batch = collate([_joined(row) for row in rows])
     return replace(batch, example_lengths=tuple(len(each.input_ids) for row in rows for each in row))
 

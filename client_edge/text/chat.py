@@ -17,7 +17,7 @@ class Conversation:
 
     text: str = field(repr=False)
     learned: tuple[tuple[int, int], ...]
-    """Stretches of `text`, first and behind the last character, that are the assistant's turns with what ends them."""
+    """The assistant's turns and their ends, as stretches of `text`: the first character, and the one after the last."""
 
 
 def messages_in(value: object, where: str) -> list[Message]:
@@ -38,9 +38,9 @@ def messages_in(value: object, where: str) -> list[Message]:
 def render(tokenizer: Any, messages: Sequence[Message], where: str, *, num_given: int = 0) -> Conversation:
     """Put a conversation through the tokenizer's chat template.
 
-    What is learned are the assistant's turns behind the first `num_given` messages. Each is found by rendering the
-    conversation up to it, so a template that changes earlier turns later on is refused. Raises `DataError` if there is
-    no turn to learn, no template, or one that refuses the conversation.
+    The assistant's turns after the first `num_given` messages are learned. Each is found by rendering the conversation
+    up to it, so a template that changes earlier turns later on is refused. Raises `DataError` if there is no turn to
+    learn, no template, or one that refuses the conversation.
     """
     text = _rendered(tokenizer, messages, where)
     learned = tuple(_turns(tokenizer, messages, num_given, text, where))

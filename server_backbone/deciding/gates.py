@@ -340,7 +340,7 @@ class FrozenGate:
 class PerClientGate(FrozenGate):
     """Each client moves weights of its own, so nobody waits for anybody (SplitFed-V1).
 
-    A step that comes behind its round was computed with weights that the merge has replaced, and is dropped as well.
+    A step that comes after its round was computed with weights that the merge has replaced, and is dropped as well.
     """
 
 

@@ -26,7 +26,7 @@ class BufferedMerger(Merger):
         self._begun = dict(begun)
 
     def retire(self, needed: Collection[int]) -> None:
-        """Put everyone's layers aside, if they are `needed` behind the next merge, and forget those that are not."""
+        """Put everyone's layers aside, if they are `needed` after the next merge, and forget the ones that are not."""
         self._versions_dir.mkdir(exist_ok=True)
         if self._newest in needed and self._newest > 0:
             checkpoint.save_tensors(self._version(self._newest), self._layers)

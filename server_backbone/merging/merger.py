@@ -107,7 +107,7 @@ class _Joined(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What the server itself knows of the work behind an upload: no claim of its client goes beyond it."""
+    """What the server itself knows of the work for an upload: no claim of its client goes beyond it."""
 
     num_examples: float = math.inf
     """Announced when the client joined."""
@@ -174,7 +174,7 @@ class Merger:
     def spool(self, client_id: str, upload: Upload, seen: Seen | None = None) -> Taken:
         """Write one client's layers to disk and return what they weigh; raise `RemoteProtocolError` for poison.
 
-        Examples count by the share of the round's steps behind them; tokens are counted step by step anyway.
+        Examples count by the share of the round's steps that are done; tokens are counted step by step anyway.
         """
         seen = seen or Seen()
         layers = {
@@ -283,7 +283,7 @@ class Merger:
         return self._state
 
     def end_with(self, layers: Mapping[str, Tensor]) -> None:
-        """Make an earlier merge's layers everyone's; nothing is merged behind that."""
+        """Make an earlier merge's layers everyone's; nothing is merged after that."""
         self._layers = {name: layers[name] for name in self._names}
 
     def keep_best(self, round_number: int) -> None:

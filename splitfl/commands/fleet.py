@@ -96,7 +96,7 @@ class Fleet:
         if not (name == "server" and self.shows_server):
             output = self._logs[name] = (self.folder / f"{name}.log").open("wb")
         self._processes[name] = subprocess.Popen(
-            # whoever starts a whole fleet is both parties
+            # the user who starts a whole fleet is both parties
             [sys.executable, "-m", module, "--config", str(config), *(["--accept"] if module == "client_edge" else [])],
             stdin=subprocess.DEVNULL,
             stdout=output,

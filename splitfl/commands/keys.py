@@ -1,4 +1,4 @@
-"""`splitfl keygen`, `authorize`, `revoke`: keys, and who is let in. What they do is imported when they run."""
+"""`splitfl keygen`, `authorize`, `revoke`: keys, and who is let in. Their work is imported when they run."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ class Keygen:
             return
         sys.stdout.write(
             f"public key: {pair.public}\n"
-            f"{folder / SECRET_FILE} stays on this machine: whoever has it is you.\n"
+            f"{folder / SECRET_FILE} stays on this machine: anybody who has it counts as you.\n"
             f"A server: set server.keys to {folder}, then `splitfl authorize {folder} CLIENT_ID CLIENT_PUBLIC_KEY"
             " --address tcp://HOST:PORT` for each client.\n"
             f"A client: send {folder / PUBLIC_FILE} to the server's operator, who sends an enrolment file back; set"
@@ -104,6 +104,6 @@ class Revoke:
             sys.stdout.write(json.dumps({"client_id": arguments.client_id, "revoked": True}) + "\n")
             return
         sys.stdout.write(
-            f"{arguments.client_id} is let in no longer. What it has contributed so far stays; `splitfl rollback` goes"
+            f"{arguments.client_id} is let in no longer. Its part in past merges stays; `splitfl rollback` goes"
             " back before it.\n"
         )

@@ -1,7 +1,7 @@
 """Generate from model directories: `python -m splitfl.commands.sample PROMPT MAX_NEW_TOKENS DIRECTORY ...`.
 
-Prints a JSON list with one continuation a directory. Plain transformers in a process of its own: what is shown is what
-anybody gets who loads the directory without splitfl.
+Prints a JSON list with one continuation a directory. Plain transformers in a process of its own: anybody who loads the
+directory without splitfl gets the same.
 """
 
 import json

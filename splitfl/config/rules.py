@@ -114,7 +114,7 @@ def _answers_fit_the_cache(run: RunSettings) -> None:
     if run.evaluation.generates and positions > run.link.max_cache_tokens:
         raise ValueError(
             f"a prompt of text.max_seq_length = {run.text.max_seq_length} tokens and evaluation.max_new_tokens ="
-            f" {run.evaluation.max_new_tokens} behind it are more than link.max_cache_tokens ="
+            f" {run.evaluation.max_new_tokens} after it are more than link.max_cache_tokens ="
             f" {run.link.max_cache_tokens}: raise that, or shorten one of them"
         )
 

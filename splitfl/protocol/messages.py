@@ -269,7 +269,7 @@ class Merged:
     counted: bool
     """Whether your layers are among those that were merged."""
     layers: tuple[TensorFrames, ...]
-    """In the model's order; behind them their controls, where the strategy has any."""
+    """In the model's order; after them their controls, where the strategy has any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -324,7 +324,7 @@ class Resumed:
     """Server: this is where you go on.
 
     `verdict` "go": settle the pending step (applied if it is `step`, else discarded), load `layers` if there are any,
-    and go on. "rewind": I have lost what came after `step`; go back to it and resume again. "anew": you are behind, by
+    and go on. "rewind": I have lost all after `step`; go back to it and resume again. "anew": you are late, by
     `reason`; load `layers`, count from `step`, and wait for the next round.
     """
 
@@ -360,7 +360,7 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Decode:
-    """Client: run new positions of a generation through the backbone, behind those in its cache.
+    """Client: run new positions of a generation through the backbone, after the positions in its cache.
 
     A `cache_id` that is new begins a cache: the rows are prompts, padded on the left. Later every row has as many new
     positions as the others.

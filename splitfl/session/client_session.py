@@ -1,4 +1,4 @@
-"""The client's side of its session: what it may send, and whether an answer fits what was asked.
+"""The client's side of its session: the messages that it may send, and whether an answer fits its question.
 
 Sending something illegal is our bug (`LocalProtocolError`); an answer that does not fit is the server's
 (`RemoteProtocolError`). Neither changes the state.

@@ -74,7 +74,7 @@ def messages_queued(link: LinkSection) -> int:
 
 
 def _most_frames(terms: Terms, frame_bytes: int) -> int:
-    """Return the frames of the largest message: a header, and tensors each cut anew, norms of gradients beside them."""
+    """Return the frames of the largest message: a header, tensors each cut anew, and norms of gradients."""
     beside = 1 + -(-MAX_HEADER_BYTES // frame_bytes)
     activations = -(-terms.activation_bytes // frame_bytes)
     layers = sum(-(-num_bytes // frame_bytes) for num_bytes in terms.merged_sizes)

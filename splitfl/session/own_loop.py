@@ -2,7 +2,7 @@
 
 A step is open from its first training micro-batch to its commit or discard, and has any number of micro-batches. Its
 number is the client's choice as long as numbers rise: one that is given up is not used again. Otherwise the rules are
-those of `session.server` and `session.client`: who breaks one changes nothing.
+the same as in `session.server` and `session.client`: who breaks one changes nothing.
 """
 
 import math
@@ -34,7 +34,7 @@ _ENDLESS = 1 << 61  # whole numbers on the wire end at 2**62
 
 
 class OwnLoopServerSession(ServerSession):
-    """What one client may do next in its own loop; it is always `TRAINING`, or `COMMITTING`."""
+    """The next steps that one client may take in its own loop; it is always `TRAINING`, or `COMMITTING`."""
 
     def __init__(self, terms: Terms) -> None:
         super().__init__(terms)
@@ -66,12 +66,12 @@ class OwnLoopServerSession(ServerSession):
         self._awaits_snapshot = False
 
     def disconnected(self) -> None:
-        """Take note that the connection is gone, and with it whoever waits for a snapshot."""
+        """Take note that the connection is gone, and with it the client's wait for a snapshot."""
         super().disconnected()
         self._awaits_snapshot = False
 
     def restore(self, *, applied: Applied, round_: RoundOpened | None, next_step: int, awaits_merge: bool) -> None:
-        """Set where this client is, by a log or because it has gone back: behind its last applied step."""
+        """Set where this client is, by a log or because it has gone back: after its last applied step."""
         self._begin_at(applied)
         self.next_step = max(self.next_step, next_step)
         self.last_commit = None
@@ -85,7 +85,7 @@ class OwnLoopServerSession(ServerSession):
         counted_round: int = 0,
         is_parting: bool,
     ) -> Resumed:
-        """Compare where the client says it is with what was applied; one that is new goes on behind that."""
+        """Compare where the client says it is with what was applied; a new one goes on after that."""
         resumed = super().resume(
             claim, held_round=held_round, layers=layers, counted_round=counted_round, is_parting=is_parting
         )

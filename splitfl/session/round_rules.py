@@ -4,7 +4,7 @@ from typing import Protocol
 
 
 class RoundRules(Protocol):
-    """What both sides of a session ask about rounds. Numbers are those of merges; 0 is the layers all begin with."""
+    """What both sides of a session ask about rounds. A number is a merge's; 0 is the layers all begin with."""
 
     def may_begin(self, number: int, first_step: int, local_steps: int) -> bool:
         """Tell whether a round may begin with this step of a client."""

@@ -1,11 +1,11 @@
 """The server's side of one client's session: which message is legal now, and what has been committed.
 
 A message either changes the state and is returned as something to do, or raises `RemoteProtocolError` and changes
-nothing. What the server decides on its own (a round opens, a step is committed or closed without this client) comes in
-through the methods named after it.
+nothing. The server's own decisions (a round opens, a step is committed or closed without this client) come in through
+methods with their names.
 
-A session outlives its connections: what is under way goes with a connection (`disconnected`), what was applied stays,
-and `resume` finds out where the client goes on.
+A session outlives its connections. Work under way goes with a connection (`disconnected`), what was applied stays, and
+`resume` finds out where the client goes on.
 """
 
 import math
@@ -117,7 +117,7 @@ class _Graph:
 
 
 class ServerSession:
-    """What one client may do next."""
+    """The next steps that one client may take."""
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -266,7 +266,7 @@ class ServerSession:
         """Compare where the client says it is with what was applied, and say where it goes on.
 
         `held_round` is the last merge and `layers` are its; `counted_round` is the last that this client's layers are
-        in. A client that is behind leaves its open round.
+        in. A client that is late leaves its open round.
         """
         if self.phase is Phase.GONE:
             self.phase = Phase.IDLE  # it has not heard our farewell, or takes part once more
@@ -514,9 +514,7 @@ class ServerSession:
         if self.next_step <= self.last_step:
             raise RemoteProtocolError(f"layers at step {self.next_step}, before the round's last, {self.last_step}")
         if message.num_examples < 1:
-            raise RemoteProtocolError(
-                f"layers from {message.num_examples} examples: an upload needs at least one behind it"
-            )
+            raise RemoteProtocolError(f"layers from {message.num_examples} examples: an upload needs at least one")
         if message.num_tokens < 0:
             raise RemoteProtocolError(f"layers from {message.num_tokens} label tokens: there cannot be less than 0")
         self.terms.check_layers(message.layers)
@@ -545,7 +543,7 @@ class ServerSession:
         return message
 
     def _admit_goodbye(self, message: Goodbye) -> Goodbye:
-        """Take a goodbye, and take it again: whoever has not heard the answer says it once more."""
+        """Take a goodbye, and take it again: a client that has not heard the answer says it once more."""
         self._require(message, Phase.IDLE, Phase.GONE)
         if wrong := objection_to_totals(message.metrics):
             raise RemoteProtocolError(f"a goodbye with {wrong}")

@@ -32,10 +32,10 @@ class Terms:
     num_trainable: int
     """Client-side tensors that train."""
     layer_shapes: tuple[tuple[int, ...], ...]
-    """Shapes of those that are merged, in the model's order."""
+    """Shapes of the merged ones, in the model's order."""
     layer_dtypes: tuple[str, ...]
     has_controls: bool
-    """Whether a control variate (f32) for each of them comes behind them when the server sends them."""
+    """Whether a control variate (f32) for each of them comes after them when the server sends them."""
     num_rounds: int
     """Merges of the run; 0 where clients train in loops of their own."""
     local_steps: int
@@ -135,7 +135,7 @@ class Terms:
         self.check_layers(layers[:num_layers])
         controls = [(control.shape, control.dtype) for control in layers[num_layers:]]
         if controls != [(shape, "f32") for shape in self.layer_shapes if self.has_controls]:
-            raise RemoteProtocolError(f"{len(controls)} controls behind the layers that are not those of this run")
+            raise RemoteProtocolError(f"{len(controls)} controls after the layers that are not this run's")
 
     def check_layers(self, layers: Sequence[TensorFrames]) -> None:
         """Raise unless these are all client-side tensors that are merged, in order."""
@@ -153,10 +153,10 @@ class Terms:
             raise RemoteProtocolError("layers whose types are not those of this run's merged layers")
 
     def check_round(self, number: int, *, held: int, first_step: int, num_steps: int) -> None:
-        """Raise unless a round may come behind the merge that a client holds, and has the steps that a round has."""
+        """Raise unless a round may come after the merge that a client holds, and has the steps that a round has."""
         if not held < number <= self.num_rounds:
             raise RemoteProtocolError(
-                f"round {number} behind the merge of round {held}, in a run of {self.num_rounds} rounds"
+                f"round {number} after the merge of round {held}, in a run of {self.num_rounds} rounds"
             )
         if num_steps > self.local_steps:
             raise RemoteProtocolError(f"a round of {num_steps} steps, where local_steps = {self.local_steps}")
@@ -166,10 +166,11 @@ class Terms:
             )
 
     def check_held(self, number: int, *, held: int) -> None:
-        """Raise unless a merge may be what a client holds from now on; that of an earlier round has a number behind."""
+        """Raise unless a client may hold this merge from now on; that of an earlier round has a number after the
+        last."""
         if not held <= number <= self.num_rounds + 1:
             raise RemoteProtocolError(
-                f"the layers of round {number} behind those of round {held}, in a run of {self.num_rounds} rounds"
+                f"the layers of round {number} after round {held}'s, in a run of {self.num_rounds} rounds"
             )
 
     def check_norms(self, norms: TensorFrames) -> None:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at and is well; what is not is raised as an error instead."""
+    """One thing that was looked at and is well; a fault is raised as an error instead."""
 
     topic: str
     sentences: tuple[str, ...]

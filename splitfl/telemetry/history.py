@@ -1,4 +1,4 @@
-"""The history of a process: every step invoked, acknowledged and applied, for whoever has to find out what was lost.
+"""The history of a process: every step invoked, acknowledged and applied, for a check of what was lost.
 
 Written only where the settings ask for it (`server.history`, `client.history`); `benchmarks/history.py` reads it.
 """

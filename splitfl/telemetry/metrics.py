@@ -1,4 +1,4 @@
-"""The events of a run: one JSON object a line in `metrics.jsonl`, and whoever listens to them."""
+"""The events of a run: one JSON object a line in `metrics.jsonl`, and their listeners."""
 
 import errno
 import json

@@ -50,11 +50,11 @@ LIES: dict[str, dict[str, Any]] = {
     "a path upwards": {"run_id": "../../outside"},
     "the folder above": {"run_id": ".."},
     "no run": {"run_id": ""},
-    "a line's end behind the name": {"run_id": "run\n"},
+    "a line's end after the name": {"run_id": "run\n"},
     "a name too long": {"run_id": "a" * 65},
     "a path as hash": {"file_hashes": ("/etc/passwd", DIGEST)},
     "a hash in capitals": {"file_hashes": (DIGEST, "A" * 64)},
-    "a hash with a path behind it": {"file_hashes": (DIGEST, DIGEST + "/../../x")},
+    "a hash with a path after it": {"file_hashes": (DIGEST, DIGEST + "/../../x")},
     "a hash too few": {"file_hashes": (DIGEST,)},
     "a size too few": {"file_sizes": (500,)},
     "a file of another name": {

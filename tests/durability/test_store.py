@@ -35,7 +35,7 @@ def entry(number: int) -> Record:
 
 
 def numbers(store: Store) -> list[int]:
-    """What is left: the snapshot's number and those of the entries behind it."""
+    """The numbers that are left: the snapshot's, and its later entries'."""
     recovered = store.recover()
     assert recovered.snapshot is not None
     return [recovered.snapshot.fields["number"], *(each.fields["number"] for each in recovered.entries)]

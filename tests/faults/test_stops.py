@@ -207,7 +207,7 @@ def test_a_second_signal_ends_it_at_once(town: Callable[..., Town], name: str, p
 
 
 def test_a_client_goes_back_to_the_first_layers_where_its_records_do_not_reach(town: Callable[..., Town]) -> None:
-    """The server's folder was restored from before the first step; the client's oldest snapshot is behind that."""
+    """The server's folder was restored from before the first step; the client's oldest snapshot is later."""
     once = {"federation__num_rounds": 1, "federation__local_steps": 30, "storage__keep_snapshots": 2}
     run = town(1, starts=False, storage__snapshot_steps=4, **once)
     run.start("server")

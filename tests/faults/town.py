@@ -175,7 +175,7 @@ class Town:
         deadline = time.monotonic() + timeout_s
         while True:
             ended = {name: process.poll() for name, process in self.processes.items()}
-            # a server that was killed behind the run's end finds nothing to go on with
+            # a server that was killed after the run's end finds nothing to go on with
             is_over = ended["server"] == 0 or "holds a finished run" in self.processes["server"].said()
             if is_over and not self._wait_for_clients():
                 return
@@ -188,7 +188,7 @@ class Town:
             time.sleep(0.05)
 
     def _wait_for_clients(self) -> list[str]:
-        """Return who has still not ended after the server; one killed behind its goodbye finds nobody any more."""
+        """Return who has still not ended after the server; one killed after its goodbye finds nobody any more."""
         deadline = time.monotonic() + 15
         while time.monotonic() < deadline:
             left = [name for name in self.names if self.processes[name].poll() is None]

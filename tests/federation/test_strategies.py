@@ -196,7 +196,7 @@ class TestMergerWithEveryStrategy:
         ],
     )
     def test_what_weighs_an_upload(self, weight_by: Any, share: float, weight: float, tmp_path: Path) -> None:
-        """With the share of the round's steps behind it; tokens are those of finished steps anyway."""
+        """With the share of the round's steps that are done; only finished steps' tokens count anyway."""
         merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, max_rms=1e30)
         frames = (describe(torch.ones(1), 1 << 10),)
         upload = Upload(round_number=1, num_examples=30, num_tokens=11, layers=frames)

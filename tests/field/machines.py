@@ -1,8 +1,8 @@
 """Machines that are namespaces of this one: each has a network of its own and names of its own (`/etc/hosts`).
 
 A machine lives as long as a process of ours that reads from a pipe: when the tests end, in whatever way, the pipe
-closes, and kernel and machine are rid of each other. So no namespace has a name, and none is left behind. Whoever is
-not root needs user namespaces (`unshare --map-root-user`, as `make field` does it).
+closes, and kernel and machine are rid of each other. So no namespace has a name, and none stays. A user who is not root
+needs user namespaces (`unshare --map-root-user`, as `make field` does it).
 """
 
 import contextlib

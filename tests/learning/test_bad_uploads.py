@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Callable[[Layers, dict[str, int]], Spoilt], str]] = {
         r" more than the 0\.00\d+ that strategy.max_update = 10 allows",
     ),
     "far-too-large": (with_value(1e20), r"a tensor whose root mean square is 1e\+20, more than max_rms = 1e\+06"),
-    "no-examples": (from_nothing, r"layers from 0 examples: an upload needs at least one behind it"),
+    "no-examples": (from_nothing, r"layers from 0 examples: an upload needs at least one"),
     "another-round": (lambda layers, counts: (layers, counts), "layers of round 2 in round 1"),
 }
 

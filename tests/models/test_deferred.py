@@ -14,7 +14,7 @@ from splitfl.errors import ModelError
 from splitfl.models.cut import Cut
 from splitfl.models.deferred import DeferredLogits, defer_logits
 
-# scales before the head (minicpm3) or behind it (cohere, granite), softcapping (gemma2), a copy (opt), a bias (phi)
+# scales before the head (minicpm3) or after it (cohere, granite), softcapping (gemma2), a copy (opt), a bias (phi)
 FAMILIES = ("llama", "gpt2", "opt", "gemma2", "cohere", "granite", "minicpm3", "phi")
 
 

@@ -69,7 +69,7 @@ class Host(ServedRun):
         return client_edge.connect(self.address, client_id=client_id, **own)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """Return what has been written, once nothing more comes: an event is written behind the answer it is about."""
+        """Return all events, once nothing more comes: an event is written after the answer it is about."""
         size = -1
         while (now := self.metrics_path.stat().st_size) != size:
             size = now

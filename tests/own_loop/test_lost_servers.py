@@ -90,7 +90,7 @@ class TestGoingOn:
         with torch.no_grad():
             return model(**batch).logits
 
-    def test_a_client_that_comes_again_goes_on_behind_its_last_step(self, host: Start) -> None:
+    def test_a_client_that_comes_again_goes_on_after_its_last_step(self, host: Start) -> None:
         server = host()
         first = server.connect()
         train(first, adamw(first), batches(2))

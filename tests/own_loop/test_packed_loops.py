@@ -62,7 +62,7 @@ def test_a_family_that_does_not_keep_them_apart_is_refused_and_goes_on_without(h
 
 
 class TestTrl:
-    """TRL's packing and padding_free: all rows of a batch one behind the other, as a single row."""
+    """TRL's packing and padding_free: all rows of a batch one after the other, as a single row."""
 
     pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6.*:FutureWarning")
 

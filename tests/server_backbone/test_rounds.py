@@ -288,7 +288,7 @@ class TestComparing:
     def test_nothing_is_judged_before_the_first_merge(self) -> None:
         assert isinstance(opened(self.rounds("a"), "a"), Open)
 
-    def test_a_round_is_judged_when_all_have_evaluated_and_the_next_opens_behind(self) -> None:
+    def test_a_round_is_judged_when_all_have_evaluated_and_the_next_opens_after(self) -> None:
         rounds = self.merged("a", "b")
         assert rounds.ready("a") == []
         assert rounds.ready("b") == [Judge(round_number=1)]

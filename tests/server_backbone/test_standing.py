@@ -82,7 +82,7 @@ def test_stops_where_transformers_does(tmp_path: Any, values: list[float], thres
     for value in values:
         control = TrainerControl()
         callback.on_evaluate(args, state, control, metrics={"eval_loss": value})
-        if state.best_metric is None or value < state.best_metric:  # what Trainer does behind the callback
+        if state.best_metric is None or value < state.best_metric:  # as Trainer does after the callback
             state.best_metric = value
         theirs.append(control.should_training_stop)
     settings = {"early_stopping_threshold": threshold}

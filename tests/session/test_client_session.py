@@ -288,7 +288,7 @@ class TestTensors:
             assert snapshot(session) == before
 
     @pytest.mark.parametrize("has_controls", [True, False])
-    def test_controls_behind_the_layers_are_those_of_the_run(self, has_controls: bool) -> None:
+    def test_controls_after_the_layers_are_the_runs(self, has_controls: bool) -> None:
         def ready() -> ClientSession:
             session = ClientSession(terms(has_controls=has_controls))
             session.ready(5)
@@ -297,9 +297,9 @@ class TestTensors:
         controls = layers()
         wrong: list[tuple[TensorFrames, ...]] = [controls[:1], controls[::-1], (*controls, frames_of(1))]
         wrong += [() if has_controls else controls, (frames_of(2, 3, dtype="bf16"), frames_of(5))]
-        for behind in wrong:
-            with pytest.raises(RemoteProtocolError, match=f"{len(behind)} controls behind the layers"):
-                ready().receive(opened(layers=(*layers(), *behind)))
+        for others in wrong:
+            with pytest.raises(RemoteProtocolError, match=f"{len(others)} controls after the layers"):
+                ready().receive(opened(layers=(*layers(), *others)))
         assert ready().receive(opened(layers=(*layers(), *(controls if has_controls else ())))) is not None
 
     def test_a_round_may_open_with_newer_layers_or_none(self) -> None:

@@ -331,7 +331,7 @@ def through_evaluation(session: ServerSession, request_id: int) -> None:
 BAD_FORWARDS: dict[str, tuple[Forward, str]] = {
     "number used before": (forward(1, 1, 1), "numbers must rise"),
     "step ahead": (forward(3, 2, 1), "step 2 where step 1 is next"),
-    "step behind": (forward(3, 0, 1), "Forward while TRAINING"),
+    "step of the past": (forward(3, 0, 1), "Forward while TRAINING"),
     "micro-batch left out": (forward(3, 1, 2), "micro-batch 2 where 1 of 2 is next"),
     "micro-batch again": (forward(3, 1, 0), "micro-batch 0 where 1 of 2 is next"),
     "too many rows": (forward(3, 1, 1, hidden_BSD=frames_of(3, 3, WIDTH), lengths_B=(3, 3, 3)), "batch of 3 rows"),

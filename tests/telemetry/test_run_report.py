@@ -160,7 +160,7 @@ def test_a_run_killed_after_any_event_gives_an_incomplete_report(events):
 
 @pytest.fixture
 def lives(events):
-    """The run, stopped after its first merge, gone on with, killed behind its third step, and gone on with again."""
+    """The run, stopped after its first merge, gone on with, killed after its third step, and gone on with again."""
     started, rest = events[0], events[1:]
     at = next(number for number, event in enumerate(rest) if event["event"] == "merged") + 1
     then = next(number for number, event in enumerate(rest[at:], at) if event["event"] == "step") + 1

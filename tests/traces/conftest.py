@@ -1,4 +1,4 @@
-"""The model behind the traces' servers: two blocks, as small as they come."""
+"""The model of the traces' servers: two blocks, as small as they come."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A message without end is cut off; a peer that does what it may is not, however far behind the server is."""
+"""A message without end is cut off; a peer that keeps the rules is not, however late the server is."""
 
 import fcntl
 import os
@@ -67,7 +67,7 @@ def test_a_stalled_loop_cuts_nobody(ends: tuple[Listener, dict[str, Any]], num_m
         endpoint.send([b"hello"])
         next_of(listener)
         for _ in range(2):
-            assert listener.recv(0.05) is None  # not behind, as far as it knows
+            assert listener.recv(0.05) is None  # not late, as far as it knows
             for _ in range(num_messages):
                 endpoint.send(ACTIVATIONS)
             time.sleep(STALL_S / 2)
@@ -76,7 +76,7 @@ def test_a_stalled_loop_cuts_nobody(ends: tuple[Listener, dict[str, Any]], num_m
         assert cuts_within(listener, 0.5) == []
 
 
-def test_a_loop_that_is_always_behind_cuts_nobody(ends: tuple[Listener, dict[str, Any]]) -> None:
+def test_a_loop_that_is_always_late_cuts_nobody(ends: tuple[Listener, dict[str, Any]]) -> None:
     """A server that takes a message every 50 ms, as one under load does."""
     listener, options = ends
     with Endpoint(listener.address, **options) as endpoint:
