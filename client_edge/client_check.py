@@ -133,31 +133,17 @@ def _evaluation_work(text: Text) -> EvaluationWork:
 
 def _data(text: Text, run: RunConfig, client: ClientSection) -> Finding:
     num_tokens = sum(len(example.input_ids) for example in text.train.examples)
-    steps = run.total_steps
-    batch = run.federation.per_device_train_batch_size * run.federation.gradient_accumulation_steps
     batches = TrainBatches.of(text.train, run, client)
-    num_rows = len(batches.rows)
-    measured = min(steps, -(-num_rows // batch))
+    num_rows, rows_in_step = len(batches.rows), _rows_in_step(run)
+    measured = min(run.total_steps, -(-num_rows // rows_in_step))
     padding = padding_share(batches, measured)
-    packed = (
-        f", packed into {counted(num_rows, 'row')} of at most {run.text.max_seq_length}" if run.text.packing else ""
-    )
-    of_what = counted(batch, "row" if run.text.packing else "example")
-    sentences = [
-        f"{describe(text, run)}.",
-        f"{num_tokens:,} {'token' if num_tokens == 1 else 'tokens'} in the training examples{packed};"
-        f" {counted(steps, 'step')} of {of_what} go through them"
-        f" {steps * batch / num_rows:.2f} times"
-        f"{shared_parts(run).steps_unsaid}.",
-    ]
-    if padding is not None:
-        sentences.append(
-            f"{format_share(padding)} of the positions sent in the first {counted(measured, 'step')} are padding"
-            + ("." if run.text.packing else "; text.packing on the server leaves less.")
-        )
     return Finding(
         topic="data",
-        sentences=tuple(sentences),
+        sentences=(
+            f"{describe(text, run)}.",
+            _way_through(run, num_tokens, num_rows),
+            *([] if padding is None else [_padding(run, padding, measured)]),
+        ),
         numbers={
             "examples": len(text.train),
             "held_out": len(text.held_out) if text.held_out is not None else 0,
@@ -166,6 +152,28 @@ def _data(text: Text, run: RunConfig, client: ClientSection) -> Finding:
             "tokens": num_tokens,
             "rows": num_rows,
             "padding_share": padding,
-            "epochs": steps * batch / num_rows,
+            "epochs": run.total_steps * rows_in_step / num_rows,
         },
     )
+
+
+def _rows_in_step(run: RunConfig) -> int:
+    return run.federation.per_device_train_batch_size * run.federation.gradient_accumulation_steps
+
+
+def _way_through(run: RunConfig, num_tokens: int, num_rows: int) -> str:
+    rows = _rows_in_step(run)
+    packed = (
+        f", packed into {counted(num_rows, 'row')} of at most {run.text.max_seq_length}" if run.text.packing else ""
+    )
+    of_what = counted(rows, "row" if run.text.packing else "example")
+    return (
+        f"{num_tokens:,} {'token' if num_tokens == 1 else 'tokens'} in the training examples{packed};"
+        f" {counted(run.total_steps, 'step')} of {of_what} go through them"
+        f" {run.total_steps * rows / num_rows:.2f} times{shared_parts(run).steps_unsaid}."
+    )
+
+
+def _padding(run: RunConfig, share: float, num_steps: int) -> str:
+    remedy = "" if run.text.packing else "; text.packing on the server leaves less"
+    return f"{format_share(share)} of the positions sent in the first {counted(num_steps, 'step')} are padding{remedy}."

@@ -109,24 +109,20 @@ class FarCacheOfServer:
     def decode(self, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]) -> Tensor:
         """Run new positions: one round trip, or several for a prompt that is too long for one message."""
         with self._far.alone() as connection:
-            if self._session is None:
-                self._session, self._id = connection.session, connection.session.new_cache()
-                self._far.began(self._id)
-            if self._session is not connection.session:
-                raise Refused(
-                    "the session in which this generation began has ended, and its cache with it: begin it anew"
-                )
+            self._begin_on(connection)
             most = max(1, connection.session.terms.max_new_positions // hidden_BSD.shape[0])
             got: list[Tensor] = []
-            left_B = lengths_B
-            for piece_BSD in hidden_BSD.detach().split(most, dim=1):
-                num_later = hidden_BSD.shape[1] - sum(part.shape[1] for part in got) - piece_BSD.shape[1]
-                now_B = tuple(max(0, left - num_later) for left in left_B)
+            for piece_BSD, now_B in _pieces(hidden_BSD.detach(), lengths_B, most):
                 beams = () if got else beams_B
-                ask = partial(self._decode, connection, piece_BSD, now_B, beams)
-                got.append(self._far.ask(ask))
-                left_B = tuple(left - now for left, now in zip(left_B, now_B, strict=True))
+                got.append(self._far.ask(partial(self._decode, connection, piece_BSD, now_B, beams)))
         return torch.cat(got, dim=1).to(hidden_BSD.device)
+
+    def _begin_on(self, connection: Connection) -> None:
+        if self._session is None:
+            self._session, self._id = connection.session, connection.session.new_cache()
+            self._far.began(self._id)
+        if self._session is not connection.session:
+            raise Refused("the session in which this generation began has ended, and its cache with it: begin it anew")
 
     def _decode(
         self, connection: Connection, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
@@ -147,3 +143,13 @@ class FarCacheOfServer:
         session, self._session = self._session, None
         if session is not None:
             self._far.ended(session, self._id)
+
+
+def _pieces(hidden_BSD: Tensor, lengths_B: tuple[int, ...], most: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Cut rows, padded on the left, into pieces of `most` positions, and say how many of each row's are no padding."""
+    num_later, left_B = hidden_BSD.shape[1], lengths_B
+    for piece_BSD in hidden_BSD.split(most, dim=1):
+        num_later -= piece_BSD.shape[1]
+        now_B = tuple(max(0, left - num_later) for left in left_B)
+        yield piece_BSD, now_B
+        left_B = tuple(left - now for left, now in zip(left_B, now_B, strict=True))

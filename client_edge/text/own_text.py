@@ -1,5 +1,6 @@
 """All of one client's own text: what it trains on, what is held out, and what is asked about that."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from client_edge.text.exam import Exam
 from client_edge.text.examples import Dataset
 from client_edge.text.overseer import Overseer
 from client_edge.text.reading import check_examples, read_examples
+from splitfl.config.own import DataSection
 from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.models.foreign import foreign_tokenizer
 from splitfl.models.source import read_config
@@ -39,34 +41,32 @@ def check_files(config: ClientConfig) -> None:
 def read_text(config: ClientConfig, run: RunConfig, directory: Path) -> Text:
     """Read this client's examples with the tokenizer that came with the welcome."""
     tokenizer = foreign_tokenizer(directory)
-    section = config.data
     vocab_size = read_config(directory).get_text_config().vocab_size
 
     def read(path: Path) -> Dataset:
         with Overseer(tokenizer) as overseen:
             return read_examples(
                 path,
-                section=section,
+                section=config.data,
                 tokenizer=overseen,
                 max_seq_length=run.text.max_seq_length,
                 append_eos=run.text.append_eos,
                 vocab_size=vocab_size,
             )
 
-    dataset = read(section.path)
-    if section.eval_path is not None:
-        train_set, held_out = dataset, read(section.eval_path)
-    elif section.eval_fraction:
-        train_set, held_out = hold_out(dataset, section.eval_fraction, run.seed)
-    else:
-        return Text(train=dataset, held_out=None, also={}, exam=Exam(), tokenizer=tokenizer)
-    return Text(
-        train=train_set,
-        held_out=held_out,
-        also={name: read(path) for name, path in section.also_evaluate.items()},
-        exam=Exam.of(run, tokenizer, train_set, held_out),
-        tokenizer=tokenizer,
-    )
+    train, held_out = _split(config.data, read, run.seed)
+    if held_out is None:
+        return Text(train=train, held_out=None, also={}, exam=Exam(), tokenizer=tokenizer)
+    also = {name: read(path) for name, path in config.data.also_evaluate.items()}
+    exam = Exam.of(run, tokenizer, train, held_out)
+    return Text(train=train, held_out=held_out, also=also, exam=exam, tokenizer=tokenizer)
+
+
+def _split(data: DataSection, read: Callable[[Path], Dataset], seed: int) -> tuple[Dataset, Dataset | None]:
+    dataset = read(data.path)
+    if data.eval_path is not None:
+        return dataset, read(data.eval_path)
+    return hold_out(dataset, data.eval_fraction, seed) if data.eval_fraction else (dataset, None)
 
 
 def describe(text: Text, run: RunConfig) -> str:
