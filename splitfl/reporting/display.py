@@ -31,6 +31,9 @@ _STEP_LINE_EVERY_S = 2.0
 _SPEED_SEEN_FOR_S = 600.0
 """How far back the time that is left is estimated from: merges and evaluations should be in it."""
 _DIGEST_CHARACTERS = 12
+_NUMBERS = ("round", "step", "loss", "tokens/s", "sent", "received")
+_WIDE = 80
+"""Columns of a terminal that all numbers have room in."""
 _STATE_STYLES = {"training": "green", "waiting": "yellow", "done": "cyan", "left": "red"}
 
 
@@ -108,12 +111,12 @@ class Display:
     def _panel(self) -> Panel:
         shown = self._shown
         since_s = 0.0 if shown.view.finished else self._clock() - shown.at_s
-        return panel(shown.view, shown.view.elapsed_s + since_s, self._bar, shown.news)
+        return panel(shown.view, shown.view.elapsed_s + since_s, self._bar, shown.news, self._console.width)
 
 
-def panel(view: RunView, elapsed_s: float, bar: Progress, news: str) -> Panel:
+def panel(view: RunView, elapsed_s: float, bar: Progress, news: str, width: int) -> Panel:
     """Draw the run: where it is, a bar, a row a client, what is waited for and the latest news."""
-    parts: list[RenderableType] = [_header(view, elapsed_s), bar, Text(), _client_table(view)]
+    parts: list[RenderableType] = [_header(view, elapsed_s), bar, Text(), _client_table(view, width)]
     if view.waiting_for:
         parts.append(Text(f"waiting: {printable(view.waiting_for)}", style="yellow"))
     if news:
@@ -295,14 +298,16 @@ def _header(view: RunView, elapsed_s: float) -> Text:
     return Text("  ·  ").join([Text(words[0], style="bold"), *map(Text, words[1:])])
 
 
-def _client_table(view: RunView) -> Table:
+def _client_table(view: RunView, width: int) -> Table:
+    """Draw a row a client; a narrow terminal keeps the names and leaves out the columns to the right."""
+    numbers = _NUMBERS if width >= _WIDE else _NUMBERS[:3]
     table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-    table.add_column("client", ratio=1, min_width=8, no_wrap=True, overflow="ellipsis")
+    table.add_column("client", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("state", no_wrap=True)
-    for name in ("round", "step", "loss", "tokens/s", "sent", "received"):
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     for client in view.clients.values():
-        table.add_row(*_client_row(client))
+        table.add_row(*_client_row(client)[: 2 + len(numbers)])
     return table
 
 

@@ -1,4 +1,5 @@
 import io
+import json
 import re
 
 import pytest
@@ -64,10 +65,13 @@ def test_a_line_is_never_wrapped(events):
     assert shown(events, width=30) == shown(events, width=300)
 
 
-def test_a_narrow_panel_keeps_the_clients_names(events):
-    joined = [event | {"client_id": event["client_id"] * 5} for event in events[1:3]]
-    text = shown([events[0], *joined], terminal=True, width=50)
-    assert "clinic-" in text.splitlines()[-3]
+@pytest.mark.parametrize(("width", "has_traffic"), [(50, False), (79, False), (80, True)])
+def test_a_narrow_panel_keeps_the_clients_names(events, width, has_traffic):
+    told = json.loads(json.dumps(up_to(events, "step", count=4)).replace("clinic", "a-long-name-of-a-clinic"))
+    rows = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown(told, terminal=True, width=width)).splitlines()
+    row = next(row for row in rows[-8:] if re.search(r"a-long\S+ +waiting", row))
+    assert re.search(r" 1 +2 +2\.500 ", row)
+    assert ("2.0 MB" in row) == has_traffic
 
 
 def test_step_lines_come_at_most_every_two_seconds(events):
