@@ -140,7 +140,7 @@ def client_parameters(shape: Shape, client_blocks: int = _CLIENT_BLOCKS) -> int:
 
 
 def lora_parameters(shape: Shape, *, r: int = 8, num_blocks: int | None = None) -> int:
-    """Count the adapters of these blocks, of all if none are named; their targets are those of the comparison."""
+    """Count the adapters of these blocks, of all if none are named; their targets are the comparison's."""
     d, ff = shape.hidden_size, shape.intermediate_size
     heads, kv_heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     gated = [(d, heads), (d, kv_heads), (d, ff), (d, ff), (ff, d)]

@@ -239,7 +239,7 @@ class Chaos:
     # the faults
 
     def harm(self, minutes: float) -> None:
-        """Inject faults until the time is over, and start again whoever has ended."""
+        """Inject faults until the time is over, and start again each process that has ended."""
         until_s = time.monotonic() + minutes * 60
         next_s = time.monotonic() + self.material.begins_after_s
         kinds = [kind for kind, weight in self._faults().items() for _ in range(weight)]
@@ -428,7 +428,7 @@ class Chaos:
 
 
 def start(command: list[str], log: Path, **environment: str) -> "subprocess.Popen[bytes]":
-    """Start a role as a process; what it says is added to the log."""
+    """Start a role as a process; its words are added to the log."""
     with log.open("ab") as output:
         return subprocess.Popen(
             command,

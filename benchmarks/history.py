@@ -8,8 +8,8 @@ acknowledged to a client is in the server's order and was applied by the client,
 crash gives the same weights as before it; all sides agree on merges. Where a side goes back (`rewound`, `rolled_back`),
 what came later counts as not having been.
 
-With `storage.durability = "snapshot"` a side that starts again goes back as well, to its last snapshot and no further;
-what that undoes is counted (`steps_undone`), and the steps after it must go on from there.
+With `storage.durability = "snapshot"` a side that starts again goes back as well, to its last snapshot and no further.
+Undone steps are counted (`steps_undone`), and the steps after them must go on from there.
 """
 
 import argparse

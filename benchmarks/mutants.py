@@ -5,8 +5,8 @@ a few letters of one function, found by the function's name wherever that lies, 
 tree; the test that notices must pass once the code is whole again. `--root DIR` does it with another checkout, `--json
 FILE` writes what was found. It ends with 1 if a mutant lives.
 
-A mutant whose function or letters are gone is a mistake of this list: change it together with the code, and keep what
-it breaks. Tests that take too long have noticed as well, since that is how a hang is seen.
+A mutant whose function or letters no longer exist is a mistake of this list: change it together with the code, and keep
+what it breaks. Tests that take too long have noticed as well, since that is how a hang is seen.
 """
 
 import argparse

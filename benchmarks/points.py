@@ -3,7 +3,7 @@
 `python -m benchmarks.points --model smollm2 --server-mode per_client --durability snapshot --json FILE`. The run is
 done twice, with keys: undisturbed, and with each process ended at a point of its own in every life: in the middle of a
 step, of the optimizer's step, of a record, of an upload, of a merge, of a snapshot, of doing the log again, at the last
-goodbye. Whoever has ended is started again with the same command. Then the histories are counted
+goodbye. Every process that has ended is started again with the same command. Then the histories are counted
 (benchmarks/history.py), the run is trained again from its log (benchmarks/replay.py), and the weights are compared with
 the undisturbed run's.
 
@@ -144,7 +144,7 @@ class Points:
         return self.folder / f"{name}.toml"
 
     def train(self, *, within_s: float) -> None:
-        """Train to the end, starting again whoever has ended at a point."""
+        """Train to the end, starting again every process that has ended at a point."""
         processes = {name: self._start(name) for name in ("server", *self.names)}
         deadline_s = time.monotonic() + within_s
         try:

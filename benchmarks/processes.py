@@ -28,7 +28,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._followed: dict[int, float] = {}
-        """CPU seconds by process id, those of ended processes as last seen."""
+        """CPU seconds by process id; of ended processes the last seen."""
         self._times_s: list[float] = []
         self._others_s: list[float] = []
         self._stopping = threading.Event()

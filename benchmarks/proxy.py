@@ -18,7 +18,7 @@ _CHUNK_BYTES = 1 << 15
 
 @dataclass(slots=True)
 class Harm:
-    """What is done to one direction; times are those of `time.monotonic`."""
+    """The harm to one direction; times are of `time.monotonic`."""
 
     delay_s: float = 0.0
     bytes_per_second: float = 0.0

@@ -85,7 +85,7 @@ def horizons(run_dir: Path, run: RunConfig) -> list[Horizon]:
 
 
 def horizon_of(commit_number: int, found: Sequence[Horizon]) -> int:
-    """Return the steps of the schedule that a commit was made with: those of the last start before it."""
+    """Return the steps of the schedule that a commit was made with: the last start's before it."""
     behind = [each.num_training_steps for each in found if each.after_commit < commit_number]
     return behind[-1] if behind else found[0].num_training_steps
 
@@ -247,7 +247,7 @@ class _Quiet:
         return weights_in(self.worker.state(client_id)) if self.run.has_copies else {}
 
     def _update_of(self, name: str, number: int) -> Mapping[str, Tensor]:
-        """Return a client's layers now, or those of an upload of that name as they count in this merge."""
+        """Return a client's layers now, or an upload's of that name as they count in this merge."""
         if not self.run.is_buffered:
             return self.edges[name].layers() | self._backbone(name)
         layers, begun = self.uploads.pop(name)

@@ -11,7 +11,7 @@ clipping in float32, on the same examples; the split losses must be the unsplit 
 processes anew; its first step is left out. A ratio is taken round by round, and the median of the rounds is reported.
 
 Not compared: more clients than one, a real network, encryption, a GPU, evaluation, merging, start-up. The unsplit model
-uses one core where the split one uses two: what is shown is that splitting costs no time, not that it saves work.
+uses one core where the split one uses two. So the figures show that splitting costs no time, not that it saves work.
 Two idle cores are needed: with one taken by other work nothing can overlap. So steps during which other work kept more
 than 0.15 cores busy do not count, unless there are no others (`quiet_steps` says how many were left of each kind).
 """
@@ -82,7 +82,7 @@ class Timed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Burst:
-    """Steps in a row, the warm-up left out; the losses are those of all steps."""
+    """Steps in a row, the warm-up left out; the losses are of all steps."""
 
     steps: Sequence[Timed]
     losses: Sequence[float]

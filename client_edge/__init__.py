@@ -9,7 +9,7 @@ __all__ = ["connect", "disconnect", "own_layers"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and transformers only for whoever connects: `splitfl --help` passes here too."""
+    """Import torch and transformers only for a caller of `connect`: `splitfl --help` passes here too."""
     if name in __all__:
         from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""`splitfl client`: its arguments. What it does is imported when it runs, so that `--help` is quick."""
+"""`splitfl client`: its arguments. Its work is imported when it runs, so that `--help` is quick."""
 
 import argparse
 import json

@@ -96,8 +96,8 @@ def _withdraw(config: "ClientConfig", folder: Path, consent: "Consent", *, as_js
         f"the server could not be told ({told})" if told else "the server was told that this client does not come back"
     )
     sys.stdout.write(
-        f"withdrawn: run {consent.run_id}; {said}; removed {len(removed)} files and folders from {folder}. What the run"
-        " has learned from this client's text stays in it: only its operator can roll it back\n"
+        f"withdrawn: run {consent.run_id}; {said}; removed {len(removed)} files and folders from {folder}. The run"
+        " keeps what it has learned from this client's text: only its operator can roll it back\n"
     )
 
 

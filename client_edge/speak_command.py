@@ -1,4 +1,4 @@
-"""`splitfl generate` and `splitfl chat`: their arguments. What they do is imported when they run."""
+"""`splitfl generate` and `splitfl chat`: their arguments. Their work is imported when they run."""
 
 import argparse
 import json
@@ -54,7 +54,7 @@ class Chat:
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments."""
         add_config_arguments(parser)
-        parser.add_argument("--system", default="", help="what the assistant is told before the first turn")
+        parser.add_argument("--system", default="", help="an instruction to the assistant before the first turn")
         _add_ways(parser)
         add_accept_argument(parser)
 

@@ -1,4 +1,4 @@
-"""`splitfl server`, `replay`, `rollback`: their arguments; what they do is imported when they run."""
+"""`splitfl server`, `replay`, `rollback`: their arguments; their work is imported when they run."""
 
 import argparse
 import json

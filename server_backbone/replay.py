@@ -118,7 +118,7 @@ def rollback(run_dir: Path, generation: int | None) -> tuple[int, int]:
 
     By default that is the last one with fewer commits than the run has, since a server that is stopped takes one too.
 
-    What came later is kept aside (`state/*.dropped`). Clients go back with it when they resume.
+    Later records are kept aside (`state/*.dropped`). Clients go back with it when they resume.
     """
     config = _config(run_dir)
     storage = config.storage

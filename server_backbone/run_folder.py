@@ -1,7 +1,7 @@
 """Which run a start of the server is: a new one, or one in `server.runs_dir` that goes on; and what its folder says.
 
 A run is known by what decides its weights (`RunConfig.identity`, the model's content among it), not by where it lies:
-the folder may be copied to another machine. What else has changed since the last start is told, and takes effect.
+the folder may be copied to another machine. Other changes since the last start are told, and take effect.
 """
 
 import os
@@ -234,7 +234,7 @@ def _nearly(close: list[tuple[list[Change], Path]]) -> Iterator[str]:
 
 
 def _read(run_dir: Path) -> ServerConfig:
-    """Read a run's settings; those that this splitfl does not know, or understands otherwise, are named."""
+    """Read a run's settings; settings that this splitfl does not know, or understands otherwise, are named."""
     try:
         return ServerConfig.load(run_dir / CONFIG_FILE)
     except ConfigError as error:

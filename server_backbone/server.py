@@ -48,7 +48,7 @@ from splitfl.transport.zeromq import Arrived, Listener
 _TICK_S = 0.25
 # If the loop took longer than this, that was no silence of the clients.
 _STALL_S = 1.0
-# What a client may ask for ahead of the answers; more is a violation. docs/limits.md has it.
+# Bounds on a client's questions ahead of the answers; more is a violation. docs/limits.md has them.
 _MAX_JOBS = 64
 _ON_EITHER_CONNECTION = (Ping, Leave)
 _BEFORE_RESUMED = (Resume, Fetch, Probe)
@@ -192,7 +192,7 @@ class Server:
         finally:
             self._queue.close(drops=self.stop.is_asked)
         if not self._course.is_over:
-            self._go_on(self.clock())  # whoever waits for what is decided hears of it
+            self._go_on(self.clock())  # clients that wait for the decision hear of it
         if not self._course.is_over:
             self.stop.check()
 

@@ -1,11 +1,11 @@
 """Split learning against full federated learning: the same model, text, seed and tokens in every arm.
 
-`python -m benchmarks.split_vs_full --data hpo --json FILE` trains SmolLM2-135M in two tables, in each of which all
-arms train the same parameters (a frozen server's arm fewer): LoRA arms (base; centralised; local only; LoRA FL by
-Flower and peft; split `sequential`, `shared`, `per_client`, `frozen`) and full-weight arms (centralised; local
-only; full FL by Flower; split `shared`). Everything runs as processes of this machine. What an arm has found is
-kept in the work directory, so the same command goes on where it was; an arm is given up after 40 minutes. Linux
-only: memory and CPU time are read from /proc.
+`python -m benchmarks.split_vs_full --data hpo --json FILE` trains SmolLM2-135M in two tables, in each of which all arms
+train the same parameters (a frozen server's arm fewer): LoRA arms (base; centralised; local only; LoRA FL by Flower and
+peft; split `sequential`, `shared`, `per_client`, `frozen`) and full-weight arms (centralised; local only; full FL by
+Flower; split `shared`). Everything runs as processes of this machine. An arm's results are kept in the work directory,
+so the same command goes on where it was. An arm is given up after 40 minutes. Linux only: memory and CPU time are read
+from /proc.
 """
 
 import argparse
@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--label-field", default="", metavar="NAME", help="of a FILE: the column --alpha skews")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where to write the result")
-    parser.add_argument("--write", type=Path, metavar="FILE.md", help="also write it as a page, with plots beside it")
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="also write it as a page, with plots next to it")
     parser.add_argument("--work", type=Path, default=Path("runs/split-vs-full"), metavar="DIR", help="work directory")
     parser.add_argument("--no-run", action="store_true", help="run nothing: report what there is already")
     parser.add_argument("--model", type=Path, metavar="DIR", help="another Llama-like model than SmolLM2-135M")

@@ -13,7 +13,7 @@ from splitfl.errors import ConfigError
 
 
 class Run(Protocol):
-    """Trains, and says what it took; the files it writes are those of its job's `out_dir`."""
+    """Trains, and says what it took; it writes its files into its job's `out_dir`."""
 
     def __call__(self, job: Job, cell: Cell) -> Outcome: ...
 

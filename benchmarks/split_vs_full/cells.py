@@ -16,7 +16,7 @@ from benchmarks.split_vs_full.text import Source, write_clients
 from splitfl.errors import Incomplete, SplitflError
 
 Found: TypeAlias = dict[str, Any]
-"""What a cell has found: `status` ("done", "not available", "failed"), and all figures of a done one."""
+"""The results of a cell: `status` ("done", "not available", "failed"), and all figures of a done one."""
 
 _FOUND_FILE = "found.json"
 

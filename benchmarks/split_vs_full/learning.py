@@ -1,4 +1,4 @@
-"""The whole model in one process, in plain transformers, peft and torch: what splitting is compared with.
+"""The whole model in one process, in plain transformers, peft and torch: the other side of the comparison.
 
 Batches are splitfl's, so that every arm sees the same examples in the same order; nothing else of splitfl's takes part
 but the adapters' first values, so that every arm starts from the same weights.

@@ -46,7 +46,7 @@ class RoundEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What an arm has trained, and what that took."""
+    """An arm's trained tensors, and their cost."""
 
     rounds: Mapping[str, list[RoundEnd]]
     """By model: "everyone", or each client's name where each has trained a model of its own."""

@@ -33,7 +33,7 @@ class Heartbeat:
         self.last_heard_s = time.monotonic()
         self.pong = Pong(number=0, waiting_for="", bytes_sent=0, bytes_received=0)
         self.fault: RemoteProtocolError | None = None
-        """What the server has broken on this connection, which it ends by that."""
+        """The rule that the server has broken on this connection, which ends by that."""
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 

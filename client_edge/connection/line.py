@@ -145,8 +145,8 @@ class Line:
     def _check_progress(self, wire: Counters | None, what: str) -> int:
         """Return the bytes on their way, and notice a data connection that is dead while the control connection lives.
 
-        What one side has sent and the other not received is on its way; it may take as long as the slowest link needs,
-        and as long as the kernel moves it on (ZeroMQ's own heartbeats are too few bytes to count).
+        Bytes that one side has sent and the other not received are on their way. They may take as long as the slowest
+        link needs, and as long as the kernel moves it on (ZeroMQ's own heartbeats are too few bytes to count).
         """
         pong = self._heartbeat.pong
         on_its_way = max(0, pong.bytes_sent - self._received) + max(0, self._sent - pong.bytes_received)

@@ -27,7 +27,7 @@ class Progress:
 
 
 class Arriving:
-    """What the server has put on the connection and has not come whole; the caller owns the clock.
+    """A message that the server has put on the connection and that is not whole; the caller owns the clock.
 
     A message is there only when its last frame is, so until then the connection's own counter tells how far it is.
     """

@@ -15,7 +15,7 @@ from splitfl.errors import NotAllowed
 from splitfl.models.checkpoint import TensorFile
 from splitfl.protocol.messages import Welcome
 
-# Within a client's folder: what it has given to the run so far, over all its starts.
+# Within a client's folder: its steps, bytes and hours for the run so far, over all its starts.
 SPENT_FILE = "spent.json"
 _WRITE_EVERY_S = 10.0
 _OTHERWISE = (
@@ -56,7 +56,7 @@ def check_known(policy: PolicySection, digest: str, own_digest: Callable[[], str
 
 
 class Allowance:
-    """What a client may still give to one run; counted over all its starts, and kept in its folder."""
+    """The rest that a client may give to one run; counted over all its starts, and kept in its folder."""
 
     def __init__(self, policy: PolicySection, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Read what earlier starts have given; a file that cannot be read counts as nothing given."""

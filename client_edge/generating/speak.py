@@ -26,7 +26,7 @@ from splitfl.session.client_session import ClientSession
 from splitfl.training.device import open_device
 from splitfl.training.terms import merged_layers, terms_of
 
-# Control characters but line ends and tabs, and those that turn the direction of writing.
+# Control characters but line ends and tabs, and characters that turn the direction of writing.
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -130,7 +130,7 @@ def _ask() -> str | None:
 def speaker(config: ClientConfig, *, accept: bool | str = False) -> Iterator[Speaker]:
     """Join a run, without taking part in its rounds, and bring the model here as far as it is this side's.
 
-    Weights are the run's: those it began with, or those of its last merge. What the server sees is to be accepted as in
+    Weights are the run's: the first ones, or the last merge's. What the server sees is to be accepted as in
     `take_part`.
     """
     client = config.client

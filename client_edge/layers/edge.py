@@ -180,7 +180,7 @@ class Edge:
             parameter.grad = None if gradient is None else gradient.to(self._device)
 
     def discard(self) -> None:
-        """Forget the gradients of a step that is applied nowhere; what is acknowledged is finished first."""
+        """Forget the gradients of a step that is applied nowhere; acknowledged steps are finished first."""
         self.optimizer.discard()
         for rule in self._rules:
             rule.discard()

@@ -9,7 +9,7 @@ from typing import BinaryIO, Self
 
 
 class PartialFile:
-    """What there is of a file with this SHA-256 (hex), for one process at a time."""
+    """The part that is there of a file with this SHA-256 (hex), for one process at a time."""
 
     def __init__(self, folder: Path, digest: str, size: int) -> None:
         """Take up what an earlier start has left; while another client is at work on that, begin one of our own."""

@@ -114,7 +114,7 @@ def class_measures(edge: Edge, link: Link, exam: Exam, rows: int) -> dict[str, f
 
 
 def _losses(edge: Edge, link: Link, examples: Sequence[Example], rows: int) -> list[float]:
-    """Return each example's loss, summed over its tokens; those of about one length share a batch."""
+    """Return each example's loss, summed over its tokens; examples of about one length share a batch."""
     by_length = sorted(range(len(examples)), key=lambda at: len(examples[at].input_ids))
     places = {collate([examples[at] for at in group]): group for group in pieces_of(by_length, rows)}
     losses = [0.0] * len(examples)

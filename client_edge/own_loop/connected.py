@@ -55,8 +55,8 @@ def connect(
 ) -> PreTrainedModel:
     """Join a server's run and return the model, of its original class, whose blocks in the middle are the server's.
 
-    `settings` are those of `[client]` in a client's file (docs/configuration.md), laid over the file `config` if there
-    is one; `client_id` is the one that is needed. With `keys` and no `enrolment`, the enrolment file is
+    `settings` belong to `[client]` of a client's file (docs/configuration.md), and are laid over the file `config` if
+    there is one; `client_id` is the one that is needed. With `keys` and no `enrolment`, the enrolment file is
     CLIENT_ID.enrolment.toml in that folder. Config and tokenizer are in the folder `model.name_or_path`.
 
     With `train.loss = "chunked"` the loss of `model(..., labels=...)` is taken without logits, which are computed when

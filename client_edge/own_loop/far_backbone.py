@@ -315,8 +315,8 @@ class FarBackbone:
         """Go on where the server is: take the answer that was lost, or send the open step again."""
         if resumed.verdict != "go":
             raise Refused(
-                f"{resumed.reason}: the server's blocks are not those that this model was trained with; connect again,"
-                " and load the checkpoint that belongs to where the server is"
+                f"{resumed.reason}: the server's blocks are not the ones that this model was trained with; connect"
+                " again, and load the checkpoint that belongs to where the server is"
             )
         if self._pending_step and resumed.step == self._pending_step:
             self._take_applied(resumed.step, resumed.commit_number)

@@ -32,7 +32,7 @@ class OwnerThread:
         return self._ask(work).result()
 
     def end(self, last: Callable[[], object] = lambda: None) -> None:
-        """Do this last, and end; what the thread is at may take long, and is not waited for beyond some seconds."""
+        """Do this last, and end; the thread's present work may take long, and is not waited for beyond some seconds."""
         if threading.current_thread() is self._thread:
             last()
         else:

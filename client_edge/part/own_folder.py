@@ -18,7 +18,7 @@ from splitfl.errors import ConfigError, StorageError
 STATE_DIR = "state"
 METRICS_FILE = "metrics.jsonl"
 _RUN_FILE = "run.json"
-# What an operator may set anew for a run that is under way.
+# Settings that an operator may set anew for a run that is under way.
 _MAY_CHANGE = ("optimizer.num_training_steps",)
 _MOST_NAMED = 8
 

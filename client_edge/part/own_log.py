@@ -17,7 +17,7 @@ from splitfl.telemetry.metrics import MetricsLog
 
 
 class OwnLog:
-    """One client's own events; what it has taken is counted from `begun_s` of `time.monotonic` on."""
+    """One client's own events; its cost is counted from `begun_s` of `time.monotonic` on."""
 
     def __init__(self, metrics: MetricsLog, client_id: str, edge: Edge, files: Files, *, begun_s: float) -> None:
         self._metrics = metrics

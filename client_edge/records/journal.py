@@ -133,7 +133,7 @@ class Journal:
         self._append(Record(kind="evaluated", fields={}))
 
     def evaluates_again(self) -> None:
-        """Have the layers held evaluated once more: what was measured may not have arrived."""
+        """Have the layers held evaluated once more: the measures may not have arrived."""
         if self.place.evaluated >= self.place.held_round:
             self.place = replace(self.place, evaluated=self.place.held_round - 1)
 

@@ -52,7 +52,7 @@ def pack(lengths: Sequence[int], *, capacity: int, max_examples: int) -> list[tu
     Returns each row's examples by number, rising; rows in the order of their first.
     """
     rows: dict[int, list[list[int]]] = {}  # by the room that is left
-    rooms: list[int] = []  # those that there are rows for, rising
+    rooms: list[int] = []  # the keys of `rows`, rising
     full: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         at = bisect_left(rooms, lengths[number])

@@ -1,7 +1,7 @@
 """Ends a client whose server's tokenizer or chat template never comes to an end with one of its texts.
 
-Both are a peer's programs: a template may have loops within loops, a pattern may try every way there is. Neither can
-be interrupted, so the process is ended, from a thread beside it.
+Both are a peer's programs: a template may have loops within loops, a pattern may try every way there is. Neither can be
+interrupted, so the process is ended, from another thread.
 """
 
 import os

@@ -19,7 +19,7 @@ from splitfl.models.packing import check_packing
 from splitfl.training.stopwatch import Stopwatch
 
 Weights = Mapping[str, nn.Parameter]
-"""Parameters in the place of those that train, by their names in the whole model."""
+"""Parameters in the place of the trained ones, by their names in the whole model."""
 
 
 class Blocks:

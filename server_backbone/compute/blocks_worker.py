@@ -1,7 +1,8 @@
 """All that the server knows of computing: `BlocksWorker`, and the data that goes in and comes out.
 
 The worker of one process (`server_backbone.compute.worker`) is one; replicas of the backbone, or shards of it, could be
-another. Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client, Q those that train here.
+another. Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client, Q tensors that train
+here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ class Positions:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Backpropagated:
-    """What a backward has come to."""
+    """The result of a backward."""
 
     gradient_BSD: Tensor | None
     """Of the activations that came in, None if nobody needs it."""
@@ -85,7 +86,7 @@ class ReducedStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Used:
-    """What computing has taken so far."""
+    """The cost of computing so far."""
 
     compute_seconds: float
     most_copies: int
@@ -118,7 +119,7 @@ class BlocksWorker(Protocol):
 
     @property
     def used(self) -> Used:
-        """What computing has taken so far."""
+        """The cost of computing so far."""
         ...
 
     def evaluate(self, client_id: str, batch: MicroBatch) -> Tensor:

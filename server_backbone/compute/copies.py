@@ -1,6 +1,6 @@
 """What trains of the backbone: one set of weights with an optimizer for all, or in `per_client` a copy for each client.
 
-A state names the common tensors as the model does, and those of a client's own after `own/` and its id.
+A state names the common tensors as the model does, and a client's own after `own/` and its id.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +73,7 @@ class Copies:
     def merge_into(self, weights: Mapping[str, Tensor]) -> None:
         """Make these the common weights, or keep the old ones if there are none, and end all copies.
 
-        Tensors under a live graph are left as they are: whoever is in the middle of a step computes it to its end for
+        Tensors under a live graph are left as they are: a client in the middle of a step computes it to its end for
         nothing.
         """
         with torch.no_grad():

@@ -91,7 +91,7 @@ class BoundMembers:
         return min(1.0, self.limit / norm) if norm > 0 else 1.0
 
     def _tamed_norms(self, norms: Sequence[float]) -> list[float]:
-        """Scale one member's own norms likewise: whoever claims huge ones must not shrink the others' step."""
+        """Scale one member's own norms likewise: a member that claims huge ones must not shrink the others' step."""
         total = math.sqrt(sum(norm * norm for norm in norms if norm != NO_GRADIENT))
         if total <= self.limit:
             return list(norms)

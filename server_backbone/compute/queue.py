@@ -8,7 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 
 class Work(Protocol):
-    """A piece of work: data, whose meaning is known to whoever does it."""
+    """A piece of work: data, whose meaning the worker knows."""
 
     @property
     def asked_by(self) -> str:
@@ -36,7 +36,7 @@ class Done(Generic[W]):
 
 
 class Queue(Generic[W]):
-    """Work for one thread. What comes of it is handed over in order, by whoever calls `done`."""
+    """Work for one thread. The caller of `done` hands its results over in order."""
 
     def __init__(self, do: Callable[[W], Any], wake: Callable[[], None]) -> None:
         """`do` runs on the compute thread, and so does `wake`, after each piece."""

@@ -26,7 +26,7 @@ from splitfl.training.seeds import seed_dropout
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _UnderWay:
-    """What one client has under way: graphs between forward and backward, and the gradients of its open step."""
+    """One client's work under way: graphs between forward and backward, and the gradients of its open step."""
 
     copy: Copy
     """Whose weights the graphs were made with."""
@@ -50,7 +50,7 @@ class Worker:
 
     @property
     def used(self) -> Used:
-        """What computing has taken so far."""
+        """The cost of computing so far."""
         return Used(compute_seconds=self.blocks.compute.seconds, most_copies=self._copies.most_held)
 
     def evaluate(self, client_id: str, batch: MicroBatch) -> Tensor:

@@ -21,7 +21,7 @@ class Fault(Enum):
 
 
 class Stage(Enum):
-    """What a client was at, and what its being through with it is."""
+    """A client's work, and the event that says it is through with it."""
 
     EVALUATION = auto()
     """Its activations were sound."""

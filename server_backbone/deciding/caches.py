@@ -21,7 +21,7 @@ class _Cache:
 
 @dataclass(slots=True)
 class _Caches:
-    """Those of one client."""
+    """The caches of one client."""
 
     open: dict[int, _Cache] = field(default_factory=dict)
     last_id: int = 0

@@ -62,7 +62,7 @@ class Gate(Protocol):
         ...
 
     def round_closed(self) -> None:
-        """Forget what waits: whoever is still at work learns from the merge that its step is applied nowhere."""
+        """Forget all that waits: a client still at work learns from the merge that its step is applied nowhere."""
         ...
 
     def forward(self, client_id: str, step: int, now_s: float) -> list[Action]:

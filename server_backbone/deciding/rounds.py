@@ -1,7 +1,8 @@
 """When a round opens, closes and is merged: pure state, time comes in as a number.
 
-A round gathers clients, opens for those the strategy chooses, and closes when all of them have uploaded or left, or at
-its deadline: with those that are done, or after a last call for what the others have (`federation.partial_work`).
+A round gathers clients, opens for the ones that the strategy chooses, and closes when all of them have uploaded or
+left, or at its deadline. Then it has the clients that are done, or the others' part too after a last call
+(`federation.partial_work`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ Choose: TypeAlias = Callable[[int, Sequence[str]], Sequence[str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """A round begins for all these clients; those who train do `local_steps` steps from `first_step` on."""
+    """A round begins for all these clients; the trainers do `local_steps` steps from `first_step` on."""
 
     round_number: int
     clients: tuple[str, ...]
@@ -228,7 +229,7 @@ class Rounds:
         self._deadline_s = now_s + (self._federation.round_timeout if is_last else self._federation.wait_timeout)
         if is_last and not self._connected:
             return self._end(f"everybody has left, and the last round was not merged: {reason}" if reason else "")
-        return self._open_if_complete()  # the others may have left while those who are ready waited
+        return self._open_if_complete()  # the others may have left while the ready ones waited
 
     def ticked(self, now_s: float) -> list[Decision]:
         """Look at the deadline of whatever is waited for."""

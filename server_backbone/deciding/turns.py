@@ -55,7 +55,7 @@ class Turns(Rounds):
         return merge
 
     def merged(self, now_s: float, reason: str = "") -> list[Decision]:
-        """Take note that a merge is done: those who waited for it go on."""
+        """Take note that a merge is done: the clients that waited for it go on."""
         if self.is_last:
             return super().merged(now_s, reason)
         self.num_merged += 1

@@ -103,7 +103,7 @@ class Course(Desk):
             case Open():
                 self.queue.put(work.OpenRound(round=effect))
             case LastCall():
-                self.gate.round_closed()  # what is decided is acknowledged before anybody is called
+                self.gate.round_closed()  # decided steps are acknowledged before anybody is called
                 self.queue.put(work.FindFinished(call=effect))
             case Merge():
                 if effect.closes:

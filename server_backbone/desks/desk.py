@@ -1,4 +1,4 @@
-"""What a desk is: a part that decides. It tells members, and puts work on the queue; all else it gives back as effects.
+"""A desk is a part that decides. It tells members, and puts work on the queue; all else it gives back as effects.
 
 Effects are data from a closed set. The server's work-list hands each to the desk that carries it out.
 """

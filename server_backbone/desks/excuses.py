@@ -59,7 +59,7 @@ class Excuses(Desk):
         self._stuck.pop(client_id, None)
 
     def settle(self) -> Effects:
-        """Punish those who wait for it where the others have gone on, or end the run where most cannot."""
+        """Punish the clients that wait for it where the others have gone on, or end the run where most cannot."""
         effects: list[Effect] = []
         for client_id, (stage, error) in list(self._stuck.items()):
             fault, connection = self.blame.fault(client_id, stage, self._at_work()), self.members[client_id].connection
@@ -103,7 +103,7 @@ class Excuses(Desk):
         return [End(reason=reason)]
 
     def _may_follow_from_a_merge(self, client_id: str) -> bool:
-        """Tell whether a client's layers are those of a merge still, or others are stuck with what it began with."""
+        """Tell whether a client still has a merge's layers, or others are stuck with the layers that it began with."""
         state = self.engine.view.state
         round_ = state.round_of(client_id)
         has_learned = round_ is not None and bool(round_.finished.get(client_id))

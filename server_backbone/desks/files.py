@@ -16,7 +16,7 @@ from splitfl.telemetry.units import printable
 
 # Frames that a client may have sent back to it on one connection.
 _MAX_PROBES = 4
-# Pieces of files beyond those that all files have, four times.
+# Pieces of files beyond four times the number that all files have.
 _MAX_FETCHES = 64
 
 

@@ -10,7 +10,7 @@ _ROUNDS_KEPT = 8
 
 
 class Measurements:
-    """Keeps those before and after training and those of the newest rounds."""
+    """Keeps the ones before and after training, and the newest rounds'."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, int], dict[str, Measured]] = {}

@@ -105,7 +105,7 @@ class Presence(Desk):
             self.mail.refuse(peer, Why.VIOLATION, f"protocol error: {rule}")
             return NOTHING
         strike = self.admission.strike(name, rule)
-        if strike.count <= self.limits.strikes:  # whoever is kept out fills no disk
+        if strike.count <= self.limits.strikes:  # a client that is kept out fills no disk
             log.warning("%s broke a rule: %s", name, rule)
             self.metrics.emit("violation", client_id=name, rule=rule[:200], strikes=strike.count)
         self.mail.refuse(peer, strike.code, strike.reason)

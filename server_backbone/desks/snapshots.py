@@ -1,4 +1,4 @@
-"""Snapshots: those that the checkpoints of a client's own loop name, and what is said when one cannot be taken."""
+"""Snapshots that the checkpoints of own-loop clients name, and the warning when one cannot be taken."""
 
 import logging
 from dataclasses import dataclass

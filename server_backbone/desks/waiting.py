@@ -122,7 +122,7 @@ class Waiting(Desk):
         return self.rounds.sits_out(member.client_id)
 
     def _shows_work(self, member: Member) -> None:
-        """Take note of something finished; whoever sat out twice in a round is not waited for again before the next."""
+        """Take note of something finished; one that sat out twice in a round is not waited for before the next."""
         member.idle_s = 0.0
         if member.sits_out and member.num_sat_out < _MAX_SAT_OUT and not self.gate.sits_out(member.client_id):
             self._wait_again(member)

@@ -55,7 +55,7 @@ class Admission:
         """Sessions that each client may still begin, and when that was so."""
 
     def is_let_in(self, user_id: str) -> bool:
-        """Tell whether a key is among those that the server lets in."""
+        """Tell whether the server lets a key in."""
         return self._allow_list is None or self._allow_list.client_of(user_id) is not None
 
     def name_of(self, user_id: str) -> str | None:

@@ -35,7 +35,7 @@ class Letter(_Received):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Damaged(_Received):
-    """What the way has damaged."""
+    """A message that was damaged on the way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,7 +54,7 @@ Received: TypeAlias = Letter | Damaged | LockedOut | Illegal
 
 
 class Mail:
-    """What comes in and goes out. Sending never loses anybody: who is gone is noted, and met by the loop."""
+    """What comes in and goes out. Sending never loses anybody: a lost peer is noted, and met by the loop."""
 
     def __init__(self, listener: Listener, limits: Limits, members: Members, admission: Admission) -> None:
         self._listener = listener

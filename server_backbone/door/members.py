@@ -116,7 +116,7 @@ class Members:
         self._members[member.client_id] = member
 
     def connections(self) -> list[Connection]:
-        """Return every connection, also those that have not resumed."""
+        """Return every connection, also the ones that have not resumed."""
         return list(self._by_token.values())
 
     def knocking(self, client_id: str) -> list[Connection]:

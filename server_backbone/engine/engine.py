@@ -116,7 +116,7 @@ class EndedRounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """What other threads may know of the compute thread's work."""
+    """The state of the compute thread's work that other threads may read."""
 
     state: RunState
     used: Used
@@ -600,7 +600,7 @@ class Engine:
             self.save_trained()
         return note
 
-    # loops of clients' own
+    # own-loop clients
 
     def discarded(self, client_id: str, step: int) -> None:
         """Free a step that its client gives up."""

@@ -13,7 +13,7 @@ from splitfl.models.checkpoint import TensorFile
 
 
 class BufferedMerger(Merger):
-    """Keeps beside everyone's layers those of earlier merges, on disk: at most as many as clients are at work."""
+    """Keeps the layers of earlier merges on disk too: at most as many as clients are at work."""
 
     _newest = 0
     """The merge whose layers are everyone's."""

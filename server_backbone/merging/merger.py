@@ -255,7 +255,7 @@ class Merger:
         return TensorFile(self._spooled(client_id))
 
     def forget_uploads(self, waiting: Collection[str] = ()) -> None:
-        """Remove what was spooled, merged or not, but for those that wait for another merge."""
+        """Remove the spooled uploads, merged or not, but for the ones that wait for another merge."""
         self._weights = {upload: weight for upload, weight in self._weights.items() if upload in waiting}
         self._backbone = {}
         if not waiting:
@@ -315,7 +315,7 @@ class Merger:
         checkpoint.save_tensors(self._run_dir / trained_file(client_id), {**self._layers, **backbone})
 
     def _weights_of(self, clients: Sequence[str]) -> dict[str, float]:
-        """Return the weights of those that weigh anything: rules that know no weights must not count the others."""
+        """Return the weights above 0: rules that know no weights must not count the other clients."""
         return {client_id: self._weights[client_id] for client_id in sorted(clients) if self._weights[client_id] > 0}
 
     def _is_readable(self, client_id: str) -> bool:

@@ -1,7 +1,7 @@
-"""What the log can say: one type for each kind of entry, with the values that a record holds.
+"""The entries of the log: one type for each kind, with the values that a record holds.
 
-The tensors of an entry lie beside it in the record (`server_backbone.records.ledger`). An entry that is not `durable`
-need not be on disk before anything else happens: if it is lost, a client is waited for, or asked again.
+The tensors of an entry lie in the same record (`server_backbone.records.ledger`). An entry that is not `durable` need
+not be on disk before anything else happens: if it is lost, a client is waited for, or asked again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -191,7 +191,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """No further round begins; the record's tensors are those of an earlier round that the run ends with, if any."""
+    """No further round begins; the record's tensors are an earlier round's that the run ends with, if any."""
 
     kind: ClassVar[str] = "ended"
     durable: ClassVar[bool] = True
@@ -220,7 +220,7 @@ class Prolonged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WentBack:
-    """A client went back to a kept snapshot; the record's tensors are those of the backbone there."""
+    """A client went back to a kept snapshot; the record's tensors are the backbone's there."""
 
     kind: ClassVar[str] = "went_back"
     durable: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Snapshots that the checkpoints of clients' own loops name: kept beside the log, and gone back to."""
+"""Snapshots that the checkpoints of own-loop clients name: kept apart from the log, and gone back to."""
 
 from dataclasses import asdict
 
@@ -11,7 +11,7 @@ from splitfl.durability.store import Store
 
 
 class KeptSnapshots:
-    """What the backbone was after a commit, for the clients that may need it again."""
+    """The backbone after a commit, for the clients that may need it again."""
 
     def __init__(self, ledger: Ledger, store: Store, worker: BlocksWorker, *, limit: int, has_copies: bool) -> None:
         """At most `limit` are kept, the oldest go; `has_copies` says that each client trains a copy of its own."""

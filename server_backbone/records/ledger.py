@@ -60,7 +60,7 @@ class Ledger:
         return self.keeps_records and self._commits_since_snapshot >= self._snapshot_steps
 
     def is_redone(self, kind: str) -> bool:
-        """Whether entries of this kind are done again from the log: all, or those that need no records."""
+        """Whether entries of this kind are done again from the log: all, or only kinds that need no records."""
         return self.keeps_records or kind in _ALWAYS_REDONE
 
     def begin(self, fingerprint: str) -> None:

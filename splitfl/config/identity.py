@@ -203,8 +203,8 @@ class FederationIdentity(Identity):
     """How much better than the best round so far a round must be to count as an improvement."""
 
     load_best_model_at_end: bool = False
-    """Whether the run ends with the layers and the backbone of its best round, and not with those of its last: on all
-    clients and in the exported model. Needs `evaluate = "rounds"`."""
+    """Whether the run ends with the layers and the backbone of its best round, and not of its last: on all clients and
+    in the exported model. Needs `evaluate = "rounds"`."""
 
     partial_work: Literal["drop", "accept"] = "drop"
     """`drop`: clients still at work at `round_timeout` are left out of the merge; `accept`: they have `step_timeout`
@@ -221,7 +221,7 @@ class StrategyIdentity(Identity):
     """What a strategy does with the layers of a merge."""
 
     proximal_mu: float = Field(0.01, ge=0)
-    """FedProx: how strongly a client's layers are pulled towards those of the last merge; 0 is FedAvg."""
+    """FedProx: how strongly a client's layers are pulled towards the last merge's; 0 is FedAvg."""
 
     server_learning_rate: float = Field(1.0, gt=0)
     """FedAvgM, FedBuff, SCAFFOLD: scale of the server's step."""
@@ -230,7 +230,7 @@ class StrategyIdentity(Identity):
     """FedAvgM: share of the last step that is kept; 0 and `server_learning_rate = 1` is FedAvg."""
 
     buffer_size: int = Field(2, ge=1)
-    """FedBuff: uploads in a merge (K), whoever they come from; `federation.num_rounds` counts these merges."""
+    """FedBuff: uploads in a merge (K), from any clients; `federation.num_rounds` counts these merges."""
 
     max_staleness: int = Field(0, ge=0)
     """FedBuff: an upload begun more merges ago than this is dropped; 0 means that none is."""

@@ -169,7 +169,7 @@ class PolicySection(Section):
     """Most rounds of a run."""
 
     max_steps: int = Field(100_000, ge=1)
-    """Most training steps of a run that this client begins, those that came to nothing included, over all starts."""
+    """Most training steps of a run that this client begins, over all starts; steps that came to nothing count too."""
 
     max_step_rows: int = Field(4096, ge=1)
     """Most rows of a step (`federation.per_device_train_batch_size` times `gradient_accumulation_steps`) and of a

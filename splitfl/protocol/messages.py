@@ -1,11 +1,12 @@
 """The messages between one client and the server: a closed set, without torch.
 
 A tensor is described (dtype name, shape, raw buffers) and becomes a real one only in `protocol.tensors`, after the
-session has checked it. What may cross is a closed list: activations and their gradients, row lengths, counts of label
-tokens and examples, gradient norms, learning rates, metrics, beam permutations, and the layers of a merge. Token ids,
-labels, logits and text never do; `tests/test_wire.py` watches for them.
+session has checked it. The list of values that may cross is closed: activations and their gradients, row lengths, beam
+permutations, and the layers of a merge. Counts of label tokens and examples, gradient norms, learning rates and metrics
+cross too. Token ids, labels, logits and text never do; `tests/test_wire.py` watches for them.
 
-Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client, Q those that train on the server.
+Shapes: B micro-batch, S sequence, D hidden width, P tensors that train on the client, Q tensors that train on the
+server.
 """
 
 import math
@@ -267,7 +268,7 @@ class Merged:
     reason: str
     is_last: bool
     counted: bool
-    """Whether your layers are among those that were merged."""
+    """Whether your layers were among the merged ones."""
     layers: tuple[TensorFrames, ...]
     """In the model's order; after them their controls, where the strategy has any."""
 

@@ -20,7 +20,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class OutOfBounds(RemoteProtocolError):  # noqa: N818  # the name is the finding
-    """Numbers that are not finite or far too large: of whoever sent them, or of the layers that it was given."""
+    """Numbers that are not finite or far too large: the sender's own, or of the layers that it was given."""
 
 
 def wire_dtype(dtype: torch.dtype) -> str:

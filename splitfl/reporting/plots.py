@@ -60,7 +60,7 @@ def smooth(points: Points, *, weight: float = 0.35) -> list[tuple[float, float]]
 
 
 def plot_training(curves: Mapping[str, Points]) -> str:
-    """Draw the training loss over steps, a line a client: smoothed, with the points behind it faint."""
+    """Draw the training loss over steps, a line a client: smoothed, with the points faint beneath it."""
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 

@@ -219,7 +219,7 @@ def _without_envelope(event: Told) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write beside the file and move over it, so that a reader sees the old or the new one."""
+    """Write next to the file and move over it, so that a reader sees the old or the new one."""
     half_written = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         half_written.write_text(text, encoding="utf-8")

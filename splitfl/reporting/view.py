@@ -52,7 +52,7 @@ class Life:
 
     @property
     def end(self) -> Told:
-        """What the process has said of itself at its end, nothing if it was killed."""
+        """The process's own totals at its end, nothing if it was killed."""
         return self.finished or self.stopped
 
     @property
@@ -104,7 +104,7 @@ class ClientView:
     round_steps: int = 0
     num_tokens: int = 0
     num_positions: int = 0
-    """Tokens and padding of all its steps that were seen, with those that were done twice."""
+    """Tokens and padding of all its steps that were seen, repeated ones included."""
     traffic: Traffic | None = None
     """What its steps tell of, over all lives of the server; None before the first."""
     counted: Traffic = Traffic()

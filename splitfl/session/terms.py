@@ -104,7 +104,7 @@ class Terms:
         ends = set(accumulate(example_lengths))
         if min(example_lengths) < 1 or not ends.issuperset(accumulate(lengths_B)) or max(ends) != sum(lengths_B):
             raise RemoteProtocolError(
-                "example_lengths must give each example at least one token, and those of a row must add up to its"
+                "example_lengths must give each example at least one token, and a row's must add up to its"
                 " length in lengths_B"
             )
 
@@ -146,11 +146,11 @@ class Terms:
                 f": the first that differs is {differing[0][0]} where {differing[0][1]} belongs" if differing else ""
             )
             raise RemoteProtocolError(
-                f"{len(layers)} layers whose shapes are not those of this run's {len(self.layer_shapes)} merged"
+                f"{len(layers)} layers whose shapes differ from this run's {len(self.layer_shapes)} merged"
                 f" layers{detail}"
             )
         if tuple(layer.dtype for layer in layers) != self.layer_dtypes:
-            raise RemoteProtocolError("layers whose types are not those of this run's merged layers")
+            raise RemoteProtocolError("layers whose types differ from this run's merged layers")
 
     def check_round(self, number: int, *, held: int, first_step: int, num_steps: int) -> None:
         """Raise unless a round may come after the merge that a client holds, and has the steps that a round has."""

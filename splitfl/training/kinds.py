@@ -86,7 +86,7 @@ class WithOwnRounds:
 
 
 class WithOwnLoops:
-    """Own-loop clients: what trains there is their affair, and not known here."""
+    """Own-loop clients: their training is their affair, and not known here."""
 
     unevaluated = "own-loop clients evaluate as their loops are written"
     steps_unsaid = ""

@@ -61,10 +61,10 @@ def from_nothing(layers: Layers, counts: dict[str, int]) -> Spoilt:
 CASES: dict[str, tuple[Callable[[Layers, dict[str, int]], Spoilt], str]] = {
     "other-shapes": (
         other_shapes,
-        r"8 layers whose shapes are not those of this run's 8 merged layers: the first that differs is"
+        r"8 layers whose shapes differ from this run's 8 merged layers: the first that differs is"
         r" \(4, 32\) where \(8, 32\) belongs",
     ),
-    "a-layer-missing": (one_missing, r"7 layers whose shapes are not those of this run's 8 merged layers: .*"),
+    "a-layer-missing": (one_missing, r"7 layers whose shapes differ from this run's 8 merged layers: .*"),
     "not-a-number": (with_value(float("nan")), r"a tensor with values that are not finite \(NONFINITE_TENSOR\)"),
     "infinite": (with_value(float("-inf")), r"a tensor with values that are not finite \(NONFINITE_TENSOR\)"),
     "moved-too-far": (
