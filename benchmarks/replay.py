@@ -32,6 +32,7 @@ from server_backbone.provisions import prepare
 from server_backbone.records import entries as log
 from server_backbone.records.entries import from_fields
 from server_backbone.run_folder import STATE_DIR
+from splitfl.config.kind import BackboneKind, RunKind
 from splitfl.config.trees import ClientConfig, RunConfig, ServerConfig
 from splitfl.durability.record import Record
 from splitfl.durability.store import Store
@@ -244,11 +245,11 @@ class _Quiet:
 
     def _backbone(self, client_id: str) -> Mapping[str, Tensor]:
         """Return a client's copy of the backbone, or what all copies begin with; nothing where there are none."""
-        return weights_in(self.worker.state(client_id)) if self.run.has_copies else {}
+        return weights_in(self.worker.state(client_id)) if self.run.backbone_kind is BackboneKind.COPIES else {}
 
     def _update_of(self, name: str, number: int) -> Mapping[str, Tensor]:
         """Return a client's layers now, or an upload's of that name as they count in this merge."""
-        if not self.run.is_buffered:
+        if self.run.kind is not RunKind.TURNS:
             return self.edges[name].layers() | self._backbone(name)
         layers, begun = self.uploads.pop(name)
         return Rebased(layers, self.versions[begun], self.merged.layers, number - 1 - begun)

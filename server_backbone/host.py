@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from server_backbone.backbones import backbone_parts
 from server_backbone.compute.placement import DeviceMap, device_map_of, devices_of
 from server_backbone.compute.worker import worker_of
 from server_backbone.disk_space import room_for
@@ -24,7 +25,6 @@ from server_backbone.kinds import server_parts
 from server_backbone.merging.merger import FirstLayers
 from server_backbone.provisions import prepare
 from server_backbone.records.entries import Prolonged
-from server_backbone.records.kept import KeptSnapshots
 from server_backbone.records.ledger import Ledger
 from server_backbone.records.untold import untold
 from server_backbone.run_folder import STATE_DIR, RunFolder, search
@@ -301,7 +301,7 @@ def build_server(
     worker = worker_of(cut, run, kind.gradient_rules(run, cut), device, model.device_map)
     storage = run.storage
     ledger = Ledger(store, worker, keeps_records=storage.durability == "redo", snapshot_steps=storage.snapshot_steps)
-    kept = KeptSnapshots(ledger, store, worker, limit=storage.keep_named, has_copies=run.has_copies)
+    kept = backbone_parts(run).kept(ledger, store, worker, limit=storage.keep_named)
     terms = kind.checked(terms_of(run, cut), partial(worker.blocks.check_packing, run.text.max_seq_length))
     limits = limits_of(terms, run.link, clients=config.server.max_clients)
     listener.bound_messages(num_bytes=limits.message_bytes, num_frames=limits.message_frames)

@@ -12,7 +12,7 @@ from server_backbone.deciding.turns import Turns
 from server_backbone.merging.buffered import BufferedMerger
 from server_backbone.merging.merger import Merger
 from server_backbone.records.entries import Entry, Left, RoundBegan, TurnBegan, TurnEnded
-from splitfl.config.kind import RunKind
+from splitfl.config.kind import BackboneKind, RunKind
 from splitfl.config.trees import RunConfig
 from splitfl.errors import ModelError
 from splitfl.models.cut import Cut
@@ -169,7 +169,7 @@ class WithOwnLoops:
         return False
 
     def keeps_copies(self, run: RunConfig) -> bool:
-        return run.has_copies
+        return run.backbone_kind is BackboneKind.COPIES
 
     def scaling(self, run: RunConfig, commit: Commit) -> Scaling | None:
         learning_rate = run.optimizer.backbone_lr or commit.learning_rate

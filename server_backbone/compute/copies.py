@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from splitfl.config.kind import BackboneKind
 from splitfl.config.trees import RunConfig
 from splitfl.protocol.tensors import digest_of
 from splitfl.training.optimizer import PartOptimizer, is_moment
@@ -39,7 +40,7 @@ class Copies:
         """Take those parameters of a filled backbone that train; they become the common ones."""
         self._run = run
         self._last_version = 0
-        self.are_per_client = run.has_copies
+        self.are_per_client = run.backbone_kind is BackboneKind.COPIES
         self.most_held = 0
         """Clients whose copies or moments were held at once, at most."""
         self.common = Copy(parameters=dict(trainable), optimizer=self._optimizer_of(trainable))

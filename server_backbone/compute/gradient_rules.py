@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from server_backbone.compute.blocks_worker import Contribution
+from splitfl.config.kind import BackboneKind
 from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.training.optimizer import NO_GRADIENT, clip_coefficient, norms_of, sum_dtype
@@ -178,7 +179,7 @@ class ClipAsTold:
 def rules_of_rounds(run: RunConfig, cut: Cut) -> Sequence[GradientRule]:
     """Return what becomes of the gradients of a step in a round."""
     rules = _added_up(run)
-    if run.has_copies and run.proximal_mu:
+    if run.backbone_kind is BackboneKind.COPIES and run.proximal_mu:
         rules.append(PullToCommon(run.proximal_mu))
     is_here = [cut.side_of(name) == "server" for name in cut.trainable()]
     return [*rules, ClipWhole(run.optimizer.max_grad_norm, is_here)]

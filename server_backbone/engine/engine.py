@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from server_backbone.backbones import backbone_parts
 from server_backbone.compute.blocks_worker import (
     COMMON,
     BlocksWorker,
@@ -20,7 +21,7 @@ from server_backbone.compute.blocks_worker import (
     ReducedStep,
     Used,
 )
-from server_backbone.compute.copies import digest_in, owners_in, weights_in
+from server_backbone.compute.copies import digest_in, weights_in
 from server_backbone.compute.mishaps import Mishap, done_for, done_for_all
 from server_backbone.deciding.rounds import Merge, Open
 from server_backbone.deciding.standing import Standing, value_of
@@ -28,7 +29,7 @@ from server_backbone.engine import work
 from server_backbone.engine.work import Work
 from server_backbone.kinds import ServerParts
 from server_backbone.merging.buffered import BufferedMerger
-from server_backbone.merging.merger import SHARED, Merger, OwnCopies, Seen, Weighed
+from server_backbone.merging.merger import Merger, Seen, Weighed
 from server_backbone.records import entries as log
 from server_backbone.records.kept import KeptSnapshots
 from server_backbone.records.ledger import Ledger
@@ -141,7 +142,8 @@ class Engine:
         self._realise = partial(realise, max_rms=run.link.max_rms)
         self.worker = worker
         self.merger = merger
-        self._backbones = OwnCopies(worker) if run.has_copies else SHARED
+        self._parts = backbone_parts(run)
+        self._backbones = self._parts.merged_from(worker)
         self._buffer = merger if isinstance(merger, BufferedMerger) else None
         self.ledger = ledger
         self._kept = kept
@@ -631,9 +633,7 @@ class Engine:
 
     def save_trained(self) -> None:
         """Write what the backbone has learned, in a run without merges, where exporting finds it."""
-        if not self._run.has_copies:
-            self.merger.save(self.trained())
-        for client_id in owners_in(self.worker.state()):
+        for client_id in self._parts.trained_by(self.worker.state()):
             self.merger.save(self.trained(client_id), client_id)
 
     def trained(self, client_id: str = COMMON) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Snapshots that the checkpoints of own-loop clients name: kept apart from the log, and gone back to."""
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 
 from server_backbone.compute.blocks_worker import BlocksWorker
@@ -10,22 +11,19 @@ from splitfl.durability.record import Record
 from splitfl.durability.store import Store
 
 
-class KeptSnapshots:
+class KeptSnapshots(ABC):
     """The backbone after a commit, for the clients that may need it again."""
 
-    def __init__(self, ledger: Ledger, store: Store, worker: BlocksWorker, *, limit: int, has_copies: bool) -> None:
-        """At most `limit` are kept, the oldest go; `has_copies` says that each client trains a copy of its own."""
+    def __init__(self, ledger: Ledger, store: Store, worker: BlocksWorker, *, limit: int) -> None:
+        """At most `limit` are kept, the oldest go."""
         self._ledger = ledger
         self._store = store
         self._worker = worker
         self._limit = limit
-        self._has_copies = has_copies
 
     def keep(self, client_id: str) -> int:
         """Keep state and tensors of this moment, if they are not kept yet; return their commit."""
-        state = self._ledger.state
-        # a client's own copy has the weights of its own last commit, which is nobody else's
-        number = self._member(client_id).commit_number if self._has_copies else state.weights_of
+        state, number = self._ledger.state, self._weights_of(client_id)
         if number not in self._store.kept():
             kept = Record(kind="kept", fields=state.to_fields(), tensors=self._worker.state(client_id))
             self._store.keep(number, kept, self._limit)
@@ -33,8 +31,7 @@ class KeptSnapshots:
 
     def is_where(self, client_id: str, commit_number: int) -> bool:
         """Tell whether the client, and the backbone that it trains, are where they were after a commit."""
-        is_backbone_there = self._has_copies or self._ledger.state.weights_of == commit_number
-        return is_backbone_there and self._member(client_id).commit_number == commit_number
+        return commit_number == self._weights_of(client_id) == self._member(client_id).commit_number
 
     def objection_to_going_back(self, client_id: str, commit_number: int) -> str:
         """Say why the backbone cannot go back to a commit for this client, "" when it can."""
@@ -46,20 +43,7 @@ class KeptSnapshots:
                 " how many)"
             )
         then = RunState.from_fields(self._store.kept_at(commit_number).fields)
-        if self._has_copies:
-            is_mine = then.members.get(client_id, MemberState()).commit_number == commit_number
-            return "" if is_mine else f"commit {commit_number} is another client's, whose copy of the backbone it moved"
-        others = sorted(
-            name
-            for name, member in self._ledger.state.members.items()
-            if name != client_id and member.step != then.members.get(name, MemberState()).step
-        )
-        if others:
-            return (
-                f"{', '.join(others)} has trained the backbone since commit {commit_number}, and going back would undo"
-                " that: go on from here, or let the operator take the whole run back with `splitfl rollback`"
-            )
-        return ""
+        return self._objection_to(then, client_id, commit_number)
 
     def go_back(self, client_id: str, commit_number: int) -> None:
         """Bring worker and client back to a kept snapshot.
@@ -75,5 +59,44 @@ class KeptSnapshots:
         if not self._ledger.keeps_records:
             self._ledger.snapshot()
 
+    @abstractmethod
+    def _weights_of(self, client_id: str) -> int:
+        """Return the commit whose weights this client computes with."""
+
+    @abstractmethod
+    def _objection_to(self, then: RunState, client_id: str, commit_number: int) -> str:
+        """Say what going back to a state that is kept would undo of others', "" if nothing."""
+
     def _member(self, client_id: str) -> MemberState:
         return self._ledger.state.members.get(client_id, MemberState())
+
+
+class KeptOfAll(KeptSnapshots):
+    """All clients train the same weights."""
+
+    def _weights_of(self, client_id: str) -> int:
+        return self._ledger.state.weights_of
+
+    def _objection_to(self, then: RunState, client_id: str, commit_number: int) -> str:
+        others = sorted(
+            name
+            for name, member in self._ledger.state.members.items()
+            if name != client_id and member.step != then.members.get(name, MemberState()).step
+        )
+        if not others:
+            return ""
+        return (
+            f"{', '.join(others)} has trained the backbone since commit {commit_number}, and going back would undo"
+            " that: go on from here, or let the operator take the whole run back with `splitfl rollback`"
+        )
+
+
+class KeptOfEach(KeptSnapshots):
+    """A client's copy has the weights of its own last commit, which is nobody else's."""
+
+    def _weights_of(self, client_id: str) -> int:
+        return self._member(client_id).commit_number
+
+    def _objection_to(self, then: RunState, client_id: str, commit_number: int) -> str:
+        is_mine = then.members.get(client_id, MemberState()).commit_number == commit_number
+        return "" if is_mine else f"commit {commit_number} is another client's, whose copy of the backbone it moved"

@@ -1,4 +1,4 @@
-"""The kinds of runs. Which one a run is, its settings say once (`RunSettings.kind`); each role has a table of parts."""
+"""Kinds of runs and of backbones. A run's settings say once which they are (`RunSettings`); tables have their parts."""
 
 from enum import Enum
 
@@ -12,3 +12,12 @@ class RunKind(Enum):
     """Each client has rounds of its own, and layers are merged as they come in."""
     OWN_LOOPS = "own loops"
     """Each client trains in a loop of its own, without rounds and merges."""
+
+
+class BackboneKind(Enum):
+    """For whom the server's blocks train."""
+
+    ONE = "one"
+    """For all clients, or for nobody."""
+    COPIES = "copies"
+    """Each client trains a copy of what trains there."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 from splitfl.config.identity import OPTIONAL_MEASURES, StrategyName
-from splitfl.config.kind import RunKind
+from splitfl.config.kind import BackboneKind, RunKind
 from splitfl.config.own import PolicySection
 from splitfl.config.run import RunSettings
 
@@ -47,7 +47,7 @@ def _controls_are_what_they_mean(run: RunSettings) -> None:
             " its controls are plain means over the clients, which draw every merge to where all clients count"
             ' alike, so set weight_by to "uniform"'
         )
-    if run.has_copies:
+    if run.backbone_kind is BackboneKind.COPIES:
         raise ValueError(
             f"federation.server_mode = {run.federation.server_mode} does not go with federation.strategy ="
             " SCAFFOLD, which corrects the clients' layers alone, and copies of the backbone would drift"

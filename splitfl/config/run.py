@@ -7,7 +7,7 @@ from typing import Any
 
 from splitfl.config.exposure import EvaluationSection
 from splitfl.config.identity import LoraSection, MergeSection, OptimizerSection, RunIdentity, TextSection, TrainSection
-from splitfl.config.kind import RunKind
+from splitfl.config.kind import BackboneKind, RunKind
 from splitfl.config.operation import LinkSection
 from splitfl.config.reading import Config
 from splitfl.config.section import SettingClass, of_class
@@ -47,16 +47,6 @@ class RunSettings(Config, RunIdentity):
         return RunKind.TURNS if self.federation.strategy == "FedBuff" else RunKind.ROUNDS
 
     @property
-    def has_own_loops(self) -> bool:
-        """Whether each client trains in a loop of its own, without rounds and merges."""
-        return self.federation.num_rounds == 0
-
-    @property
-    def is_buffered(self) -> bool:
-        """Whether each client has rounds of its own, and layers are merged as they come in."""
-        return self.federation.strategy == "FedBuff"
-
-    @property
     def proximal_mu(self) -> float:
         """Weight of the proximal term in a client's gradients, 0 for every strategy but FedProx."""
         return self.strategy.proximal_mu if self.federation.strategy == "FedProx" else 0.0
@@ -72,9 +62,10 @@ class RunSettings(Config, RunIdentity):
         return self.federation.server_mode != "frozen" and self.train.backbone != "none"
 
     @property
-    def has_copies(self) -> bool:
-        """Whether each client trains a copy of the backbone's trainable tensors of its own."""
-        return self.federation.server_mode == "per_client" and self.backbone_trains
+    def backbone_kind(self) -> BackboneKind:
+        """For whom the backbone trains. Nothing else asks the settings for it."""
+        is_copied = self.federation.server_mode == "per_client" and self.backbone_trains
+        return BackboneKind.COPIES if is_copied else BackboneKind.ONE
 
     @property
     def bottom_trains(self) -> bool:

@@ -1,9 +1,10 @@
 """For whom the backbone trains: one for all clients, or a copy for each; and what that takes, by formula."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
+from splitfl.config.kind import BackboneKind
 from splitfl.config.trees import RunConfig
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.units import format_bytes
@@ -83,6 +84,9 @@ class CopyForEach:
         )
 
 
+_KINDS: Mapping[BackboneKind, Backbone] = {BackboneKind.ONE: OneForAll(), BackboneKind.COPIES: CopyForEach()}
+
+
 def backbone_of(run: RunConfig) -> Backbone:
-    """Choose by the run's settings."""
-    return CopyForEach() if run.has_copies else OneForAll()
+    """Return what both roles know of a run's kind of backbone."""
+    return _KINDS[run.backbone_kind]

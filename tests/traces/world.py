@@ -10,6 +10,7 @@ from traces.clinic import CALLS, Clinic
 from traces.sentences import sentence
 from traces.told_server import ToldServer, Wire, told_server
 
+from splitfl.config.kind import RunKind
 from splitfl.config.trees import ServerConfig
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
 from splitfl.protocol.messages import Attach, Leave, Message, Ping, Pong
@@ -77,7 +78,7 @@ class World:
     def clinic(self, name: str) -> Clinic:
         """Return a client, which may never have said anything."""
         if name not in self.clinics:
-            has_own_loop = self.server.run.has_own_loops
+            has_own_loop = self.server.run.kind is RunKind.OWN_LOOPS
             self.clinics[name] = Clinic(name=name, terms=self.server.terms, has_own_loop=has_own_loop)
         return self.clinics[name]
 

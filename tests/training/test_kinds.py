@@ -7,10 +7,12 @@ import pytest
 
 from client_edge.loops import Loop, check_loop
 from server_backbone import kinds as on_server
-from splitfl.config.kind import RunKind
+from server_backbone.backbones import backbone_parts
+from splitfl.config.kind import BackboneKind, RunKind
 from splitfl.config.trees import RunConfig
 from splitfl.errors import ConfigError
 from splitfl.training import kinds as shared
+from splitfl.training.backbones import backbone_of
 
 FED_BUFF: dict[str, Any] = {
     "federation": {"strategy": "FedBuff", "server_mode": "frozen"},
@@ -47,3 +49,21 @@ def test_a_client_is_sent_to_the_loop_of_its_runs_kind(kind: RunKind) -> None:
     check_loop(run, "tcp://box:5555", fits)
     with pytest.raises(ConfigError, match=r"tcp://box:5555 .*num_rounds = 0.*"):
         check_loop(run, "tcp://box:5555", other)
+
+
+@pytest.mark.parametrize(
+    ("server_mode", "backbone", "kind"),
+    [
+        ("shared", "lora", BackboneKind.ONE),
+        ("sequential", "lora", BackboneKind.ONE),
+        ("per_client", "lora", BackboneKind.COPIES),
+        ("per_client", "none", BackboneKind.ONE),
+        ("frozen", "lora", BackboneKind.ONE),
+    ],
+)
+def test_for_whom_the_backbone_trains_is_known_to_each_table(
+    server_mode: str, backbone: str, kind: BackboneKind
+) -> None:
+    run = run_of({"federation": {"server_mode": server_mode}, "train": {"backbone": backbone}})
+    assert run.backbone_kind is kind
+    assert type(backbone_of(run)).__name__ == type(backbone_parts(run)).__name__
