@@ -52,7 +52,7 @@ class Backpropagated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """How a client's own loop scales a step of the backbone."""
+    """How an own-loop client scales a step of the backbone."""
 
     learning_rate: float
     clip_coefficient: float
@@ -68,7 +68,7 @@ class Contribution:
     norms_P: Sequence[float]
     """Norms of the client's own gradients, in the model's order, -1 where there is none."""
     scaling: Scaling | None = None
-    """What a client's own loop has decided; None where the run's settings do."""
+    """An own-loop client's decision; None where the run's settings decide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

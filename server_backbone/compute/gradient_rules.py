@@ -168,7 +168,7 @@ class ClipWhole:
 
 
 class ClipAsTold:
-    """The step is scaled as its client's own loop says."""
+    """The step is scaled as its own-loop client says."""
 
     def __call__(self, draft: Draft) -> None:
         """Set the coefficient."""

@@ -79,7 +79,7 @@ Decision: TypeAlias = Open | LastCall | Merge | Release | Judge | Stop | End
 
 class Stage(Enum):
     ENDLESS = auto()
-    """There are no rounds: clients train in loops of their own."""
+    """There are no rounds: all are own-loop clients."""
     GATHERING = auto()
     OPEN = auto()
     LAST_CALL = auto()
@@ -371,7 +371,7 @@ class Rounds:
 
 
 class Endless(Rounds):
-    """No rounds: clients train in loops of their own, come and go, and nothing ever follows from it."""
+    """No rounds: own-loop clients come and go, and nothing ever follows from it."""
 
     def __init__(self, federation: FederationSection, choose: Choose, now_s: float) -> None:
         super().__init__(federation, choose, now_s)

@@ -86,8 +86,8 @@ class Fleet:
     def start(self, name: str, module: str, settings: Mapping[str, Any]) -> None:
         """Start a role with these settings.
 
-        It is in a process group of its own: a terminal's Ctrl-C is for this command, which then asks its processes to
-        end, and would else be a second signal to them, which ends them at once.
+        It is in a process group of its own, since a terminal's Ctrl-C is for this command, which then asks its
+        processes to end. Otherwise that would be a second signal to them, which ends them at once.
         """
         self.stop.check()
         config = self.folder / f"{name}.toml"
@@ -158,7 +158,7 @@ def free_port() -> int:
     """Return a port of loopback that nobody listens on right now, and that no connection is given.
 
     A system gives connections ports from above these. One of those may be taken while the server is not there yet, or
-    is to be started again: by anybody's connection, even by that of a client which tries to reach it.
+    is to be started again. Anybody's connection may take it, even one of a client that tries to reach the server.
     """
     while True:
         port = secrets.choice(_PORTS)

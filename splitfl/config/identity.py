@@ -56,8 +56,8 @@ class ModelIdentity(Identity):
     """What the model holds, where it is cut and in which numbers it computes."""
 
     checkpoint_sha256: str = Field("", pattern=r"^$|" + SHA256_PATTERN)
-    """SHA-256 of what the model holds (weights, config, tokenizer; docs/loading.md), which the server finds out when it
-    starts and writes into the run's settings; set it, and another model is refused."""
+    """SHA-256 of the model's content (weights, config, tokenizer; docs/loading.md). The server finds it out when it
+    starts and writes it into the run's settings. Set it, and another model is refused."""
 
     bottom_layers: Exposure[int] = Field(1, ge=0)
     """Blocks below the first cut, on the client, after the embedding."""
@@ -143,14 +143,14 @@ class OptimizerSection(Identity):
 
     num_training_steps: int = Field(0, ge=0)
     """Steps of each client over which the schedule runs; after them a linear or cosine one stays at 0. 0 means the
-    `num_rounds * local_steps` that the run has when it begins: a run that is prolonged keeps what it began with."""
+    `num_rounds * local_steps` that the run has when it begins; a run that is prolonged keeps them."""
 
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
 
     backbone_lr: float = Field(0.0, ge=0)
-    """Learning rate of the server's blocks where clients train in loops of their own (`federation.num_rounds = 0`); 0
-    follows the client's."""
+    """Learning rate of the server's blocks with own-loop clients (`federation.num_rounds = 0`); 0 follows the
+    client's."""
 
     @property
     def ends_at_zero(self) -> bool:
@@ -188,8 +188,8 @@ class FederationIdentity(Identity):
     """What becomes of a client's optimizer state when merged layers arrive."""
 
     client_max_grad_norm: float = Field(10.0, ge=0)
-    """Where several clients share a step, the backbone's gradient from each of them is clipped to this norm before they
-    are added up, so that none outweighs the others; 0 means no such clipping."""
+    """Where several clients share a step, the backbone's gradient from each is clipped to this norm before they are
+    added up. So none outweighs the others; 0 means no such clipping."""
 
     metric_for_best_model: MeasureName = "eval_loss"
     """The measure by which rounds are compared, over all clients' held-out text (docs/evaluation.md); its name decides
@@ -203,13 +203,13 @@ class FederationIdentity(Identity):
     """How much better than the best round so far a round must be to count as an improvement."""
 
     load_best_model_at_end: bool = False
-    """Whether the run ends with the layers and the backbone of its best round, and not of its last: on all clients and
-    in the exported model. Needs `evaluate = "rounds"`."""
+    """Whether the run ends with the layers and the backbone of its best round, not of its last, on all clients and in
+    the exported model. Needs `evaluate = "rounds"`."""
 
     partial_work: Literal["drop", "accept"] = "drop"
     """`drop`: clients still at work at `round_timeout` are left out of the merge; `accept`: they have `step_timeout`
-    more to upload what their finished steps have made, and a client's `num_examples` count by the share of the round's
-    steps that it has finished."""
+    more to upload the result of their finished steps. A client's `num_examples` count by the share of the round's steps
+    that it has finished."""
 
     @property
     def compares_rounds(self) -> bool:
@@ -260,8 +260,8 @@ class StrategyIdentity(Identity):
     """NormClippedMean: largest norm of a client's change since the last merge, over all its merged layers."""
 
     max_client_weight: float = Field(0.5, gt=0, le=1)
-    """Largest share of a merge that one client may be, whatever it says of its examples, where a merge has three
-    clients or more; with fewer than 1 / `max_client_weight` all count alike, 1 means no bound (docs/strategies.md)."""
+    """Largest share of a merge that one client may be, whatever it says of its examples, in a merge of three clients or
+    more. With fewer than 1 / `max_client_weight` all count alike; 1 means no bound (docs/strategies.md)."""
 
 
 class MergeSection(Identity):
@@ -286,8 +286,8 @@ class TextSection(Identity):
     `federation.per_device_train_batch_size` then counts rows, and the server is told where each example ends."""
 
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"
-    """Which examples share a micro-batch, as in transformers: any, or such of about the same length, so that less is
-    padding; drawn anew each epoch either way."""
+    """Which examples share a micro-batch, as in transformers: any, or examples of about the same length, so that less
+    is padding. They are drawn anew each epoch either way."""
 
 
 class StorageIdentity(Identity):

@@ -11,7 +11,7 @@ class RunKind(Enum):
     TURNS = "turns"
     """Each client has rounds of its own, and layers are merged as they come in."""
     OWN_LOOPS = "own loops"
-    """Each client trains in a loop of its own, without rounds and merges."""
+    """All clients are own-loop clients, without rounds and merges."""
 
 
 class BackboneKind(Enum):

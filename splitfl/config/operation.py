@@ -26,8 +26,8 @@ class FederationOperation(Operation):
 
     num_rounds: int = Field(3, ge=0)
     """Rounds in the run; each ends with a merge of the client-side layers (with FedBuff it is merges that are counted).
-    0 means no rounds and no merges: each client trains in a loop of its own (`client_edge.connect`), and the server
-    runs until it is stopped."""
+    0 means no rounds and no merges: clients are own-loop clients (`client_edge.connect`), and the server runs until it
+    is stopped."""
 
     per_device_eval_batch_size: int = Field(8, ge=1)
     """Examples in one batch of an evaluation."""
@@ -58,9 +58,9 @@ class StrategyOperation(Operation):
     """How far a merge trusts an upload."""
 
     max_update: float = Field(10.0, ge=0)
-    """How far the layers that a client uploads may have moved: each tensor by its own size, and this many times as far
-    as the round's steps reach at the run's learning rate; what has moved further is refused, 0 means no bound
-    (docs/strategies.md)."""
+    """How far the layers that a client uploads may have moved. Each tensor may move by its own size, and this many
+    times as far as the round's steps reach at the run's learning rate. An upload that has moved further is refused; 0
+    means no bound (docs/strategies.md)."""
 
 
 class LinkSection(Operation):
@@ -79,7 +79,7 @@ class LinkSection(Operation):
     """Seconds of silence on the control connection after which the peer counts as gone."""
 
     slowest_link_bytes_per_second: float = Field(250_000.0, gt=0)
-    """The slowest client link to allow for (default 2 Mbit/s); a frame must pass it in less than half the heartbeat
+    """The slowest client link to allow for (default 2 Mbit/s). A frame must pass it in less than half the heartbeat
     timeout, and a message that is slower than this is taken for lost."""
 
     max_rms: float = Field(1e6, gt=0)
@@ -116,7 +116,7 @@ class StorageOperation(Operation):
 
     fsync: Literal["always", "interval", "never"] = "always"
     """When writes are forced through to the disk: before every acknowledgement, every `fsync_interval`, or when the
-    system likes; the last two survive a crash of the process but not a power failure."""
+    system likes. The last two survive a crash of the process but not a power failure."""
 
     fsync_interval: float = Field(1.0, gt=0)
     """Seconds between two forced writes with `fsync = "interval"`."""
@@ -125,12 +125,12 @@ class StorageOperation(Operation):
     """Commits after which a snapshot is taken between two merges; bounds the log's size and the time to recover."""
 
     keep_snapshots: int = Field(2, ge=0)
-    """Generations of snapshots, with the log since each, that are kept; at least 2 for a damaged one to have a
-    predecessor, 0 keeps all, so that `splitfl replay` can begin at the first step."""
+    """Generations of snapshots that are kept, with the log since each. It takes 2 for a damaged one to have a
+    predecessor; 0 keeps all, so that `splitfl replay` can begin at the first step."""
 
     keep_named: int = Field(8, ge=1)
-    """Snapshots of the backbone that checkpoints of clients in loops of their own name (`federation.num_rounds = 0`);
-    the oldest goes when another is kept."""
+    """Snapshots of the backbone that checkpoints of own-loop clients name (`federation.num_rounds = 0`); the oldest
+    goes when another is kept."""
 
     @model_validator(mode="after")
     def _has_a_predecessor(self) -> Self:

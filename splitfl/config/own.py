@@ -74,7 +74,7 @@ class ClientSection(Section):
     """SOCKS5 proxy to reach the server through, as HOST:PORT; empty means none."""
 
     micro_batch_rows: int = Field(0, ge=0)
-    """Rows that this client sends at once at most: a micro-batch of the run goes in pieces where it has more, which is
+    """Rows that this client sends at once at most. A micro-batch of the run goes in pieces where it has more, which is
     the same step to rounding. For a client or a server with too little memory; 0 sends micro-batches whole."""
 
     output_dir: Path = Path("client-runs")
@@ -194,9 +194,9 @@ class PolicySection(Section):
     """Largest `optimizer.learning_rate`."""
 
     known_weights: str = Field("", pattern=r"^$|^own$|^[0-9a-f]{64}$")
-    """What the first layers must be: the SHA-256 of the client's part of a checkpoint that you know (`splitfl check`
-    prints it), or "own" for those of `client.model_name_or_path`; empty takes what the server sends. What merges bring
-    later is vouched for by nothing."""
+    """The first layers that you know: the SHA-256 of the client's part of a checkpoint (`splitfl check` prints it), or
+    "own" for the layers of `client.model_name_or_path`. Empty takes whatever the server sends. What merges bring later
+    is vouched for by nothing."""
 
 
 def default_cache_dir() -> Path:

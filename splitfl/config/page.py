@@ -27,7 +27,7 @@ command line overrides the file and may be given several times. An unknown setti
 one, a wrong value with the rule; the exit code is then 2.
 
 **The server's settings are the run's.** All sections of the server's file but `[server]` travel to every client when it
-joins, so nothing has to be kept equal by hand on two machines. A client's file holds only what is the client's own.
+joins. So nothing has to be kept equal by hand on two machines. A client's file holds only what is the client's own.
 
 "unset" means that the setting is left out of the file.
 

@@ -26,7 +26,7 @@ def _strategy_uses_its_options(run: RunSettings) -> None:
 
 
 def _controls_are_what_they_mean(run: RunSettings) -> None:
-    """Refuse what would make of SCAFFOLD's controls something else than mean gradients."""
+    """Refuse settings with which SCAFFOLD's controls would not be mean gradients."""
     if run.kind is RunKind.OWN_LOOPS:
         return
     if run.optimizer.optim != "sgd":

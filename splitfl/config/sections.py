@@ -51,8 +51,8 @@ class FederationSection(FederationOperation, FederationExposure, FederationIdent
     def _shares_steps_only_in_rounds(self) -> Self:
         if self.num_rounds == 0 and self.server_mode == "shared":
             raise ValueError(
-                "num_rounds = 0 lets each client train in a loop of its own, so there is no step that all share: set"
-                ' server_mode to "sequential", "per_client" or "frozen"'
+                "num_rounds = 0 is for own-loop clients, which share no steps: set server_mode to"
+                ' "sequential", "per_client" or "frozen"'
             )
         return self
 

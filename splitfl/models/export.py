@@ -44,7 +44,7 @@ def trained_file(client_id: str = "") -> str:
 def export_run(run_dir: Path, output_dir: Path, format_: Format = "merged", client_id: str = "") -> Path:
     """Write what a run has trained so far; `output_dir` appears whole or not at all.
 
-    `client_id` names whose copy, where every client of a loop of its own has one.
+    `client_id` names whose copy, where every own-loop client has one.
     """
     if not (run_dir / CONFIG_FILE).is_file():
         raise ConfigError(f"{run_dir}: not a run's folder: it has no {CONFIG_FILE}")
@@ -74,7 +74,7 @@ def _nothing(run_dir: Path, client_id: str) -> str:
     if names:
         return f"there is a backbone for each client, and none merged: name one of {', '.join(names)} with --client"
     if client_id:
-        return f"no backbone of {client_id}: only loops of clients' own with server_mode = per_client have one for each"
+        return f"no backbone of {client_id}: only own-loop clients with server_mode = per_client have one each"
     return "nothing to export yet: the run has not finished its first round"
 
 

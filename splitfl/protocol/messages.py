@@ -131,8 +131,8 @@ class Ping:
 class Pong:
     """Server: so am I, and this is what the run is waiting for ("" when for nothing).
 
-    The bytes are those of whole messages on the data connection since its first: a side that has sent more than the
-    other has received, and sees no progress, has a dead connection.
+    The bytes are of whole messages on the data connection since its first. A side that has sent more than the other has
+    received, and sees no progress, has a dead connection.
     """
 
     number: int
@@ -209,7 +209,7 @@ class BackwardDone:
     norms_Q: TensorFrames | None
     """Norm of each server-side gradient of the step so far (f32, -1 where a tensor has none), in the model's order.
 
-    For a client that runs a loop of its own and clips there; None in a run that goes by rounds.
+    For an own-loop client, which clips itself; None in a run that goes by rounds.
     """
 
 
@@ -224,7 +224,7 @@ class Commit:
     norms_P: TensorFrames
     """Norm of each client-side gradient, in the model's order; -1 where a tensor has none."""
     learning_rate: float
-    """The client's, in a loop of its own; 0.0 in a run that goes by rounds, whose schedule both sides know."""
+    """An own-loop client's; 0.0 in a run that goes by rounds, whose schedule both sides know."""
     clip_coefficient: float
     """What the client's loop has scaled all gradients of the step by; 1.0 in a run that goes by rounds."""
 
@@ -386,14 +386,14 @@ class EndCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Discard:
-    """Client, in a loop of its own: drop the graphs and gradients of this step; it is not going to be committed."""
+    """Client with its own loop: drop the graphs and gradients of this step; it is not going to be committed."""
 
     step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Keep:
-    """Client, in a loop of its own: keep a snapshot of the backbone as it is now."""
+    """Client with its own loop: keep a snapshot of the backbone as it is now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -405,7 +405,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GoBack:
-    """Client, in a loop of its own: bring the backbone back to where it was after this commit."""
+    """Client with its own loop: bring the backbone back to where it was after this commit."""
 
     commit_number: int
 

@@ -44,7 +44,7 @@ def realise(frames: TensorFrames, device: torch.device | str = "cpu", *, max_rms
 
     Raises `OutOfBounds` when a value is NaN or infinite, or the values' root mean square exceeds `max_rms`.
 
-    The bytes are copied once: small frames arrive unaligned, several frames must be put together, and one path for all
+    The bytes are copied once. Small frames arrive unaligned, and several frames must be put together. One path for all
     sizes costs less than it saves.
     """
     tensor = torch.empty(frames.shape, dtype=DTYPES[frames.dtype])

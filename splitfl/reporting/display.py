@@ -205,7 +205,7 @@ def _say(event: Event, view: RunView) -> tuple[str, str] | None:
 
 def _say_run(event: Event) -> str:
     rounds, steps = counted(event["num_rounds"], "round"), counted(event["local_steps"], "step")
-    what = f"{rounds} of {steps}" if event["num_rounds"] else "clients in loops of their own"
+    what = f"{rounds} of {steps}" if event["num_rounds"] else "own-loop clients"
     return f"{event['run_id']}: {event['model']}, {event['server_mode']}, {what}, {event['device']}"
 
 

@@ -57,12 +57,12 @@ class Life:
 
     @property
     def bytes_sent(self) -> int | None:
-        """What the server has sent; of a killed one, what its clients' steps say that they have received."""
+        """The server's bytes sent; of a killed one, the bytes that its clients' steps say they have received."""
         return self.end.get("bytes_sent", None if self.traffic is None else self.traffic.received)
 
     @property
     def bytes_received(self) -> int | None:
-        """What the server has received; of a killed one, what its clients' steps say that they have sent."""
+        """The server's bytes received; of a killed one, the bytes that its clients' steps say they have sent."""
         return self.end.get("bytes_received", None if self.traffic is None else self.traffic.sent)
 
     def after(self, event: Event) -> "Life":

@@ -131,7 +131,7 @@ def _merge(event: Event, digests: Mapping[str, str], gone: set[str]) -> MergeVie
     """Join a merge with its clients' digests.
 
     `equal` asks for the server's digest from every client in the merge that did not leave early, and from any other
-    that loaded it; where merges are made as uploads come in, a client may get a later one instead.
+    that loaded it. Where merges are made as uploads come in, a client may get a later one instead.
     """
     expected = set(digests) if "uploads" in event else (set(event["clients"]) - gone) | set(digests)
     equal = bool(digests) and all(digests.get(client_id) == event["digest"] for client_id in expected)

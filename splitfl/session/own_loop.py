@@ -1,4 +1,4 @@
-"""Both sides of a session without rounds: the client trains in a loop of its own, and evaluates in it when it likes.
+"""Both sides of an own-loop client's session, without rounds: the client evaluates in its loop when it likes.
 
 A step is open from its first training micro-batch to its commit or discard, and has any number of micro-batches. Its
 number is the client's choice as long as numbers rise: one that is given up is not used again. Otherwise the rules are

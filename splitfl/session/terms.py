@@ -26,7 +26,7 @@ class Terms:
     max_packed_examples: int
     """Examples that the rows of one micro-batch may be packed from; 0 where each row is one example."""
     micro_batches: int
-    """Micro-batches in a step; 0 where clients train in loops of their own, and a step has any number."""
+    """Micro-batches in a step; 0 with own-loop clients, whose steps have any number."""
     needs_backward: bool
     """Whether the backbone learns or anything below it does, so that gradients are sent."""
     num_trainable: int
@@ -37,7 +37,7 @@ class Terms:
     has_controls: bool
     """Whether a control variate (f32) for each of them comes after them when the server sends them."""
     num_rounds: int
-    """Merges of the run; 0 where clients train in loops of their own."""
+    """Merges of the run; 0 with own-loop clients."""
     local_steps: int
     """Steps of a client in a round."""
     rows_per_step: int = 0

@@ -16,5 +16,5 @@ class Finding:
 
 
 Check: TypeAlias = Callable[[Path, Sequence[str]], Iterator[Finding]]
-"""What a role registers in the entry-point group `splitfl.checks`: a config file and overrides to findings, in the
-order in which they are made, until all is looked at or a `SplitflError` says what is wrong."""
+"""A role's entry in the group `splitfl.checks`: from a config file and overrides to findings, in the order in which
+they are made. They end when all is looked at, or with a `SplitflError` that says what is wrong."""

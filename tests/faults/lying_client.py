@@ -189,7 +189,7 @@ class Liar:
         )
 
     def discards(self, number: int) -> Message:
-        """Make, in a loop of its own, a micro-batch of a step and then its giving up, and so on."""
+        """Make, as an own-loop client, a micro-batch of a step and then its giving up, and so on."""
         step = number // 2 + 1
         return Discard(step=step) if number % 2 else self.forward(step)
 

@@ -1,4 +1,4 @@
-"""Servers for clients in loops of their own: see `host.Host`."""
+"""Servers for own-loop clients: see `host.Host`."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

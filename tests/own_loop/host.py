@@ -1,4 +1,4 @@
-"""A server for clients in loops of their own, in a thread of this process, and the unsplit model to compare with."""
+"""A server for own-loop clients, in a thread of this process, and the unsplit model to compare with."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -45,7 +45,7 @@ def settings(directory: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Host(ServedRun):
-    """One server for clients in loops of their own."""
+    """One server for own-loop clients."""
 
     def __init__(self, folder: Path, tree: Mapping[str, Any]) -> None:
         self.configure(folder, tree)

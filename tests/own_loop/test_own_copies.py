@@ -1,4 +1,4 @@
-"""`per_client` in loops of clients' own: each has a backbone to itself, which nobody waits for and nothing merges."""
+"""`per_client` with own-loop clients: each has a backbone to itself, which nobody waits for and nothing merges."""
 
 from collections.abc import Callable
 from pathlib import Path
