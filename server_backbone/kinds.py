@@ -6,7 +6,7 @@ from typing import Protocol
 
 from server_backbone.compute.blocks_worker import Scaling
 from server_backbone.compute.gradient_rules import GradientRule, rules_of_own_loops, rules_of_rounds
-from server_backbone.deciding.gates import Gate, gate_for
+from server_backbone.deciding.gates import Gate, PatientGate, gate_for
 from server_backbone.deciding.rounds import Choose, Endless, Rounds
 from server_backbone.deciding.turns import Turns
 from server_backbone.merging.buffered import BufferedMerger
@@ -152,7 +152,9 @@ class WithOwnLoops:
 
     def gate(self, run: RunConfig) -> Gate:
         federation = run.federation
-        gate = gate_for(federation.server_mode, federation.step_timeout, federation.max_missed_steps, is_patient=True)
+        gate = gate_for(
+            federation.server_mode, federation.step_timeout, federation.max_missed_steps, in_turn=PatientGate
+        )
         gate.round_opened((), first_step=1)  # and never closed
         return gate
 

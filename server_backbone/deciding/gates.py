@@ -210,10 +210,8 @@ class SharedGate:
 class SequentialGate:
     """One client's step at a time, each computed and applied before the next begins (split learning's plain order)."""
 
-    def __init__(self, step_timeout: float, max_missed_steps: int = 3, *, is_patient: bool = False) -> None:
-        """A patient gate ends a turn only when somebody else waits for it."""
+    def __init__(self, step_timeout: float, max_missed_steps: int = 3) -> None:
         self._step_timeout = step_timeout
-        self._is_patient = is_patient
         self._patience = Patience(max_missed_steps, step_timeout)
         self._owner: str | None = None
         self._owner_step = 0
@@ -273,7 +271,7 @@ class SequentialGate:
         return 0
 
     def ticked(self, now_s: float) -> list[Action]:
-        if self._owner is None or now_s < self._deadline_s or (self._is_patient and not self._held):
+        if self._owner is None or now_s < self._deadline_s:
             return []
         owner, is_waited_for = self._owner, bool(self._held)
         closed = self._closed(f"its turn ended after {self._step_timeout:g} s without a commit")
@@ -298,6 +296,13 @@ class SequentialGate:
         client_id = next((held for held in self._held if not self.sits_out(held)), next(iter(self._held)))
         self._take_turn(client_id, self._held.pop(client_id), now_s)
         return [Begin(client_id=client_id)]
+
+
+class PatientGate(SequentialGate):
+    """Ends a turn only when somebody else waits for it."""
+
+    def ticked(self, now_s: float) -> list[Action]:
+        return super().ticked(now_s) if self._held else []
 
 
 class FrozenGate:
@@ -344,13 +349,19 @@ class PerClientGate(FrozenGate):
     """
 
 
-def gate_for(server_mode: str, step_timeout: float, max_missed_steps: int = 3, *, is_patient: bool = False) -> Gate:
-    """Return the gate of a `server_mode`; see `SequentialGate` for what is patient."""
+def gate_for(
+    server_mode: str,
+    step_timeout: float,
+    max_missed_steps: int = 3,
+    *,
+    in_turn: type[SequentialGate] = SequentialGate,
+) -> Gate:
+    """Return the gate of a `server_mode`; `in_turn` is that of "sequential"."""
     match server_mode:
         case "shared":
             return SharedGate(step_timeout, max_missed_steps)
         case "sequential":
-            return SequentialGate(step_timeout, max_missed_steps, is_patient=is_patient)
+            return in_turn(step_timeout, max_missed_steps)
         case "per_client":
             return PerClientGate()
         case _:

@@ -11,6 +11,7 @@ from server_backbone.deciding.gates import (
     CloseStep,
     FrozenGate,
     Gate,
+    PatientGate,
     PerClientGate,
     SequentialGate,
     SharedGate,
@@ -188,7 +189,7 @@ class TestSequential:
         assert told(gate.ticked(120.0)) == [("close", "b", 2)]
 
     def test_a_patient_gates_turn_ends_only_when_somebody_waits(self) -> None:
-        gate = gate_for("sequential", TIMEOUT, is_patient=True)
+        gate = gate_for("sequential", TIMEOUT, in_turn=PatientGate)
         gate.round_opened((), 1)
         gate.forward("a", 3, 100.0)
         assert gate.ticked(500.0) == []
