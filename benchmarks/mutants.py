@@ -95,7 +95,7 @@ MUTANTS = (
     ),
     Mutant(
         name="infinity is taken for a number",
-        function="realise",
+        function="Tensors._check_values",
         letters="not math.isfinite(norm)",
         instead="math.isnan(norm)",
         tests="tests/protocol/test_tensors.py",

@@ -42,6 +42,7 @@ from splitfl.models.cut import Cut
 from splitfl.models.export import export_model
 from splitfl.models.origin import Origin, locate
 from splitfl.models.source import Weights, empty_cut, read_config, server_weights
+from splitfl.protocol.tensors import Tensors
 from splitfl.reporting.display import Display
 from splitfl.reporting.report import build_report, measures_table, summary_table, write_report
 from splitfl.session.limits import limits_of, messages_queued
@@ -297,12 +298,13 @@ def build_server(
     first_layers = FirstLayers(list(layers), read)
     strategy = strategy_for(run.federation, run.strategy, run.seed)
     kind = server_parts(run)
-    merger = kind.merger(strategy, first_layers, run_dir, run.federation.weight_by, run.link.max_rms, Bound.of(run))
     worker = worker_of(cut, run, kind.gradient_rules(run, cut), device, model.device_map)
     storage = run.storage
     ledger = Ledger(store, worker, keeps_records=storage.durability == "redo", snapshot_steps=storage.snapshot_steps)
     kept = backbone_parts(run).kept(ledger, store, worker, limit=storage.keep_named)
     terms = kind.checked(terms_of(run, cut), partial(worker.blocks.check_packing, run.text.max_seq_length))
+    tensors = Tensors(terms.wire_types, frame_bytes=run.link.frame_bytes, max_rms=run.link.max_rms)
+    merger = kind.merger(strategy, first_layers, run_dir, run.federation.weight_by, tensors, Bound.of(run))
     limits = limits_of(terms, run.link, clients=config.server.max_clients)
     listener.bound_messages(num_bytes=limits.message_bytes, num_frames=limits.message_frames)
     return Server(
@@ -313,7 +315,7 @@ def build_server(
         limits=limits,
         listener=listener,
         admission=Admission(security.allow_list if security else None, limits),
-        engine=Engine(run, kind, worker, merger, ledger, kept, history),
+        engine=Engine(run, kind, worker, merger, ledger, kept, history, tensors),
         provisions=prepare(model.directory, cut, model.weights, cache_dir=_cache_dir(config), run_dir=run_dir),
         metrics=metrics,
         history=history,

@@ -35,6 +35,7 @@ from server_backbone.provisions import Provisions
 from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Fetch, Leave, Message, Ping, Probe, Resume, Shutdown, Welcome, Why
+from splitfl.protocol.tensors import Tensors
 from splitfl.session.limits import Limits
 from splitfl.session.server_session import Reply
 from splitfl.session.terms import Terms
@@ -139,6 +140,7 @@ class Server:
                 excuses=excuses,
                 engine=engine,
                 history=self.history,
+                tensors=Tensors(self.terms.wire_types, frame_bytes=run.link.frame_bytes),
                 **shared,
             ),
             course,

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar, overload
 
-from torch import Tensor
-
 from client_edge.connection.endings import RoundClosed, StepClosed, check_goes_on
 from client_edge.connection.joining import JOIN_AGAIN_S, Joining
 from client_edge.connection.line import Line
@@ -34,11 +32,10 @@ from splitfl.protocol.messages import (
     Resumed,
     RoundOpened,
     StepRefused,
-    TensorFrames,
     Welcome,
     Why,
 )
-from splitfl.protocol.tensors import describe, realise
+from splitfl.protocol.tensors import Tensors
 from splitfl.session.client_session import ClientSession
 from splitfl.stopping import StopRequest
 
@@ -120,6 +117,14 @@ class Connection:
         if self._session is None:
             raise RuntimeError("the session has no terms yet")
         return self._session
+
+    @property
+    def tensors(self) -> Tensors:
+        """How the session's tensors travel, once `agree` has set its terms."""
+        link, policy = self.run.link, self.gate.policy
+        return Tensors(
+            self.session.terms.wire_types, frame_bytes=link.frame_bytes, max_rms=min(link.max_rms, policy.max_rms)
+        )
 
     @property
     def bytes_sent(self) -> int:
@@ -220,14 +225,6 @@ class Connection:
                 allowance.step()
             allowance.sent(self.bytes_sent + num_bytes)
         self._line.send(frames)
-
-    def described(self, tensor: Tensor) -> TensorFrames:
-        """Describe a tensor in the run's frames."""
-        return describe(tensor, self.run.link.frame_bytes)
-
-    def realised(self, frames: TensorFrames) -> Tensor:
-        """Return a tensor from the server; raise `RemoteProtocolError` for poison."""
-        return realise(frames, max_rms=min(self.run.link.max_rms, self.gate.policy.max_rms))
 
     @overload
     def answer(self, what: str, one: type[A], /) -> A: ...

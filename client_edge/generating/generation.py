@@ -17,6 +17,7 @@ from client_edge.connection.connection import Connection
 from splitfl.errors import ModelError, Refused, TransportError
 from splitfl.models.far_cache import lengths_of
 from splitfl.protocol.messages import Declined, ForwardDone
+from splitfl.protocol.roles import Role
 from splitfl.session.client_session import ClientSession
 
 T = TypeVar("T")
@@ -128,13 +129,13 @@ class FarCacheOfServer:
         self, connection: Connection, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
     ) -> Tensor:
         """Return the backbone's activations of new positions; raise `Refused` when the server declines."""
-        frames = connection.described(hidden_BSD)
+        frames = connection.tensors.pack(Role.NEW_POSITIONS, hidden_BSD)
         connection.send(
             connection.session.decode(self._id, frames, lengths_B, beams_B, adapters_off=self._adapters_off)
         )
         match connection.answer("the next token", ForwardDone, Declined):
             case ForwardDone(hidden_BSD=answer_BSD):
-                return connection.realised(answer_BSD)
+                return connection.tensors.unpack(Role.NEW_POSITIONS, answer_BSD)
             case Declined(reason=reason):
                 raise Refused(f"{connection.address} declined: {reason}")
 

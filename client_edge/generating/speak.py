@@ -22,6 +22,7 @@ from splitfl.durability.disk import make_private_dir
 from splitfl.errors import DataError, ModelError
 from splitfl.models.cut import Cut
 from splitfl.models.foreign import foreign_tokenizer
+from splitfl.protocol.roles import Role
 from splitfl.session.client_session import ClientSession
 from splitfl.training.device import open_device
 from splitfl.training.terms import merged_layers, terms_of
@@ -164,7 +165,8 @@ def _take_merged_layers(connection: Connection, cut: Cut) -> None:
     if not resumed.layers:
         return
     merged = merged_layers(connection.run, cut)
-    layers = [connection.realised(layer) for layer in resumed.layers[: len(merged)]]  # controls may come after them
+    tensors = connection.tensors
     with torch.no_grad():
-        for parameter, layer in zip(merged.values(), layers, strict=True):
-            parameter.copy_(layer)
+        # controls may come after the layers
+        for parameter, layer in zip(merged.values(), resumed.layers[: len(merged)], strict=True):
+            parameter.copy_(tensors.unpack(Role.LAYER, layer))

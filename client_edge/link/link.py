@@ -27,6 +27,7 @@ from splitfl.protocol.messages import (
     RoundsEnded,
     TensorFrames,
 )
+from splitfl.protocol.roles import Role
 from splitfl.session.client_session import ClientSession
 
 
@@ -67,7 +68,7 @@ class Link:
         message = self.session.forward(
             step=step,
             micro_batch=micro_batch,
-            hidden_BSD=self.connection.described(hidden_BSD),
+            hidden_BSD=self.connection.tensors.pack(Role.HIDDEN, hidden_BSD),
             lengths_B=layout.lengths_B,
             example_lengths=layout.example_lengths,
         )
@@ -76,19 +77,21 @@ class Link:
 
     def send_backward(self, request_id: int, gradient_BSD: Tensor) -> None:
         """Send the gradient of the activations that came back for a request."""
-        self.connection.send(self.session.backward(request_id, self.connection.described(gradient_BSD)))
+        self.connection.send(
+            self.session.backward(request_id, self.connection.tensors.pack(Role.GRADIENT, gradient_BSD))
+        )
 
     def receive(self) -> Answer:
         """Wait for the next answer to a micro-batch."""
         match self.connection.answer("the backbone", ForwardDone, BackwardDone):
             case ForwardDone(request_id=number, hidden_BSD=frames):
-                return Activations(request_id=number, hidden_BSD=self.connection.realised(frames))
+                return Activations(request_id=number, hidden_BSD=self.connection.tensors.unpack(Role.HIDDEN, frames))
             case BackwardDone(request_id=number, gradient_BSD=frames):
                 return Gradient(request_id=number, gradient_BSD=self._gradient(frames))
 
     def commit(self, *, num_label_tokens: int, loss: float, norms_P: Tensor) -> Committed:
         """Ask for the step to be applied; raise `StepClosed` when it is refused: then it is applied on neither side."""
-        frames = self.connection.described(norms_P)
+        frames = self.connection.tensors.pack(Role.NORMS, norms_P)
         self.connection.send(self.session.commit(num_label_tokens=num_label_tokens, loss=loss, norms_P=frames))
         return self.connection.answer("the commit of this step", Committed)
 
@@ -96,7 +99,7 @@ class Link:
         if (frames is not None) != self.connection.run.bottom_trains:
             rule = "needs its gradient" if frames is None else "has no use for a gradient"
             raise RemoteProtocolError(f"an answer of the wrong kind: what is below the first cut {rule}")
-        return None if frames is None else self.connection.realised(frames)
+        return None if frames is None else self.connection.tensors.unpack(Role.GRADIENT, frames)
 
     # rounds
 
@@ -107,7 +110,8 @@ class Link:
 
     def merge(self, layers: Mapping[str, Tensor], *, num_examples: int, num_tokens: int) -> Merged:
         """Hand over this round's layers and wait for everyone's; the tensors must not be written to meanwhile."""
-        frames = tuple(self.connection.described(layer) for layer in layers.values())
+        tensors = self.connection.tensors
+        frames = tuple(tensors.pack(Role.LAYER, layer) for layer in layers.values())
         self.connection.send(self.session.upload(num_examples=num_examples, num_tokens=num_tokens, layers=frames))
         return self._await_merge()
 
@@ -117,9 +121,11 @@ class Link:
             self.session.sit_out()
         return self._await_merge()
 
-    def realise(self, layers: Sequence[TensorFrames]) -> list[Tensor]:
-        """Return layers as tensors; raise `RemoteProtocolError` for poison."""
-        return [self.connection.realised(layer) for layer in layers]
+    def unpack(self, layers: Sequence[TensorFrames]) -> list[Tensor]:
+        """Return the layers of a merge, and their controls if there are any; raise `RemoteProtocolError` for poison."""
+        tensors, num_layers = self.connection.tensors, len(self.session.terms.layer_shapes)
+        roles = (Role.LAYER if at < num_layers else Role.CONTROL for at in range(len(layers)))
+        return [tensors.unpack(role, layer) for role, layer in zip(roles, layers, strict=True)]
 
     def _await_merge(self) -> Merged:
         return self.connection.answer("the merge of this round", Merged)

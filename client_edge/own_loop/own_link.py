@@ -9,6 +9,7 @@ from client_edge.connection.connection import Connection
 from splitfl.errors import Refused, RemoteProtocolError
 from splitfl.models.layout import Layout
 from splitfl.protocol.messages import BackwardDone, Committed, Declined, ForwardDone, Kept, WentBack
+from splitfl.protocol.roles import Role
 from splitfl.session.own_loop import OwnLoopClientSession
 
 _NO_NORMS = torch.empty(0, dtype=torch.float32)
@@ -52,7 +53,7 @@ class OwnLoopLink:
         message = self.session.forward_in_loop(
             step=step,
             micro_batch=micro_batch,
-            hidden_BSD=self.connection.described(hidden_BSD),
+            hidden_BSD=self.connection.tensors.pack(Role.HIDDEN, hidden_BSD),
             lengths_B=rows.layout.lengths_B,
             left_padded=rows.layout.left_padded,
             example_lengths=rows.layout.example_lengths,
@@ -63,23 +64,24 @@ class OwnLoopLink:
 
     def activations(self) -> Tensor:
         """Wait for the activations that were asked for."""
-        return self.connection.realised(self.connection.answer("the backbone", ForwardDone).hidden_BSD)
+        done = self.connection.answer("the backbone", ForwardDone)
+        return self.connection.tensors.unpack(Role.HIDDEN, done.hidden_BSD)
 
     def backward(self, request_id: int, gradient_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradient for a request's activations, and the norms of the step's far gradients so far (Q)."""
-        frames = self.connection.described(gradient_BSD)
-        self.connection.send(self.session.backward(request_id, frames))
+        tensors = self.connection.tensors
+        self.connection.send(self.session.backward(request_id, tensors.pack(Role.GRADIENT, gradient_BSD)))
         done = self.connection.answer("the backbone", BackwardDone)
         if done.gradient_BSD is None or done.norms_Q is None:
             raise RemoteProtocolError("a gradient without values, or without the norms of the server's own")
-        return self.connection.realised(done.gradient_BSD), self.connection.realised(done.norms_Q)
+        return tensors.unpack(Role.GRADIENT, done.gradient_BSD), tensors.unpack(Role.NORMS, done.norms_Q)
 
     def commit_step(self, step: int, *, learning_rate: float, clip_coefficient: float) -> Committed:
         """Ask for a step to be applied; raise `StepClosed` when it is refused: then it is applied on neither side."""
         self.connection.send(
             self.session.commit_in_loop(
                 step=step,
-                norms_P=self.connection.described(_NO_NORMS),
+                norms_P=self.connection.tensors.pack(Role.NORMS, _NO_NORMS),
                 learning_rate=learning_rate,
                 clip_coefficient=clip_coefficient,
             )

@@ -41,7 +41,7 @@ class Training:
 
             # local steps, then everyone's layers in place of ours
             merged = self._merge_of(round_)
-            self.journal.loaded(self.link.realise(merged.layers), merged.round_number, counted=merged.counted)
+            self.journal.loaded(self.link.unpack(merged.layers), merged.round_number, counted=merged.counted)
 
             # every client says what it holds now, so that anyone can see that all hold the same
             self.own_log.merged(merged, report_layers(self.edge, self.link, merged.round_number))
@@ -51,14 +51,14 @@ class Training:
         answer = self.link.open_round(self._num_examples)
         if isinstance(answer, RoundOpened):
             if answer.layers:
-                self.journal.loaded(self.link.realise(answer.layers), answer.round_number - 1)
+                self.journal.loaded(self.link.unpack(answer.layers), answer.round_number - 1)
                 report_layers(self.edge, self.link, answer.round_number - 1)
             self.own_log.round_opened(answer)
         return answer
 
     def _end(self, ended: RoundsEnded) -> None:
         if ended.layers:
-            self.journal.loaded(self.link.realise(ended.layers), ended.round_number)
+            self.journal.loaded(self.link.unpack(ended.layers), ended.round_number)
             report_layers(self.edge, self.link, ended.round_number)
         self.own_log.rounds_ended(ended)
 

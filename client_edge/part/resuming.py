@@ -32,7 +32,7 @@ class Resuming:
             self._settle(resumed)
             counted = resumed.counted_round > self._journal.place.held_round
         if resumed.layers:
-            self._journal.loaded(self._link.realise(resumed.layers), resumed.held_round, counted=counted)
+            self._journal.loaded(self._link.unpack(resumed.layers), resumed.held_round, counted=counted)
             digest = report_layers(self._edge, self._link, resumed.held_round)
             self._own_log.caught_up(resumed.held_round, digest)
         if resumed.round_number:

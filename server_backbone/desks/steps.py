@@ -35,7 +35,8 @@ from splitfl.config.trees import RunConfig
 from splitfl.durability.crash import crash_point
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Backward, BackwardDone, Commit, Committed, Discard, Forward, ForwardDone, Message
-from splitfl.protocol.tensors import OutOfBounds, realise
+from splitfl.protocol.roles import Role
+from splitfl.protocol.tensors import OutOfBounds, Tensors
 from splitfl.session.server_session import Applied, Phase
 from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import MetricsLog
@@ -56,6 +57,7 @@ class Steps(Desk):
     mail: Mail
     metrics: MetricsLog
     history: History
+    tensors: Tensors
     _held: dict[str, list[work.Run]] = field(default_factory=dict, init=False)
     """Micro-batches that the gate has not let begin, by client."""
     _asked: dict[str, Commit] = field(default_factory=dict, init=False)
@@ -188,7 +190,7 @@ class Steps(Desk):
             client_id=client_id,
             step=commit.step,
             num_label_tokens=commit.num_label_tokens,
-            norms_P=realise(commit.norms_P).tolist(),
+            norms_P=self._norms(commit),
             scaling=self.kind.scaling(self.run, commit),
         )
 
@@ -225,13 +227,24 @@ class Steps(Desk):
     def _check_claims(self, member: Member, commit: Commit) -> Effects | None:
         """Check what a client says of its gradients; return what follows where it may follow from a merge."""
         try:
-            _check_claims(commit)
+            self._check_numbers(commit)
         except OutOfBounds as error:
             excused = self.excuses.excuse(member, Stage.TRAINING, error)
             if excused is None:
                 raise
             return excused
         return None
+
+    def _check_numbers(self, commit: Commit) -> None:
+        """Raise for what must not reach the others' step."""
+        if not math.isfinite(commit.loss):
+            raise OutOfBounds("a loss that is not finite (NONFINITE_TENSOR)")
+        if any(norm < 0 and norm != NO_GRADIENT for norm in self._norms(commit)):
+            raise RemoteProtocolError(f"a negative norm of a gradient (only {NO_GRADIENT:g} is one, for none)")
+
+    def _norms(self, commit: Commit) -> list[float]:
+        norms: list[float] = self.tensors.unpack(Role.NORMS, commit.norms_P).tolist()
+        return norms
 
 
 def _run(member: Member, message: Forward | Backward) -> work.Run:
@@ -240,11 +253,3 @@ def _run(member: Member, message: Forward | Backward) -> work.Run:
 
 def _stage_of(run: work.Run) -> Stage:
     return Stage.EVALUATION if run.is_evaluation else Stage.TRAINING
-
-
-def _check_claims(commit: Commit) -> None:
-    """Raise for what must not reach the others' step."""
-    if not math.isfinite(commit.loss):
-        raise OutOfBounds("a loss that is not finite (NONFINITE_TENSOR)")
-    if any(norm < 0 and norm != NO_GRADIENT for norm in realise(commit.norms_P).tolist()):
-        raise RemoteProtocolError(f"a negative norm of a gradient (only {NO_GRADIENT:g} is one, for none)")

@@ -51,7 +51,8 @@ from splitfl.protocol.messages import (
     Upload,
     WentBack,
 )
-from splitfl.protocol.tensors import describe, digest_of, realise
+from splitfl.protocol.roles import Role
+from splitfl.protocol.tensors import Tensors, digest_of
 from splitfl.telemetry.history import History
 from splitfl.telemetry.units import counted
 
@@ -135,11 +136,12 @@ class Engine:
         ledger: Ledger,
         kept: KeptSnapshots,
         history: History,
+        tensors: Tensors,
     ) -> None:
         self._run = run
         self._kind = kind
         self._history = history
-        self._realise = partial(realise, max_rms=run.link.max_rms)
+        self._tensors = tensors
         self.worker = worker
         self.merger = merger
         self._parts = backbone_parts(run)
@@ -251,12 +253,12 @@ class Engine:
 
     def _evaluate(self, client_id: str, message: Forward) -> ForwardDone:
         hidden_BSD = self.worker.evaluate(client_id, self._micro_batch(message))
-        return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
+        return ForwardDone(request_id=message.request_id, hidden_BSD=self._tensors.pack(Role.HIDDEN, hidden_BSD))
 
     def _decode(self, client_id: str, message: Decode) -> ForwardDone | Declined:
         self._check_adapters(message)
         positions = Positions(
-            hidden_BSD=self._realise(message.hidden_BSD),
+            hidden_BSD=self._tensors.unpack(Role.NEW_POSITIONS, message.hidden_BSD),
             lengths_B=message.lengths_B,
             beams_B=message.beams_B,
             adapters_off=message.adapters_off,
@@ -267,17 +269,17 @@ class Engine:
             got = str(error)
         if isinstance(got, str):
             return Declined(request_id=message.request_id, reason=got)
-        return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(got))
+        return ForwardDone(request_id=message.request_id, hidden_BSD=self._tensors.pack(Role.NEW_POSITIONS, got))
 
     def _forward(self, client_id: str, message: Forward) -> ForwardDone:
         crash_point("forward")
         hidden_BSD = self.worker.forward(client_id, self._micro_batch(message))
-        return ForwardDone(request_id=message.request_id, hidden_BSD=self._describe(hidden_BSD))
+        return ForwardDone(request_id=message.request_id, hidden_BSD=self._tensors.pack(Role.HIDDEN, hidden_BSD))
 
     def _micro_batch(self, message: Forward) -> MicroBatch:
         self._check_adapters(message)
         return MicroBatch(
-            hidden_BSD=self._realise(message.hidden_BSD),
+            hidden_BSD=self._tensors.unpack(Role.HIDDEN, message.hidden_BSD),
             layout=_layout(message),
             request_id=message.request_id,
             step=message.step,
@@ -290,11 +292,13 @@ class Engine:
             raise RemoteProtocolError("adapters_off where the backbone trains in full: it has no adapters to turn off")
 
     def _backward(self, client_id: str, message: Backward) -> BackwardDone:
-        got = self.worker.backward(client_id, message.request_id, self._realise(message.gradient_BSD))
+        got = self.worker.backward(
+            client_id, message.request_id, self._tensors.unpack(Role.GRADIENT, message.gradient_BSD)
+        )
         return BackwardDone(
             request_id=message.request_id,
-            gradient_BSD=None if got.gradient_BSD is None else self._describe(got.gradient_BSD),
-            norms_Q=self._describe(got.norms_Q) if self._kind.tells_norms else None,
+            gradient_BSD=None if got.gradient_BSD is None else self._tensors.pack(Role.GRADIENT, got.gradient_BSD),
+            norms_Q=self._tensors.pack(Role.NORMS, got.norms_Q) if self._kind.tells_norms else None,
         )
 
     # steps
@@ -593,7 +597,8 @@ class Engine:
 
     def describe_layers(self) -> tuple[TensorFrames, ...]:
         """Describe everyone's layers: those of the last merge, or what every client starts with; and their controls."""
-        return tuple(self._describe(layer) for layer in (*self.merger.layers().values(), *self.merger.controls()))
+        layers = [self._tensors.pack(Role.LAYER, layer) for layer in self.merger.layers().values()]
+        return (*layers, *(self._tensors.pack(Role.CONTROL, control) for control in self.merger.controls()))
 
     def save(self) -> str:
         """Save this moment, when the compute thread has ended; return why no snapshot could be taken, else ""."""
@@ -643,9 +648,6 @@ class Engine:
     def digest(self, client_id: str = COMMON) -> str:
         """Return the SHA-256 (hex) over `trained`, in the model's order."""
         return digest_in(self.worker.state(client_id))
-
-    def _describe(self, tensor: Tensor) -> TensorFrames:
-        return describe(tensor, self._run.link.frame_bytes)
 
 
 def _layout(message: Forward) -> Layout:

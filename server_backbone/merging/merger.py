@@ -24,7 +24,8 @@ from splitfl.models import checkpoint
 from splitfl.models.checkpoint import TensorFile
 from splitfl.models.export import trained_file
 from splitfl.protocol.messages import Upload
-from splitfl.protocol.tensors import realise
+from splitfl.protocol.roles import Role
+from splitfl.protocol.tensors import Tensors
 
 _BEST_FILES = "best-*.safetensors"
 
@@ -146,7 +147,7 @@ class Merger:
         first_layers: Mapping[str, Tensor],
         run_dir: Path,
         weight_by: Literal["num_examples", "num_tokens", "uniform"],
-        max_rms: float,
+        tensors: Tensors,
         bound: Bound | None = None,
     ) -> None:
         """`first_layers` are what every client starts with, by name, in the model's order."""
@@ -155,7 +156,7 @@ class Merger:
         self._first_layers = self._layers = first_layers
         self._run_dir = run_dir
         self._weight_by = weight_by
-        self._max_rms = max_rms
+        self._tensors = tensors
         self._bound = bound
         self._weights: dict[str, float] = {}
         self._state: Mapping[str, Tensor] = {}
@@ -178,7 +179,7 @@ class Merger:
         """
         seen = seen or Seen()
         layers = {
-            name: realise(frames, max_rms=self._max_rms)
+            name: self._tensors.unpack(Role.LAYER, frames)
             for name, frames in zip(self._names, upload.layers, strict=True)
         }
         moved = self._bound.check(layers, self._begun_with(client_id), seen.path) if self._bound is not None else 0.0

@@ -1,1 +1,1 @@
-"""What crosses the wire: messages, their bytes, and the step from described to real tensors."""
+"""What crosses the wire: messages, their bytes, and the step from frames to tensors."""

@@ -1,6 +1,6 @@
 """The messages between one client and the server: a closed set, without torch.
 
-A tensor is described (dtype name, shape, raw buffers) and becomes a real one only in `protocol.tensors`, after the
+A tensor is frames (dtype name, shape, raw buffers) and becomes a real one only in `protocol.tensors`, after the
 session has checked it. The list of values that may cross is closed: activations and their gradients, row lengths, beam
 permutations, and the layers of a merge. Counts of label tokens and examples, gradient norms, learning rates and metrics
 cross too. Token ids, labels, logits and text never do; `tests/test_wire.py` watches for them.
@@ -10,7 +10,7 @@ server.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -63,7 +63,12 @@ class TensorFrames:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole tensor, by its shape."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return wire_bytes(self.dtype, self.shape)
+
+
+def wire_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes that a tensor of this wire type and shape takes."""
+    return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,18 +1,22 @@
-"""From real tensors to described ones and back.
+"""The one place where tensors meet frames.
 
-Ownership: `describe` does not copy where it can avoid it, so a tensor that is described must never be written to again.
-Activations and gradients are not; parameters are, so snapshot them first.
+A codec for some role is a wire type (`messages.DTYPE_BYTES`), an entry in `_CODECS`, and its agreement in the terms
+(`Terms.wire_types`): nothing else knows how a tensor travels.
+
+Ownership: `Tensors.pack` does not copy where it can avoid it, so a tensor that is packed must never be written to
+again. Activations and gradients are not; parameters are, so snapshot them first.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from splitfl.errors import RemoteProtocolError
+from splitfl.errors import LocalProtocolError, RemoteProtocolError
 from splitfl.protocol.messages import TensorFrames
+from splitfl.protocol.roles import Role
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "u8": torch.uint8}
 _NORM_PIECE = 1 << 18
@@ -28,40 +32,85 @@ def wire_dtype(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def describe(tensor: Tensor, frame_bytes: int) -> TensorFrames:
-    """Describe a tensor in frames of at most `frame_bytes`; its memory is used as it is if contiguous on the CPU."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    raw = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-    return TensorFrames(
-        dtype=_NAMES[tensor.dtype],
-        shape=tuple(tensor.shape),
-        buffers=tuple(raw[start : start + frame_bytes] for start in range(0, len(raw), frame_bytes)),
-    )
+class _AsItIs:
+    """The bytes that a tensor has in memory: little-endian, row-major."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        """Return a tensor whose bytes travel; without a copy where it is contiguous on the CPU."""
+        return tensor.detach().to("cpu").contiguous()
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor to receive the bytes in, for a tensor of this shape."""
+        return torch.empty(shape, dtype=self.dtype)
+
+    def decode(self, received: Tensor) -> Tensor:
+        """Return the tensor that these bytes are."""
+        return received
 
 
-def realise(frames: TensorFrames, device: torch.device | str = "cpu", *, max_rms: float = math.inf) -> Tensor:
-    """Return a tensor of its own, aligned memory.
+_CODECS = {name: _AsItIs(dtype) for name, dtype in DTYPES.items()}
 
-    Raises `OutOfBounds` when a value is NaN or infinite, or the values' root mean square exceeds `max_rms`.
 
-    The bytes are copied once. Small frames arrive unaligned, and several frames must be put together. One path for all
-    sizes costs less than it saves.
-    """
-    tensor = torch.empty(frames.shape, dtype=DTYPES[frames.dtype])
-    if tensor.numel():
-        target = tensor.reshape(-1).view(torch.uint8).numpy().data
-        start = 0
+class Tensors:
+    """How the tensors of one run become frames, and frames tensors again: by their role, as agreed in the terms."""
+
+    def __init__(self, agreed: Mapping[Role, str], *, frame_bytes: int, max_rms: float = math.inf) -> None:
+        """`agreed` are wire types by role (`Terms.wire_types`); tensors of other roles travel in their own type."""
+        self._agreed = agreed
+        self._frame_bytes = frame_bytes
+        self._max_rms = max_rms
+
+    def pack(self, role: Role, tensor: Tensor) -> TensorFrames:
+        """Return a tensor in frames of at most `frame_bytes`; its memory is used as it is if contiguous on the CPU.
+
+        Raises `LocalProtocolError` for a tensor of another type than its role travels in.
+        """
+        wire_type = self._agreed.get(role) or wire_dtype(tensor.dtype)
+        codec = _CODECS[wire_type]
+        if tensor.dtype != codec.dtype:
+            raise LocalProtocolError(f"{role.value} of type {tensor.dtype}, which were agreed on as {wire_type}")
+        raw = _bytes_of(codec.encode(tensor))
+        return TensorFrames(
+            dtype=wire_type,
+            shape=tuple(tensor.shape),
+            buffers=tuple(raw[start : start + self._frame_bytes] for start in range(0, len(raw), self._frame_bytes)),
+        )
+
+    def unpack(self, role: Role, frames: TensorFrames) -> Tensor:
+        """Return a tensor of its own, aligned memory on the CPU.
+
+        Raises `RemoteProtocolError` for another type than its role travels in, and `OutOfBounds` when a value is NaN or
+        infinite, or the values' root mean square exceeds `max_rms`.
+
+        The bytes are copied once. Small frames arrive unaligned, and several frames must be put together. One path for
+        all sizes costs less than it saves.
+        """
+        wire_type = self._agreed.get(role, frames.dtype)
+        if frames.dtype != wire_type:
+            raise RemoteProtocolError(f"{role.value} of type {frames.dtype}, which were agreed on as {wire_type}")
+        codec = _CODECS[wire_type]
+        received = codec.empty(frames.shape)
+        target, start = _bytes_of(received), 0
         for buffer in frames.buffers:
             target[start : start + len(buffer)] = buffer
             start += len(buffer)
-    # a norm sees NaN and infinity ten times faster than isfinite().all() does; float64 so that large finite values pass
-    if tensor.is_floating_point() and tensor.numel():
+        tensor = codec.decode(received)
+        self._check_values(tensor)
+        return tensor
+
+    def _check_values(self, tensor: Tensor) -> None:
+        if not (tensor.is_floating_point() and tensor.numel()):
+            return
+        # a norm sees NaN and infinity ten times faster than isfinite().all() does; float64 so that large finite values
+        # pass
         norm = norm_of(tensor)
         if not math.isfinite(norm):
             raise OutOfBounds("a tensor with values that are not finite (NONFINITE_TENSOR)")
-        if (rms := norm / math.sqrt(tensor.numel())) > max_rms:
-            raise OutOfBounds(f"a tensor whose root mean square is {rms:.3g}, more than max_rms = {max_rms:g}")
-    return tensor.to(device)
+        if (rms := norm / math.sqrt(tensor.numel())) > self._max_rms:
+            raise OutOfBounds(f"a tensor whose root mean square is {rms:.3g}, more than max_rms = {self._max_rms:g}")
 
 
 def norm_of(tensor: Tensor) -> float:
@@ -78,6 +127,10 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
     """Return the SHA-256 (hex) over the tensors' bytes in order: equal on all sides exactly when the values are."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        for buffer in describe(tensor, max(tensor.nbytes, 1)).buffers:
-            digest.update(buffer)
+        digest.update(_bytes_of(tensor.detach().to("cpu").contiguous()))
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(bytearray())

@@ -28,6 +28,7 @@ from splitfl.protocol.messages import (
     TensorFrames,
     Upload,
 )
+from splitfl.protocol.roles import Role
 from splitfl.session.terms import Terms
 
 
@@ -312,7 +313,7 @@ class ClientSession:
 
     def _receive_decoded(self, message: ForwardDone | Declined) -> ForwardDone | Declined:
         if isinstance(message, ForwardDone) and self._decoding is not None:
-            self.terms.check_like(message.hidden_BSD, self._decoding[1])
+            self.terms.check_like(Role.NEW_POSITIONS, message.hidden_BSD, self._decoding[1])
         self._decoding = None
         return message
 
@@ -323,9 +324,11 @@ class ClientSession:
         if self._awaiting.get(number) is not type(message):
             raise RemoteProtocolError(f"{type(message).__name__} {number} was not asked for")
         shape = self._graphs[number]
-        tensor = message.hidden_BSD if isinstance(message, ForwardDone) else message.gradient_BSD
-        if tensor is not None:
-            self.terms.check_like(tensor, shape)
+        match message:
+            case ForwardDone(hidden_BSD=hidden_BSD):
+                self.terms.check_like(Role.HIDDEN, hidden_BSD, shape)
+            case BackwardDone(gradient_BSD=gradient_BSD) if gradient_BSD is not None:
+                self.terms.check_like(Role.GRADIENT, gradient_BSD, shape)
         del self._awaiting[number]
         if self._is_done(message):
             del self._graphs[number]

@@ -40,6 +40,7 @@ from splitfl.protocol.messages import (
     TensorFrames,
     Upload,
 )
+from splitfl.protocol.roles import Role
 from splitfl.session.terms import Terms
 from splitfl.telemetry.measures import ALSO, objection, objection_to_totals
 
@@ -469,7 +470,7 @@ class ServerSession:
         graph = self._graphs.get(message.request_id)
         if graph is None or not graph.awaits_backward:
             raise RemoteProtocolError(f"backward {message.request_id} has no forward that waits for it")
-        self.terms.check_like(message.gradient_BSD, graph.shape)
+        self.terms.check_like(Role.GRADIENT, message.gradient_BSD, graph.shape)
         graph.awaits_backward = False
         return message
 

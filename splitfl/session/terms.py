@@ -1,16 +1,18 @@
-"""What a server and one client agreed on, and the checks that follow from it for a described tensor."""
+"""What a server and one client agreed on, and the checks that follow from it for a tensor's frames."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from splitfl.errors import RemoteProtocolError
-from splitfl.protocol.messages import DTYPE_BYTES, TensorFrames
+from splitfl.protocol.messages import TensorFrames, wire_bytes
+from splitfl.protocol.roles import Role
 from splitfl.session.round_rules import SHARED_ROUNDS, RoundRules
 
 # Examples that the rows of one micro-batch may be packed from: their lengths have to fit into a header.
 MAX_PACKED_EXAMPLES = 1 << 14
+
+_AT_A_CUT = (Role.HIDDEN, Role.NEW_POSITIONS, Role.GRADIENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,14 +48,21 @@ class Terms:
     """Where a client's rounds begin and end."""
 
     @property
-    def element_bytes(self) -> int:
-        """Bytes of one activation."""
-        return DTYPE_BYTES[self.dtype]
+    def wire_types(self) -> Mapping[Role, str]:
+        """The wire type of each role's tensors; each layer has its own (`layer_dtypes`)."""
+        return {
+            Role.HIDDEN: self.dtype,
+            Role.NEW_POSITIONS: self.dtype,
+            Role.GRADIENT: self.dtype,
+            Role.NORMS: "f32",
+            Role.CONTROL: "f32",
+        }
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of the largest micro-batch's activations."""
-        return self.max_batch_size * self.max_seq_length * self.hidden_size * self.element_bytes
+        """Bytes of the largest micro-batch's activations, or of their gradients if those are more."""
+        shape = (self.max_batch_size, self.max_seq_length, self.hidden_size)
+        return max(wire_bytes(self.wire_types[role], shape) for role in _AT_A_CUT)
 
     @property
     def max_new_positions(self) -> int:
@@ -63,10 +72,7 @@ class Terms:
     @property
     def layers_bytes(self) -> int:
         """Bytes of all client-side tensors that are merged."""
-        return sum(
-            math.prod(shape) * DTYPE_BYTES[dtype]
-            for shape, dtype in zip(self.layer_shapes, self.layer_dtypes, strict=True)
-        )
+        return sum(wire_bytes(dtype, shape) for shape, dtype in zip(self.layer_shapes, self.layer_dtypes, strict=True))
 
     @property
     def merged_bytes(self) -> int:
@@ -76,13 +82,14 @@ class Terms:
     @property
     def merged_sizes(self) -> list[int]:
         """Bytes of each tensor of what the server sends after a merge."""
-        dtypes = self.layer_dtypes + (("f32",) * len(self.layer_shapes) if self.has_controls else ())
+        controls = (self.wire_types[Role.CONTROL],) * len(self.layer_shapes) if self.has_controls else ()
+        dtypes = self.layer_dtypes + controls
         shapes = self.layer_shapes * (2 if self.has_controls else 1)
-        return [math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return [wire_bytes(dtype, shape) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
     def check_activations(self, tensor: TensorFrames, lengths_B: Sequence[int]) -> None:
         """Raise unless the tensor is activations BSD within the bounds, with a length for each row."""
-        self._check_hidden(tensor)
+        self._check_hidden(Role.HIDDEN, tensor)
         batch, length, _ = tensor.shape
         if not 1 <= batch <= self.max_batch_size:
             raise RemoteProtocolError(f"a batch of {batch} rows, where one of this run has 1 to {self.max_batch_size}")
@@ -113,7 +120,7 @@ class Terms:
 
         A row may have no token yet: a long prompt comes in several pieces, padded on the left.
         """
-        self._check_hidden(tensor)
+        self._check_hidden(Role.NEW_POSITIONS, tensor)
         batch, length, _ = tensor.shape
         if not 1 <= batch * length <= self.max_new_positions:
             raise RemoteProtocolError(
@@ -123,9 +130,9 @@ class Terms:
         if len(lengths_B) != batch or any(not 0 <= row <= length for row in lengths_B):
             raise RemoteProtocolError(f"lengths_B must give each of {batch} rows a length from 0 to {length}")
 
-    def check_like(self, tensor: TensorFrames, shape: tuple[int, ...]) -> None:
+    def check_like(self, role: Role, tensor: TensorFrames, shape: tuple[int, ...]) -> None:
         """Raise unless the tensor has the shape of the activations it answers."""
-        self._check_hidden(tensor)
+        self._check_hidden(role, tensor)
         if tensor.shape != shape:
             raise RemoteProtocolError(f"a tensor of shape {tensor.shape} in answer to one of {shape}")
 
@@ -134,7 +141,7 @@ class Terms:
         num_layers = len(self.layer_shapes)
         self.check_layers(layers[:num_layers])
         controls = [(control.shape, control.dtype) for control in layers[num_layers:]]
-        if controls != [(shape, "f32") for shape in self.layer_shapes if self.has_controls]:
+        if controls != [(shape, self.wire_types[Role.CONTROL]) for shape in self.layer_shapes if self.has_controls]:
             raise RemoteProtocolError(f"{len(controls)} controls after the layers that are not this run's")
 
     def check_layers(self, layers: Sequence[TensorFrames]) -> None:
@@ -175,14 +182,15 @@ class Terms:
 
     def check_norms(self, norms: TensorFrames) -> None:
         """Raise unless there is one float32 norm for each client-side tensor that trains."""
-        if norms.shape != (self.num_trainable,) or norms.dtype != "f32":
+        if norms.shape != (self.num_trainable,) or norms.dtype != self.wire_types[Role.NORMS]:
             raise RemoteProtocolError(
                 f"norms of shape {norms.shape} and type {norms.dtype} for {self.num_trainable} client-side tensors"
             )
 
-    def _check_hidden(self, tensor: TensorFrames) -> None:
-        if len(tensor.shape) != 3 or tensor.shape[2] != self.hidden_size or tensor.dtype != self.dtype:
+    def _check_hidden(self, role: Role, tensor: TensorFrames) -> None:
+        wire_type = self.wire_types[role]
+        if len(tensor.shape) != 3 or tensor.shape[2] != self.hidden_size or tensor.dtype != wire_type:
             raise RemoteProtocolError(
                 f"activations of shape {tensor.shape} and type {tensor.dtype} where this run has"
-                f" (batch, length, {self.hidden_size}) and {self.dtype}"
+                f" (batch, length, {self.hidden_size}) and {wire_type}"
             )

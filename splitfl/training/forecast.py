@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from splitfl.config.identity import OptimizerSection
 from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut, Side
+from splitfl.protocol.messages import wire_bytes
+from splitfl.protocol.roles import Role
 from splitfl.session.terms import Terms
 from splitfl.telemetry.findings import Finding
 from splitfl.telemetry.measures import MEASURES
@@ -38,10 +40,11 @@ class Traffic:
     def of(cls, run: RunConfig, terms: Terms) -> "Traffic":
         """Count activations up and down, and gradients where something learns from them: 4, 3 or 2 crossings."""
         federation = run.federation
-        row = terms.max_seq_length * terms.hidden_size * terms.element_bytes
-        micro_batch = federation.per_device_train_batch_size * row
-        up = micro_batch * (1 + terms.needs_backward)
-        down = micro_batch * (1 + (terms.needs_backward and run.bottom_trains))
+        shape = (terms.max_seq_length, terms.hidden_size)
+        row, gradient_row = (wire_bytes(terms.wire_types[role], shape) for role in (Role.HIDDEN, Role.GRADIENT))
+        rows = federation.per_device_train_batch_size
+        up = rows * (row + gradient_row * terms.needs_backward)
+        down = rows * (row + gradient_row * (terms.needs_backward and run.bottom_trains))
         step = federation.gradient_accumulation_steps * (up + down)
         merge = terms.layers_bytes + terms.merged_bytes
         return cls(

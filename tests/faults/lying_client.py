@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
+from packed import packed
 
 from splitfl.config.trees import RunConfig
 from splitfl.errors import PeerGone, Refused
@@ -40,7 +41,6 @@ from splitfl.protocol.messages import (
     Welcome,
     Why,
 )
-from splitfl.protocol.tensors import describe
 from splitfl.training.terms import terms_of
 from splitfl.transport.keys import read_enrolment, read_key_pair
 from splitfl.transport.security import ClientSecurity
@@ -55,7 +55,7 @@ ROWS, LENGTH = 2, 5
 
 def activations(*, rows: int = ROWS, length: int = LENGTH, value: float = 0.1) -> TensorFrames:
     """Describe activations of the tiny model, all alike."""
-    return describe(torch.full((rows, length, WIDTH), value), 1 << 18)
+    return packed(torch.full((rows, length, WIDTH), value), 1 << 18)
 
 
 # Messages that a flood says at once.
@@ -206,7 +206,7 @@ class Liar:
         usual: dict[str, Any] = {
             "num_label_tokens": 2,
             "loss": 1.0,
-            "norms_P": describe(torch.full((self.terms.num_trainable,), 1e-3), 1 << 18),
+            "norms_P": packed(torch.full((self.terms.num_trainable,), 1e-3), 1 << 18),
             "learning_rate": 0.0,
             "clip_coefficient": 1.0,
         }
@@ -224,7 +224,7 @@ class Liar:
         usual: dict[str, Any] = {
             "num_examples": 10,
             "num_tokens": 10,
-            "layers": tuple(describe(torch.zeros(shape), 1 << 18) for shape in self.terms.layer_shapes),
+            "layers": tuple(packed(torch.zeros(shape), 1 << 18) for shape in self.terms.layer_shapes),
         }
         return Upload(round_number=round_number, **{**usual, **changed})
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from faults.lying_client import WIDTH, Liar, activations
 from faults.town import Town
+from packed import packed
 
 from splitfl.errors import LocalProtocolError, PeerGone
 from splitfl.protocol.messages import (
@@ -32,7 +33,6 @@ from splitfl.protocol.messages import (
     Report,
     Resume,
 )
-from splitfl.protocol.tensors import describe
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ def any_message(liar: Liar, draw: random.Random) -> Message:
         shape = draw.choice(shapes)
         if shape == (2, 5, WIDTH) and draw.random() < 0.8:
             return activations()
-        return describe(torch.full(shape, draw.choice((0.1, 1e30, float("nan")))), 1 << 18)
+        return packed(torch.full(shape, draw.choice((0.1, 1e30, float("nan")))), 1 << 18)
 
     def lengths() -> tuple[int, ...]:
         return draw.choice(((5, 5), (5, 5), (5, 1), (0, 5), (6, 5), (), (1,), (5, 5, 5)))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from faults.lying_client import LENGTH, ROWS, WIDTH, Liar, activations
 from faults.town import Town
+from packed import packed
 
 from splitfl.protocol.messages import Backward, BackwardDone, ForwardDone
-from splitfl.protocol.tensors import describe
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def test_gradients_that_grow_beyond_all_numbers(town: Callable[..., Town]) -> No
         liar.wait_for(ForwardDone)
         gradient = torch.zeros(ROWS, LENGTH, WIDTH)
         gradient[0, 0] = 9e5
-        liar.say(Backward(request_id=message.request_id, gradient_BSD=describe(gradient, 1 << 18)))
+        liar.say(Backward(request_id=message.request_id, gradient_BSD=packed(gradient, 1 << 18)))
         refusal = liar.refusal()
         assert refusal.code == "VIOLATION", refusal.reason
         assert "gradient" in refusal.reason

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from faults.town import Town
+from packed import packed
 
 from splitfl.config.trees import ClientConfig
 from splitfl.errors import PeerGone, Refused
@@ -18,7 +19,6 @@ from splitfl.models.layout import Layout
 from splitfl.protocol import codec
 from splitfl.protocol.messages import WIRE_VERSION as VERSION
 from splitfl.protocol.messages import Hello, Message, Refusal, TensorFrames, Welcome
-from splitfl.protocol.tensors import describe
 from splitfl.transport.zeromq import Endpoint
 
 pytestmark = pytest.mark.slow
@@ -161,11 +161,12 @@ def test_poison_is_applied_nowhere(town: Callable[..., Town], monkeypatch: pytes
 
 
 def test_poison_from_the_server_is_refused_by_the_client() -> None:
-    from splitfl.errors import RemoteProtocolError
-    from splitfl.protocol.tensors import realise
+    from packed import unpacked
 
-    frames: TensorFrames = describe(torch.tensor([1.0, float("nan")]), 1 << 10)
+    from splitfl.errors import RemoteProtocolError
+
+    frames: TensorFrames = packed(torch.tensor([1.0, float("nan")]), 1 << 10)
     with pytest.raises(RemoteProtocolError, match="NONFINITE_TENSOR"):
-        realise(frames)
+        unpacked(frames)
     with pytest.raises(RemoteProtocolError, match="root mean square"):
-        realise(describe(torch.full((4,), 1e30), 1 << 10), max_rms=1e6)
+        unpacked(packed(torch.full((4,), 1e30), 1 << 10), max_rms=1e6)

@@ -19,6 +19,7 @@ import torch
 from conftest import free_port, tiny_config, tiny_tokenizer, write_text
 from faults.lying_server import Lie, LyingServer
 from forked import Forked
+from packed import packed
 from safetensors.torch import save
 from served import ServedRun
 from transformers import AutoModelForCausalLM
@@ -41,7 +42,6 @@ from splitfl.protocol.messages import (
     TensorFrames,
     Welcome,
 )
-from splitfl.protocol.tensors import describe
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +120,7 @@ def chunk(change: Callable[[bytes], bytes]) -> Lie:
 
 
 def filled(value: float) -> Callable[[TensorFrames], TensorFrames]:
-    return lambda frames: describe(torch.full(frames.shape, value), 1 << 18)
+    return lambda frames: packed(torch.full(frames.shape, value), 1 << 18)
 
 
 def activations(change: Callable[[TensorFrames], TensorFrames]) -> Lie:
@@ -141,11 +141,11 @@ def gradients(change: Callable[[TensorFrames], TensorFrames]) -> Lie:
 
 
 def in_bf16(frames: TensorFrames) -> TensorFrames:
-    return describe(torch.zeros(frames.shape, dtype=torch.bfloat16), 1 << 18)
+    return packed(torch.zeros(frames.shape, dtype=torch.bfloat16), 1 << 18)
 
 
 def of_another_shape(_: TensorFrames) -> TensorFrames:
-    return describe(torch.zeros(1, 1, 1), 1 << 18)
+    return packed(torch.zeros(1, 1, 1), 1 << 18)
 
 
 def twice(kind: type[Message]) -> Lie:
@@ -312,7 +312,7 @@ CASES = {
     "activations: NaN": Case(lie=activations(filled(math.nan)), code=PROTOCOL, says="not finite", heard=TRAINING),
     "activations: 1e30": Case(lie=activations(filled(1e30)), code=PROTOCOL, says="max_rms", heard=TRAINING),
     "activations: another shape": Case(
-        lie=activations(lambda _: describe(torch.zeros(1, 1, 1), 1 << 18)), code=PROTOCOL, says="shape", heard=TRAINING
+        lie=activations(lambda _: packed(torch.zeros(1, 1, 1), 1 << 18)), code=PROTOCOL, says="shape", heard=TRAINING
     ),
     "clip coefficient: 1e9": Case(
         lie=on(Committed, clip_coefficient=1e9), code=PROTOCOL, says="clip coefficient", heard=TRAINING
@@ -327,7 +327,7 @@ CASES = {
     "merge: NaN": Case(lie=layers(filled(math.nan)), code=PROTOCOL, says="not finite", heard=TRAINING),
     "merge: 1e30": Case(lie=layers(filled(1e30)), code=PROTOCOL, says="max_rms", heard=TRAINING),
     "merge: another shape": Case(
-        lie=layers(lambda _: describe(torch.zeros(1), 1 << 18)), code=PROTOCOL, says="layers", heard=TRAINING
+        lie=layers(lambda _: packed(torch.zeros(1), 1 << 18)), code=PROTOCOL, says="layers", heard=TRAINING
     ),
     "merge: of another round": Case(lie=on(Merged, round_number=10**6), code=PROTOCOL, says="round", heard=TRAINING),
     "gradients: NaN": Case(lie=gradients(filled(math.nan)), code=PROTOCOL, says="not finite", heard=TRAINING),
@@ -358,7 +358,7 @@ CASES = {
         heard=TRAINING,
     ),
     "resumed: layers of another model": Case(
-        lie=on(Resumed, layers=(describe(torch.zeros(3), 1 << 18),)), code=PROTOCOL, says="layers", heard=TRAINING
+        lie=on(Resumed, layers=(packed(torch.zeros(3), 1 << 18),)), code=PROTOCOL, says="layers", heard=TRAINING
     ),
     "resumed: a merge of no round": Case(
         lie=on(Resumed, awaits_merge=True), code=PROTOCOL, says="no round that it could be of", heard=TRAINING
@@ -370,7 +370,7 @@ CASES = {
         heard=TRAINING,
     ),
     "round: layers of another model": Case(
-        lie=on(RoundOpened, layers=(describe(torch.zeros(3), 1 << 18),)), code=PROTOCOL, says="layers", heard=TRAINING
+        lie=on(RoundOpened, layers=(packed(torch.zeros(3), 1 << 18),)), code=PROTOCOL, says="layers", heard=TRAINING
     ),
     "commit: number 2^62": Case(
         lie=on(Committed, commit_number=1 << 62, durable_step=1 << 62),

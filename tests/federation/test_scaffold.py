@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packed import UNAGREED, packed
 from torch import Tensor, nn
 
 from client_edge.layers.controls import Controls
@@ -19,7 +20,6 @@ from splitfl.config.identity import StrategyName
 from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.federation.strategies import strategy_for
 from splitfl.protocol.messages import Upload
-from splitfl.protocol.tensors import describe
 
 SHAPES = {"bottom.weight": (3, 2), "top.bias": (4,)}
 SIZE = 10
@@ -129,7 +129,7 @@ class Federation:
     ) -> None:
         folder.mkdir(exist_ok=True)
         strategy = strategy_for(FederationSection(strategy=name), StrategySection(**options), 0)
-        self.merger = Merger(strategy, shaped(np.zeros(SIZE), dtype), folder, "uniform", max_rms=1e30)
+        self.merger = Merger(strategy, shaped(np.zeros(SIZE), dtype), folder, "uniform", UNAGREED)
         self.parties = [Party(loss, dtype, has_controls=name == "SCAFFOLD") for loss in losses]
         self.num_clients = len(losses)
         for party in self.parties:
@@ -137,7 +137,7 @@ class Federation:
 
     def upload(self, number: int) -> str:
         client_id = f"clinic-{number:02}"
-        frames = tuple(describe(layer, 1 << 10) for layer in self.parties[number].layers.values())
+        frames = tuple(packed(layer, 1 << 10) for layer in self.parties[number].layers.values())
         self.merger.spool(client_id, Upload(round_number=1, num_examples=1, num_tokens=1, layers=frames))
         return client_id
 

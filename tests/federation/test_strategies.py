@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed import UNAGREED, packed
 from torch import Tensor
 
 from server_backbone.merging.merger import Merger, Seen
@@ -22,7 +23,6 @@ from splitfl.federation.strategies.fed_buff import Rebased, staleness_scale
 from splitfl.federation.strategy import Strategy
 from splitfl.federation.updates import Update, weighted_mean
 from splitfl.protocol.messages import Upload
-from splitfl.protocol.tensors import describe
 
 MIB = 1 << 20
 SHAPES = {"bottom.weight": (7, 5), "top.bias": (9,), "scale": ()}
@@ -166,9 +166,9 @@ class TestMergerWithEveryStrategy:
     def test_arrival_never_matters(self, name: StrategyName, tmp_path: Path) -> None:
         results = []
         for order in itertools.permutations((1, 2, 3)):
-            merger = Merger(strategy(name), layers(0), tmp_path, "num_examples", max_rms=1e30)
+            merger = Merger(strategy(name), layers(0), tmp_path, "num_examples", UNAGREED)
             for seed in order:
-                frames = tuple(describe(layer, 1 << 10) for layer in layers(seed).values())
+                frames = tuple(packed(layer, 1 << 10) for layer in layers(seed).values())
                 upload = Upload(round_number=1, num_examples=seed, num_tokens=1, layers=frames)
                 merger.spool(f"clinic-{seed}", upload)
             merger.merge([f"clinic-{seed}" for seed in order])
@@ -177,9 +177,9 @@ class TestMergerWithEveryStrategy:
 
     @pytest.mark.parametrize("name", ["FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum"])
     def test_who_weighs_nothing_is_not_counted(self, name: StrategyName, tmp_path: Path) -> None:
-        merger = Merger(strategy(name), {"x": torch.zeros(1)}, tmp_path, "num_tokens", max_rms=1e30)
+        merger = Merger(strategy(name), {"x": torch.zeros(1)}, tmp_path, "num_tokens", UNAGREED)
         for client_id, value, num_tokens in (("a", 1.0, 3), ("b", 1.0, 3), ("c", 1.0, 3), ("d", 5.0, 0), ("e", 5.0, 0)):
-            frames = (describe(torch.tensor([value]), 1 << 10),)
+            frames = (packed(torch.tensor([value]), 1 << 10),)
             merger.spool(client_id, Upload(round_number=1, num_examples=1, num_tokens=num_tokens, layers=frames))
         assert merger.objection("abcde") == ""
         assert merger.merge("abcde").used == {"a": 3, "b": 3, "c": 3}
@@ -197,17 +197,15 @@ class TestMergerWithEveryStrategy:
     )
     def test_what_weighs_an_upload(self, weight_by: Any, share: float, weight: float, tmp_path: Path) -> None:
         """With the share of the round's steps that are done; only finished steps' tokens count anyway."""
-        merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, max_rms=1e30)
-        frames = (describe(torch.ones(1), 1 << 10),)
+        merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, UNAGREED)
+        frames = (packed(torch.ones(1), 1 << 10),)
         upload = Upload(round_number=1, num_examples=30, num_tokens=11, layers=frames)
         assert merger.spool("a", upload, Seen(share=share)).weight == weight
 
     @pytest.mark.parametrize(("weight_by", "weight"), [("num_examples", 30.0), ("num_tokens", 70.0), ("uniform", 1.0)])
     def test_no_claim_goes_beyond_what_the_server_has_seen(self, tmp_path: Path, weight_by: Any, weight: float) -> None:
-        merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, max_rms=1e30)
-        upload = Upload(
-            round_number=1, num_examples=2**61, num_tokens=2**62, layers=(describe(torch.ones(1), 1 << 10),)
-        )
+        merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, UNAGREED)
+        upload = Upload(round_number=1, num_examples=2**61, num_tokens=2**62, layers=(packed(torch.ones(1), 1 << 10),))
         seen = Seen(num_examples=60, num_tokens=70, share=0.5)
         assert merger.spool("a", upload, seen).weight == weight
 
@@ -215,13 +213,13 @@ class TestMergerWithEveryStrategy:
     def test_nobody_is_more_than_half_of_three(self, name: StrategyName, tmp_path: Path) -> None:
         """Whatever one claims, the merge is the one in which it weighs as much as the two others together."""
         merger, reference = (
-            Merger(strategy(name), {"x": torch.zeros(1)}, tmp_path / which, "num_examples", max_rms=1e30)
+            Merger(strategy(name), {"x": torch.zeros(1)}, tmp_path / which, "num_examples", UNAGREED)
             for which in ("claimed", "held down")
         )
         for each, claim in ((merger, 2**61), (reference, 7 + 12)):
             each._run_dir.mkdir()
             for client_id, value, examples in (("a", 1.0, 7), ("b", 2.0, 12), ("liar", 50.0, claim)):
-                layers = (describe(torch.full((1,), value), 1 << 10),)
+                layers = (packed(torch.full((1,), value), 1 << 10),)
                 each.spool(
                     client_id, Upload(round_number=1, num_examples=examples, num_tokens=1, layers=layers), Seen()
                 )
@@ -241,10 +239,10 @@ class TestMergerWithEveryStrategy:
     @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
     def test_a_restart_changes_nothing(self, name: StrategyName, tmp_path: Path) -> None:
         def merger() -> Merger:
-            return Merger(strategy(name), layers(0), tmp_path, "uniform", max_rms=1e30)
+            return Merger(strategy(name), layers(0), tmp_path, "uniform", UNAGREED)
 
         def merge(into: Merger, seed: int) -> None:
-            frames = tuple(describe(layer, 1 << 10) for layer in layers(seed).values())
+            frames = tuple(packed(layer, 1 << 10) for layer in layers(seed).values())
             into.spool("a", Upload(round_number=1, num_examples=1, num_tokens=1, layers=frames))
             into.merge(["a"])
 

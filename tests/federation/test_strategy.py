@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import UNAGREED, packed
 from torch import Tensor
 
 from server_backbone.merging.merger import Merger
@@ -17,7 +18,6 @@ from splitfl.errors import ConfigError, RemoteProtocolError
 from splitfl.federation.strategies.fed_avg import FedAvg
 from splitfl.federation.updates import weighted_mean
 from splitfl.protocol.messages import Upload
-from splitfl.protocol.tensors import describe
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = {"bottom.weight": (7, 5), "top.bias": (9,), "scale": ()}
@@ -88,12 +88,12 @@ class TestMerger:
     """Uploads wait on disk and are folded in the order of the clients' ids."""
 
     def upload(self, seed: int, **changed: Any) -> Upload:
-        frames = tuple(describe(layer, 16) for layer in layers(seed).values())
+        frames = tuple(packed(layer, 16) for layer in layers(seed).values())
         usual: dict[str, Any] = {"num_examples": 10 * seed + 1, "num_tokens": 3, "layers": frames}
         return Upload(round_number=1, **{**usual, **changed})
 
     def merger(self, tmp_path: Path, weight_by: Any = "num_examples") -> Merger:
-        return Merger(FedAvg(FederationSection(), StrategySection(), 0), layers(0), tmp_path, weight_by, max_rms=1e30)
+        return Merger(FedAvg(FederationSection(), StrategySection(), 0), layers(0), tmp_path, weight_by, UNAGREED)
 
     def test_arrival_never_matters(self, tmp_path: Path) -> None:
         results = []
@@ -102,7 +102,7 @@ class TestMerger:
             for seed in order:
                 # so far apart that even float64 sums would tell one order from another
                 far = {name: layer + {1: 0.0, 2: 2.0**90, 3: -(2.0**90)}[seed] for name, layer in layers(seed).items()}
-                frames = tuple(describe(layer, 16) for layer in far.values())
+                frames = tuple(packed(layer, 16) for layer in far.values())
                 merger.spool(f"clinic-{seed}", self.upload(seed, layers=frames))
             merger.merge([f"clinic-{seed}" for seed in order])
             results.append(dict(merger.layers()))
@@ -127,7 +127,7 @@ class TestMerger:
         assert list(tmp_path.rglob("*.safetensors")) == []
 
     def test_an_upload_that_is_not_finite_is_not_spooled(self, tmp_path: Path) -> None:
-        bad = tuple(describe(layer / 0, 1 << 10) for layer in layers(1).values())
+        bad = tuple(packed(layer / 0, 1 << 10) for layer in layers(1).values())
         with pytest.raises(RemoteProtocolError, match="not finite"):
             self.merger(tmp_path).spool("a", self.upload(1, layers=bad))
         assert list(tmp_path.rglob("*")) == []

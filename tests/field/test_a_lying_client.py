@@ -7,9 +7,9 @@ import torch
 from faults.lying_client import Liar
 from faults.test_keys import Office
 from faults.town import Town
+from packed import packed
 
 from splitfl.protocol.messages import Backward, ForwardDone
-from splitfl.protocol.tensors import describe
 from splitfl.transport.keys import authorize, keygen
 
 SHAPE = (1, 16, 576)
@@ -49,11 +49,11 @@ def test_gradients_that_grow_beyond_all_numbers(models: Path, tmp_path: Path, va
         ).join() as liar:
             liar.resume()
             step = liar.ready().first_step
-            hidden = describe(torch.full(SHAPE, value), FRAME_BYTES)
+            hidden = packed(torch.full(SHAPE, value), FRAME_BYTES)
             message = liar.forward(step, hidden_BSD=hidden, lengths_B=(SHAPE[1],))
             liar.say(message)
             liar.wait_for(ForwardDone, 60.0)
-            gradient = describe(torch.full(SHAPE, 9e5), FRAME_BYTES)
+            gradient = packed(torch.full(SHAPE, 9e5), FRAME_BYTES)
             liar.say(Backward(request_id=message.request_id, gradient_BSD=gradient))
             refusal = liar.refusal(60.0)
             assert (refusal.code, "not finite" in refusal.reason) == ("VIOLATION", True), refusal.reason

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed import UNAGREED, packed
 
 from server_backbone.merging.buffered import BufferedMerger
 from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.federation.strategies.fed_buff import FedBuff
 from splitfl.protocol.messages import Upload
-from splitfl.protocol.tensors import describe
 
 
 def merger_in(folder: Path, first: float = 0.0) -> BufferedMerger:
     rule = FedBuff(FederationSection(), StrategySection(), seed=0)
-    return BufferedMerger(rule, {"x": torch.tensor([first])}, folder, "uniform", max_rms=1e30)
+    return BufferedMerger(rule, {"x": torch.tensor([first])}, folder, "uniform", UNAGREED)
 
 
 def upload(merger: BufferedMerger, name: str, value: float) -> None:
-    layers = (describe(torch.tensor([value]), 1 << 10),)
+    layers = (packed(torch.tensor([value]), 1 << 10),)
     merger.spool(name, Upload(round_number=1, num_examples=1, num_tokens=1, layers=layers))
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from packed import packed
 
 from splitfl.config.operation import LinkSection
 from splitfl.protocol import codec
 from splitfl.protocol.messages import Backward, BackwardDone, Buffer, Chunk, Merged, Message, TensorFrames, Upload
-from splitfl.protocol.tensors import describe
 from splitfl.session.limits import limits_of
 from splitfl.session.terms import Terms
 from splitfl.transport.framing import CHECKSUM_BYTES, Framing
@@ -36,7 +36,7 @@ def terms(*, has_controls: bool) -> Terms:
 
 
 def tensor(*shape: int) -> TensorFrames:
-    return describe(torch.zeros(shape), FRAME_BYTES)
+    return packed(torch.zeros(shape), FRAME_BYTES)
 
 
 def largest(*, has_controls: bool) -> list[Message]:
