@@ -20,6 +20,7 @@ from client_edge.screen import screen
 from splitfl.config.trees import ClientConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import DataError, ModelError
+from splitfl.models.context import room_after
 from splitfl.models.cut import Cut
 from splitfl.models.foreign import foreign_tokenizer
 from splitfl.protocol.roles import Role
@@ -53,11 +54,6 @@ class Speaker:
         )
         return self._generate(given, how, streamer)
 
-    def _room(self, num_given: int, wanted: int) -> int:
-        """Return how many of the wanted tokens the context has room for after a prompt; the last needs none."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return min(wanted, max(1, context - num_given + 1)) if context else wanted
-
     def require_chat_template(self) -> None:
         """Raise `ModelError` for a tokenizer that does not know how turns are written."""
         if not self.tokenizer.chat_template:
@@ -71,7 +67,7 @@ class Speaker:
             raise DataError("an empty prompt: there is nothing to go on from")
         how = dict(how)
         torch.manual_seed(how.pop("seed", 0))
-        how["max_new_tokens"] = self._room(num_given, how["max_new_tokens"])
+        how["max_new_tokens"] = room_after(self.model.config, num_given, how["max_new_tokens"])
         inputs = {name: given[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         padding = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         said = self.model.generate(**inputs, pad_token_id=padding, streamer=streamer, **how)

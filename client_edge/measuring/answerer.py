@@ -11,6 +11,7 @@ from client_edge.measuring.scores import exact_match, rouge_l
 from client_edge.text.encoding import Tokenizer
 from client_edge.text.exam import Exam
 from splitfl.config.trees import RunConfig
+from splitfl.models.context import room_after
 
 
 class Answerer:
@@ -20,7 +21,6 @@ class Answerer:
         """Take the client's model, whose middle is the server's; its own generation settings are left aside."""
         self._model = model
         self._tokenizer = tokenizer
-        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._stops = _stops(model, tokenizer)
         # sampling and penalties that a checkpoint asks for are not what is measured
         model.generation_config = GenerationConfig(eos_token_id=self._stops, pad_token_id=(self._stops or [0])[0])
@@ -50,8 +50,7 @@ class Answerer:
         ones = [torch.ones_like(prompt) for prompt in prompts]
         mask_BS = pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")
         num_given, device = input_ids_BS.shape[1], self._model.device
-        # the last token needs no room: nothing is asked after it
-        room = min(wanted, max(1, self._context - num_given + 1)) if self._context else wanted
+        room = room_after(self._model.config, num_given, wanted)
         said_BS = self._model.generate(
             input_ids=input_ids_BS.to(device), attention_mask=mask_BS.to(device), max_new_tokens=room, do_sample=False
         )

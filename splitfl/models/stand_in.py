@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from splitfl.errors import DataError, ModelError
+from splitfl.models.context import context_of
 from splitfl.models.far_cache import FarCache, FarLayer, far_layer, put_far_layer
 
 
@@ -90,8 +91,7 @@ def _check_prompt(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """Refuse a prompt that the model has no positions for, before anything is computed or sent."""
     given = args[0] if args else kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
-    config: Any = owner.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(owner.config)
     if given is not None and context and given.shape[1] > context:
         raise DataError(
             f"a prompt of {given.shape[1]} tokens, more than the {context} of this model's context: shorten it"
