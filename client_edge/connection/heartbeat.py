@@ -16,7 +16,7 @@ from splitfl.transport.zeromq import Endpoint
 log = logging.getLogger(__name__)
 
 # How long a wait lasts at most before it looks whether it is to end.
-_POLL_S = 0.2
+_POLL_S = 0.05
 # How long ending waits for the thread.
 _ENDING_S = 5.0
 
