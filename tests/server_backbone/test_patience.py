@@ -139,3 +139,19 @@ def test_a_turn_that_is_never_used_comes_last() -> None:
     assert isinstance(closed, CloseStep)
     assert isinstance(compute, Begin)
     assert (closed.client_id, compute.client_id) == ("b", "a")
+
+
+def test_whoever_sits_out_is_passed_over_by_one_that_came_later() -> None:
+    gate = SequentialGate(10.0, 1)
+    gate.round_opened(["a", "b", "c"], 1)
+    gate.forward("a", 1, 0.0)
+    gate.forward("b", 1, 0.5)
+    gate.ticked(10.0)
+    assert [type(action) for action in gate.forward("a", 1, 10.5)] == [TakeBack]
+    assert gate.commit("b", 11.0)[-1] == Begin(client_id="a")
+    gate.forward("b", 2, 11.5)
+    assert [type(action) for action in gate.ticked(21.0)] == [CloseStep, SitOut, Begin]
+    assert gate.forward("a", 1, 21.5) == []  # not taken back so soon
+    assert gate.forward("c", 1, 22.0) == []
+    assert gate.commit("b", 23.0)[-1] == Begin(client_id="c")
+    assert gate.commit("c", 24.0)[-1] == Begin(client_id="a")
