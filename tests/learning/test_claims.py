@@ -27,10 +27,10 @@ def claim(monkeypatch: pytest.MonkeyPatch, *, joining: bool = False, from_round:
     merge, open_round = Link.merge, Link.open_round
 
     def lie(self: Link, layers: Mapping[str, Tensor], **true: int) -> Merged:
-        return merge(self, layers, **(true | counts if self._client.client_id == "mallory" else true))
+        return merge(self, layers, **(true | counts if self.connection.client.client_id == "mallory" else true))
 
     def announce(self: Link, num_examples: int) -> RoundOpened | RoundsEnded:
-        lies = joining and self._client.client_id == "mallory" and self.session.round_number >= from_round
+        lies = joining and self.connection.client.client_id == "mallory" and self.session.round_number >= from_round
         return open_round(self, HUGE if lies else num_examples)
 
     monkeypatch.setattr(Link, "merge", lie)
