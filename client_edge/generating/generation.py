@@ -15,7 +15,7 @@ from torch import Tensor
 
 from client_edge.connection.connection import Connection
 from splitfl.errors import ModelError, Refused, TransportError
-from splitfl.models.far_cache import lengths_of
+from splitfl.models.remote_cache import lengths_of
 from splitfl.protocol.messages import Declined, ForwardDone
 from splitfl.protocol.roles import Role
 from splitfl.session.client_session import ClientSession
@@ -23,7 +23,7 @@ from splitfl.session.client_session import ClientSession
 T = TypeVar("T")
 
 
-class FarGenerator:
+class RemoteGenerator:
     """The backbone of a server, for generating only: one generation at a time, from any thread."""
 
     def __init__(self, connection: Connection, call: Callable[[Callable[[], T]], T] = lambda work: work()) -> None:
@@ -49,9 +49,9 @@ class FarGenerator:
         finally:
             cache.end()
 
-    def new_cache(self, *, adapters_off: bool = False) -> "FarCacheOfServer":
+    def new_cache(self, *, adapters_off: bool = False) -> "GenerationCache":
         """Return a new generation's cache; the server makes its part with the first positions."""
-        return FarCacheOfServer(self, adapters_off=adapters_off)
+        return GenerationCache(self, adapters_off=adapters_off)
 
     @contextmanager
     def alone(self) -> Iterator[Connection]:
@@ -98,30 +98,30 @@ class FarGenerator:
                     self._call(partial(self._connection.send, session.end_cache(cache_id)))
 
 
-class FarCacheOfServer:
+class GenerationCache:
     """One generation's cache on a server."""
 
-    def __init__(self, far: FarGenerator, *, adapters_off: bool) -> None:
-        self._far = far
+    def __init__(self, remote: RemoteGenerator, *, adapters_off: bool) -> None:
+        self._remote = remote
         self._adapters_off = adapters_off
         self._session: ClientSession | None = None
         self._id = 0
 
     def decode(self, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]) -> Tensor:
         """Run new positions: one round trip, or several for a prompt that is too long for one message."""
-        with self._far.alone() as connection:
+        with self._remote.alone() as connection:
             self._begin_on(connection)
             most = max(1, connection.session.terms.max_new_positions // hidden_BSD.shape[0])
             got: list[Tensor] = []
             for piece_BSD, now_B in _pieces(hidden_BSD.detach(), lengths_B, most):
                 beams = () if got else beams_B
-                got.append(self._far.ask(partial(self._decode, connection, piece_BSD, now_B, beams)))
+                got.append(self._remote.ask(partial(self._decode, connection, piece_BSD, now_B, beams)))
         return torch.cat(got, dim=1).to(hidden_BSD.device)
 
     def _begin_on(self, connection: Connection) -> None:
         if self._session is None:
             self._session, self._id = connection.session, connection.session.new_cache()
-            self._far.began(self._id)
+            self._remote.began(self._id)
         if self._session is not connection.session:
             raise Refused("the session in which this generation began has ended, and its cache with it: begin it anew")
 
@@ -143,7 +143,7 @@ class FarCacheOfServer:
         """Free the cache."""
         session, self._session = self._session, None
         if session is not None:
-            self._far.ended(session, self._id)
+            self._remote.ended(session, self._id)
 
 
 def _pieces(hidden_BSD: Tensor, lengths_B: tuple[int, ...], most: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from client_edge.connection.connection import Connection
 from client_edge.consent.gate import Gate, answers_for, folder_of
-from client_edge.generating.generation import FarGenerator
+from client_edge.generating.generation import RemoteGenerator
 from client_edge.link.files import Files
 from client_edge.link.received import fetch_description, fetch_layers
 from client_edge.screen import screen
@@ -146,7 +146,7 @@ def speaker(config: ClientConfig, *, accept: bool | str = False) -> Iterator[Spe
         _take_merged_layers(connection, cut)
         tokenizer = foreign_tokenizer(directory)
         yield Speaker(
-            model=cut.client_model(FarGenerator(connection)).eval(), tokenizer=tokenizer, connection=connection
+            model=cut.client_model(RemoteGenerator(connection)).eval(), tokenizer=tokenizer, connection=connection
         )
     finally:
         connection.close()

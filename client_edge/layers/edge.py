@@ -17,7 +17,7 @@ from client_edge.text.batches import Batch
 from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
 from splitfl.models.packing import check_packing
-from splitfl.models.stand_in import FarBlocks
+from splitfl.models.stand_in import RemoteBlocks
 from splitfl.protocol.tensors import digest_of
 from splitfl.training.optimizer import PartOptimizer
 from splitfl.training.seeds import seed_dropout
@@ -143,9 +143,9 @@ class Edge:
                 loss=float(scores.loss), num_correct=int(scores.hits_N.sum()), losses_B=tuple(losses_B.tolist())
             )
 
-    def model(self, far: FarBlocks) -> PreTrainedModel:
-        """Return the whole model, with `far` in its middle; it runs with all steps applied."""
-        model = self._cut.client_model(far)
+    def model(self, remote: RemoteBlocks) -> PreTrainedModel:
+        """Return the whole model, with `remote` in its middle; it runs with all steps applied."""
+        model = self._cut.client_model(remote)
         model.register_forward_pre_hook(lambda *_: self._finish_step())
         return model
 

@@ -16,12 +16,13 @@ from client_edge.consent.gate import Gate, accepts_with, folder_of, says_why
 from client_edge.link.files import Files
 from client_edge.link.received import fetch_description, fetch_layers
 from client_edge.loops import Loop, check_loop
-from client_edge.own_loop.far import FarBlocksOfServer, ServerStandIn
-from client_edge.own_loop.far_backbone import FarBackbone
 from client_edge.own_loop.optimizer_hook import watch_optimizers_of
 from client_edge.own_loop.own_link import OwnLoopLink
 from client_edge.own_loop.owner_thread import OwnerThread
 from client_edge.own_loop.proxies import Proxies
+from client_edge.own_loop.remote_backbone import RemoteBackbone
+from client_edge.own_loop.remote_blocks import OwnLoopBlocks
+from client_edge.own_loop.server_stand_in import ServerStandIn
 from splitfl.config.trees import ClientConfig, RunConfig
 from splitfl.durability.disk import make_private_dir
 from splitfl.errors import ConfigError, DataError, ModelError
@@ -72,7 +73,7 @@ def connect(
     client, answer = own.client, accepts_with("accept=True") if accept else says_why
     device = open_device(client.device, "client.device")
     with ExitStack() as undo:
-        thread = OwnerThread("far-backbone")
+        thread = OwnerThread("remote-backbone")
         undo.callback(thread.end)
         connection = thread.call(lambda: _join(own, answer))
         undo.callback(thread.call, connection.close)
@@ -128,10 +129,10 @@ def _join(own: ClientConfig, answer: Answer) -> Connection:
 
 def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread) -> PreTrainedModel:
     run, dtype = link.connection.run, link.session.terms.dtype
-    backbone = FarBackbone(link, thread)
+    backbone = RemoteBackbone(link, thread)
     proxies = Proxies(cut.trainable("server"))
-    far = FarBlocksOfServer(backbone, proxies, dtype, check_packing=lambda: _check_packing(cut, run))
-    model = cut.client_model(far, ServerStandIn)
+    remote = OwnLoopBlocks(backbone, proxies, dtype, check_packing=lambda: _check_packing(cut, run))
+    model = cut.client_model(remote, ServerStandIn)
     head = cut.top().deferrable_head() if run.train.loss == "chunked" else None
     if head is not None:
         defer_logits(model, head)
@@ -145,7 +146,7 @@ def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread) -> PreTraine
     backbone.on_refused = drop_gradients
     model.register_forward_pre_hook(_refuse_router_losses, with_kwargs=True)
     model.register_forward_pre_hook(_refuse_batches_that_cannot_be, with_kwargs=True)
-    watch_optimizers_of(model, far)
+    watch_optimizers_of(model, remote)
     _connected[model] = _Connected(cut=cut, close=weakref.finalize(model, backbone.close))
     return model.eval()
 

@@ -10,44 +10,44 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from client_edge.own_loop.far import FarBlocksOfServer
+from client_edge.own_loop.remote_blocks import OwnLoopBlocks
 from splitfl.errors import ModelError
 
 _hooks: list[RemovableHandle] = []
-_far_of: weakref.WeakKeyDictionary[nn.Module, FarBlocksOfServer] = weakref.WeakKeyDictionary()
+_blocks_of: weakref.WeakKeyDictionary[nn.Module, OwnLoopBlocks] = weakref.WeakKeyDictionary()
 
 
-def watch_optimizers_of(model: nn.Module, far: FarBlocksOfServer) -> None:
+def watch_optimizers_of(model: nn.Module, remote: OwnLoopBlocks) -> None:
     """Have every optimizer that holds parameters of `model` step the server's blocks first."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
-    _far_of[model] = far
+    _blocks_of[model] = remote
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for model, far in list(_far_of.items()):
-        group = _group_with(model, far, optimizer)
+    for model, remote in list(_blocks_of.items()):
+        group = _group_with(model, remote, optimizer)
         if group is not None:
             _refuse_closure(args, kwargs)
             _refuse_scaler()
-            _step(far, float(group["lr"]))
+            _step(remote, float(group["lr"]))
 
 
-def _step(far: FarBlocksOfServer, learning_rate: float) -> None:
-    far.backbone.check_refusal()
-    if not far.backbone.has_gradients:
+def _step(remote: OwnLoopBlocks, learning_rate: float) -> None:
+    remote.backbone.check_refusal()
+    if not remote.backbone.has_gradients:
         return
-    coefficient = far.proxies.coefficient()
+    coefficient = remote.proxies.coefficient()
     if coefficient is None:
-        far.backbone.give_up_gradients()
+        remote.backbone.give_up_gradients()
     else:
-        far.backbone.commit(learning_rate, coefficient)
-    far.proxies.clear()
+        remote.backbone.commit(learning_rate, coefficient)
+    remote.proxies.clear()
 
 
-def _group_with(model: nn.Module, far: FarBlocksOfServer, optimizer: Optimizer) -> dict[str, Any] | None:
+def _group_with(model: nn.Module, remote: OwnLoopBlocks, optimizer: Optimizer) -> dict[str, Any] | None:
     """Return the group whose learning rate the server's blocks follow: the proxies', or else the model's first."""
-    proxies = {id(proxy) for proxy in far.proxies.by_name.values()}
+    proxies = {id(proxy) for proxy in remote.proxies.by_name.values()}
     parameters = {id(parameter) for parameter in model.parameters()}
     for wanted in (proxies, parameters):
         for group in optimizer.param_groups:

@@ -18,7 +18,7 @@ _SNAPSHOT = "a snapshot of the backbone"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
-    """What the far blocks are to know of a batch besides its activations."""
+    """What the remote blocks are to know of a batch besides its activations."""
 
     layout: Layout
     adapters_off: bool
@@ -68,7 +68,7 @@ class OwnLoopLink:
         return self.connection.tensors.unpack(Role.HIDDEN, done.hidden_BSD)
 
     def backward(self, request_id: int, gradient_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradient for a request's activations, and the norms of the step's far gradients so far (Q)."""
+        """Return the gradient for a request's activations, and the norms of the step's remote gradients so far (Q)."""
         tensors = self.connection.tensors
         self.connection.send(self.session.backward(request_id, tensors.pack(Role.GRADIENT, gradient_BSD)))
         done = self.connection.answer("the backbone", BackwardDone)

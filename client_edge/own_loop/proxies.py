@@ -1,9 +1,9 @@
 """Parameters that stand for the server's on a client that clips in a loop of its own.
 
 `clip_grad_norm_` takes the norm of the per-tensor norms in the order of the parameters, and scales every gradient by
-one coefficient. A proxy's gradient is `[norm of the far gradient, a tiny probe]`: its own norm is the far one's, bit
-for bit (from 1e-19 to 1e19: there the probe's square vanishes beside it), so the total is that of the whole model; and
-what the probe has become tells the coefficient, exactly, since it is a power of two.
+one coefficient. A proxy's gradient is `[norm of the remote gradient, a tiny probe]`: its own norm is the remote one's,
+bit for bit (from 1e-19 to 1e19: there the probe's square vanishes), so the total is that of the whole model; and what
+the probe has become tells the coefficient, exactly, since it is a power of two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ class Proxies:
         return list(self.by_name.values())
 
     def show(self, norms_Q: Tensor) -> None:
-        """Put the far gradients' norms where the loop's clipping finds them; -1 is no gradient."""
+        """Put the remote gradients' norms where the loop's clipping finds them; -1 is no gradient."""
         if len(norms_Q) != len(self.by_name):
             raise RemoteProtocolError(f"{len(norms_Q)} norms of {len(self.by_name)} tensors that train on the server")
         for number, (proxy, norm) in enumerate(zip(self._all, norms_Q.tolist(), strict=True)):
@@ -65,9 +65,9 @@ class Proxies:
             proxy.grad = None
 
     def coefficient(self) -> float | None:
-        """Return what the loop has scaled the far gradients by, 1.0 if nothing; None when it has zeroed them.
+        """Return what the loop has scaled the remote gradients by, 1.0 if nothing; None when it has zeroed them.
 
-        Raises `ModelError` for whatever cannot be done to the far gradients: anything but one scaling of them all.
+        Raises `ModelError` for whatever cannot be done to the remote gradients: anything but one scaling of them all.
         """
         shown = [(proxy.grad, was) for proxy, was in zip(self._all, self._shown, strict=True) if was is not None]
         found = {_scaled_by(now, was) for now, was in shown}
@@ -96,4 +96,4 @@ def _scaled_by(now: Tensor | None, was: Tensor) -> float | None:
 
 def proxy_name(name: str) -> str:
     """Return the attribute name for the proxy of a tensor; it says what kind it is, as filters by name expect."""
-    return "far_" + name.replace(".", "_")
+    return "remote_" + name.replace(".", "_")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from client_edge.connection.connection import Connection
 from client_edge.consent.gate import Gate, answers_for, folder_of
-from client_edge.generating.generation import FarGenerator
+from client_edge.generating.generation import RemoteGenerator
 from client_edge.layers.edge import Edge
 from client_edge.link.files import Files
 from client_edge.link.link import Link
@@ -177,7 +177,7 @@ def _edge_of(cut: Cut, run: RunConfig, client_id: str, device: torch.device, tel
 def _evaluator_of(text: Text, edge: Edge, link: Link, *, max_rows: int) -> Evaluator:
     answerer = None
     if text.exam.to_answer:
-        answerer = Answerer(edge.model(FarGenerator(link.connection)), text.tokenizer)
+        answerer = Answerer(edge.model(RemoteGenerator(link.connection)), text.tokenizer)
     return Evaluator(edge, link, text.exam, answerer, max_rows=max_rows)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from server_backbone.compute.blocks_worker import MicroBatch, Positions
 from server_backbone.compute.placement import DeviceMap, connect_devices
 from splitfl.models.cut import Cut
-from splitfl.models.far_cache import BackboneCache
 from splitfl.models.packing import check_packing
+from splitfl.models.remote_cache import BackboneCache
 from splitfl.training.stopwatch import Stopwatch
 
 Weights = Mapping[str, nn.Parameter]

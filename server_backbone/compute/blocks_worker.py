@@ -32,7 +32,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Positions:
-    """New positions of a generation (see `splitfl.models.far_cache.FarCache`)."""
+    """New positions of a generation (see `splitfl.models.remote_cache.RemoteCache`)."""
 
     hidden_BSD: Tensor
     lengths_B: tuple[int, ...]

@@ -9,7 +9,7 @@ from server_backbone.compute.blocks import Blocks
 from server_backbone.compute.blocks_worker import Positions
 from server_backbone.compute.copies import Copies, Copy
 from splitfl.errors import DataError, RemoteProtocolError
-from splitfl.models.far_cache import BackboneCache
+from splitfl.models.remote_cache import BackboneCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from splitfl.errors import ModelError
 from splitfl.models.anatomy import Anatomy, anatomy_of, base_of, config_for, view_of
 from splitfl.models.deferred import deferrable_head
-from splitfl.models.far_cache import BackboneCache
 from splitfl.models.loss import Head, Scores, chunked_loss, chunked_scores, head_of, plain_scores
-from splitfl.models.stand_in import FarBlocks, StandIn
+from splitfl.models.remote_cache import BackboneCache
+from splitfl.models.stand_in import RemoteBlocks, StandIn
 from splitfl.telemetry.units import counted
 
 Side = Literal["client", "server"]
@@ -65,7 +65,7 @@ class Backbone(nn.Module):
     def decode(
         self, cache: BackboneCache, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]
     ) -> Tensor:
-        """Return activations BSD of new positions, after the positions in `cache` (see `FarCache.decode`)."""
+        """Return activations BSD of new positions, after the positions in `cache` (see `RemoteCache.decode`)."""
         cache.reorder(beams_B)
         mask_BS, position_ids_BS = cache.grown(hidden_BSD.shape[1], lengths_B)
         device = hidden_BSD.device
@@ -209,10 +209,10 @@ class Cut:
         """Return the last segment."""
         return Top(self._view(self.layers_of("top"), owns_input=False, owns_output=True), self.anatomy)
 
-    def client_model(self, far: FarBlocks, kind: Callable[..., StandIn] = StandIn) -> PreTrainedModel:
-        """Return a model of the original class whose middle is a stand-in, of this kind, that calls `far`."""
+    def client_model(self, remote: RemoteBlocks, kind: Callable[..., StandIn] = StandIn) -> PreTrainedModel:
+        """Return a model of the original class whose middle is a stand-in, of this kind, that calls `remote`."""
         blocks, bottom, top = self.blocks, self.layers_of("bottom"), self.layers_of("top")
-        stand_in = kind(far, self.bottom_layers, gives_tuple=self.blocks_give_tuples).train(self.whole.training)
+        stand_in = kind(remote, self.bottom_layers, gives_tuple=self.blocks_give_tuples).train(self.whole.training)
         model = view_of(
             self.whole,
             self.anatomy,

@@ -10,10 +10,10 @@ from transformers import DynamicCache
 
 from splitfl.errors import DataError, ModelError
 from splitfl.models.context import context_of
-from splitfl.models.far_cache import FarCache, FarLayer, far_layer, put_far_layer
+from splitfl.models.remote_cache import RemoteCache, RemoteLayer, put_remote_layer, remote_layer
 
 
-class FarBlocks(Protocol):
+class RemoteBlocks(Protocol):
     """The backbone as the client sees it: one differentiable function, and caches to generate with."""
 
     def __call__(
@@ -22,28 +22,28 @@ class FarBlocks(Protocol):
         """Return the backbone's activations BSD for the client's."""
         ...
 
-    def new_cache(self) -> FarCache:
+    def new_cache(self) -> RemoteCache:
         """Return the backbone's part of a new generation's cache."""
         ...
 
 
 class StandIn(nn.Module):
-    """Call the far blocks where a block would be called.
+    """Call the remote blocks where a block would be called.
 
     Blocks get a finished attention mask, from which rows cannot be read in every family. So the caller's mask and
     positions are taken from the module that owns the blocks, just before it runs. So is the cache, in which the
     stand-in has an entry of its own.
     """
 
-    def __init__(self, far: FarBlocks, number: int, *, gives_tuple: bool = False) -> None:
+    def __init__(self, remote: RemoteBlocks, number: int, *, gives_tuple: bool = False) -> None:
         """Stand where block `number` of the client's model is; `gives_tuple` if its family's blocks do."""
         super().__init__()
-        self._far = far
+        self._remote = remote
         self._number = number
         self._gives_tuple = gives_tuple
         self._mask_BS: Tensor | None = None
         self._position_ids_BS: Tensor | None = None
-        self._layer: FarLayer | None = None
+        self._layer: RemoteLayer | None = None
 
     def watch(self, owner: nn.Module) -> None:
         """Take each call's mask, positions and cache from `owner`, the module whose block list this stand-in is in."""
@@ -63,10 +63,10 @@ class StandIn(nn.Module):
         if cache is None:
             self._layer = None
             return args, kwargs
-        self._layer = far_layer(cache, self._number)
+        self._layer = remote_layer(cache, self._number)
         if self._layer is None:
             _check_prompt(owner, args, kwargs)
-            self._layer = put_far_layer(cache, self._number, self._new_cache())
+            self._layer = put_remote_layer(cache, self._number, self._new_cache())
         return args, kwargs | {"past_key_values": cache}
 
     def _cache_of(self, owner: nn.Module, kwargs: dict[str, Any]) -> Any:
@@ -75,16 +75,16 @@ class StandIn(nn.Module):
         return DynamicCache(config=owner.config) if cache is None and kwargs.get("use_cache") else cache
 
     def forward(self, hidden_BSD: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
-        """Return the far blocks' activations; whatever else a block is given is the far side's own to compute."""
+        """Return the remote blocks' activations; whatever else a block is given is the remote side's own to compute."""
         layer, self._layer = self._layer, None  # not kept: it lives as long as its generation
-        far_BSD = self._run(hidden_BSD) if layer is None else layer.decode(hidden_BSD, self._mask_BS)
-        return (far_BSD,) if self._gives_tuple else far_BSD
+        remote_BSD = self._run(hidden_BSD) if layer is None else layer.decode(hidden_BSD, self._mask_BS)
+        return (remote_BSD,) if self._gives_tuple else remote_BSD
 
-    def _new_cache(self) -> FarCache:
-        return self._far.new_cache()
+    def _new_cache(self) -> RemoteCache:
+        return self._remote.new_cache()
 
     def _run(self, hidden_BSD: Tensor) -> Tensor:
-        return self._far(hidden_BSD, self._mask_BS, self._position_ids_BS, training=self.training)
+        return self._remote(hidden_BSD, self._mask_BS, self._position_ids_BS, training=self.training)
 
 
 def _check_prompt(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

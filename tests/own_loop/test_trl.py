@@ -46,7 +46,7 @@ def run(kind: Any, model: Any, settings: Any, data: list[dict[str, str]], tokeni
     )
     for name, parameter in trainer.model.named_parameters():
         if ".lora_" in name:
-            is_split = any("far_" in other for other, _ in trainer.model.named_parameters())
+            is_split = any("remote_" in other for other, _ in trainer.model.named_parameters())
             known_as = whole_name(name) if is_split else name.removeprefix("base_model.model.").replace(".default", "")
             first_adapter_values(known_as.replace(".weight", ".default.weight"), parameter.data, SEED)
     trainer.train()

@@ -13,7 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from client_edge.connection.endings import StepClosed
-from client_edge.generating.generation import FarGenerator
+from client_edge.generating.generation import RemoteGenerator
 from client_edge.own_loop.own_link import OwnLoopLink, Rows
 from client_edge.own_loop.owner_thread import OwnerThread
 from splitfl.config.trees import RunConfig
@@ -60,14 +60,14 @@ class _Sent:
     is_gradient: bool
 
 
-class FarBackbone:
+class RemoteBackbone:
     """The server's blocks, for one loop. May be used from any thread: what touches the link runs in one of its own."""
 
     def __init__(self, link: OwnLoopLink, thread: OwnerThread) -> None:
         """Take a link that was made in `thread`."""
         self._link, self._connection = link, link.connection
         self._thread = thread
-        self.generator = FarGenerator(link.connection, self._do)
+        self.generator = RemoteGenerator(link.connection, self._do)
         """Generates with the same blocks; what is kept for it is gone when the connection is lost."""
         self.on_refused: Callable[[], None] = lambda: None
         """Called to forget this side's gradients of a step that is applied on neither."""
@@ -79,7 +79,7 @@ class FarBackbone:
         self._refusal = ""
         self._is_closed = False
         self.norms_Q: Tensor | None = None
-        """Norms of the far gradients of the open step; None before the first."""
+        """Norms of the remote gradients of the open step; None before the first."""
         thread.call(self._begin)
 
     @property

@@ -1,6 +1,6 @@
 """A generation's key-value cache, in two parts: the client's blocks have theirs here, the backbone has its own.
 
-In the client's cache one `FarLayer` stands where the stand-in stands among the blocks. It holds no keys and no values.
+In the client's cache one `RemoteLayer` stands where the stand-in stands among the blocks. It holds no keys, no values.
 It counts the positions, so that the library makes masks and positions right even with no block in front. It also notes
 how rows were reordered since the last token, and that goes to the backbone with the next one.
 
@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from splitfl.errors import DataError, ModelError
 
 
-class FarCache(Protocol):
+class RemoteCache(Protocol):
     """The backbone's part of one generation's cache."""
 
     def decode(self, hidden_BSD: Tensor, lengths_B: tuple[int, ...], beams_B: tuple[int, ...]) -> Tensor:
@@ -34,28 +34,28 @@ class FarCache(Protocol):
         ...
 
 
-class FarLayer(CacheLayerMixin):  # type: ignore[misc]
+class RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
     """An entry without width in a client's cache, for all blocks of the backbone."""
 
     supports_early_init = False
     is_croppable = False
 
-    def __init__(self, far: FarCache, sliding_window: int | None) -> None:
+    def __init__(self, remote: RemoteCache, sliding_window: int | None) -> None:
         """Stand where the first of the backbone's blocks would keep its keys: its window sizes the library's masks."""
         super().__init__()
         self.is_sliding = sliding_window is not None
         self._window = sliding_window
-        self._far = far
+        self._remote = remote
         self._length = 0
         self._beams_B: Tensor | None = None
         # a cache lives as long as the generation that holds it; at the end of the program the session ends them all
-        weakref.finalize(self, far.end).atexit = False
+        weakref.finalize(self, remote.end).atexit = False
 
     def decode(self, hidden_BSD: Tensor, mask_BS: Tensor | None) -> Tensor:
         """Have the backbone go on with new positions; `mask_BS` is over all positions so far, new ones included."""
         lengths_B = lengths_of(hidden_BSD, mask_BS)
         beams_B = () if self._beams_B is None else tuple(self._beams_B.tolist())
-        got_BSD = self._far.decode(hidden_BSD, lengths_B, beams_B)
+        got_BSD = self._remote.decode(hidden_BSD, lengths_B, beams_B)
         self._length += hidden_BSD.shape[1]
         self._beams_B = None
         return got_BSD
@@ -103,7 +103,7 @@ class FarLayer(CacheLayerMixin):  # type: ignore[misc]
         raise ModelError("this block of the client's has the number of the stand-in: the model was cut wrongly")
 
 
-def far_layer(cache: Any, number: int) -> FarLayer | None:
+def remote_layer(cache: Any, number: int) -> RemoteLayer | None:
     """Return the entry of the stand-in, which is block `number`, None in a cache that has none yet."""
     if type(cache) is not DynamicCache or cache.offloading:
         raise ModelError(
@@ -111,17 +111,17 @@ def far_layer(cache: Any, number: int) -> FarLayer | None:
             " cache_implementation unset"
         )
     layer = cache.layers[number] if number < len(cache.layers) else None
-    return layer if isinstance(layer, FarLayer) else None
+    return layer if isinstance(layer, RemoteLayer) else None
 
 
-def put_far_layer(cache: DynamicCache, number: int, far: FarCache) -> FarLayer:
+def put_remote_layer(cache: DynamicCache, number: int, remote: RemoteCache) -> RemoteLayer:
     """Set the stand-in's entry in a cache that is empty; raise `ModelError` for one that is not."""
     if cache.get_seq_length():
         raise ModelError("a cache that another model has filled: a split model begins with an empty one")
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= number:
         cache.layers.append(cache.layer_class_to_replicate())
     place = cache.layers[number]
-    layer = FarLayer(far, getattr(place, "sliding_window", None))
+    layer = RemoteLayer(remote, getattr(place, "sliding_window", None))
     cache.layers[number] = layer
     return layer
 

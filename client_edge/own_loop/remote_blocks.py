@@ -5,46 +5,37 @@ Shapes: B micro-batch, S sequence, D hidden width.
 
 import functools
 import math
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from client_edge.generating.generation import FarCacheOfServer
-from client_edge.own_loop.far_backbone import FarBackbone
 from client_edge.own_loop.own_link import Rows
-from client_edge.own_loop.proxies import Proxies, proxy_name
+from client_edge.own_loop.proxies import Proxies
+from client_edge.own_loop.remote_backbone import RemoteBackbone
 from splitfl.errors import DataError, ModelError
 from splitfl.models.layout import Layout
-from splitfl.models.stand_in import StandIn
 from splitfl.protocol.tensors import DTYPES, norm_of
 
-# The name in a model's state of the commit that the server's blocks are of.
-_COMMIT = "commit"
-# The name that TRL gives to a frozen copy of an adapter, which it takes for the reference.
-_REFERENCE_ADAPTER = "ref"
 
-
-class _RemoteBlocks(torch.autograd.Function):
+class _RemoteFunction(torch.autograd.Function):
     """Forward and backward through the server's blocks.
 
     `anchor` needs a gradient, and gets none: so that backward comes by here although nothing below trains.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_BSD: Tensor, anchor: Tensor, far: "FarBlocksOfServer", rows: Rows) -> Tensor:
-        ctx.far = far
-        got_BSD, ctx.ticket = far.backbone.forward(far.outgoing(hidden_BSD, "activations"), rows)
+    def forward(ctx: Any, hidden_BSD: Tensor, anchor: Tensor, remote: "OwnLoopBlocks", rows: Rows) -> Tensor:
+        ctx.remote = remote
+        got_BSD, ctx.ticket = remote.backbone.forward(remote.outgoing(hidden_BSD, "activations"), rows)
         return got_BSD.to(hidden_BSD.device, hidden_BSD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BSD: Tensor) -> tuple[Tensor | None, ...]:
-        back_BSD = ctx.far.take_back(ctx.ticket, gradient_BSD)
+        back_BSD = ctx.remote.take_back(ctx.ticket, gradient_BSD)
         return back_BSD.to(gradient_BSD.device, gradient_BSD.dtype), None, None, None
 
 
@@ -62,11 +53,11 @@ class _Forgotten(torch.autograd.Function):
         )
 
 
-class FarBlocksOfServer:
+class OwnLoopBlocks:
     """The server's blocks as the stand-in sees them."""
 
     def __init__(
-        self, backbone: FarBackbone, proxies: Proxies, dtype: str, *, check_packing: Callable[[], None]
+        self, backbone: RemoteBackbone, proxies: Proxies, dtype: str, *, check_packing: Callable[[], None]
     ) -> None:
         """`dtype` is the wire name of the activations' type; `check_packing` raises if this side's blocks cannot."""
         self.backbone = backbone
@@ -94,7 +85,7 @@ class FarBlocksOfServer:
         needs_gradient = hidden_BSD.requires_grad or self.backbone.run.backbone_trains
         if training and torch.is_grad_enabled() and needs_gradient:
             self._drop_what_was_zeroed()
-            got_BSD: Tensor = _RemoteBlocks.apply(hidden_BSD, self._anchor, self, rows)  # type: ignore[no-untyped-call]
+            got_BSD: Tensor = _RemoteFunction.apply(hidden_BSD, self._anchor, self, rows)  # type: ignore[no-untyped-call]
             return got_BSD
         got_BSD = self.backbone.evaluate(self.outgoing(hidden_BSD, "activations"), rows)
         got_BSD = got_BSD.to(hidden_BSD.device, hidden_BSD.dtype)
@@ -142,78 +133,9 @@ class FarBlocksOfServer:
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         ):
             raise ModelError(
-                "float16 cannot train around a far backbone, whose gradients no GradScaler can look at: use bfloat16 or"
-                " float32"
+                "float16 cannot train around a remote backbone, whose gradients no GradScaler can look at: use bfloat16"
+                " or float32"
             )
-
-
-class FarState(nn.Module):
-    """What a checkpoint holds of the server's blocks: the commit that they are of; reading it brings them back."""
-
-    def __init__(self, backbone: FarBackbone) -> None:
-        super().__init__()
-        self._backbone = backbone
-        self.register_buffer(_COMMIT, torch.zeros(1, dtype=torch.int64))
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Have the server keep what it has, and write down the commit that names it."""
-        destination[prefix + _COMMIT] = torch.tensor([self._backbone.keep()])
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *_: object, **__: object) -> None:
-        """Bring the server back to the commit that is written there; raise `Refused` if it declines."""
-        if prefix + _COMMIT in state_dict:
-            self._backbone.go_back(int(state_dict[prefix + _COMMIT].item()))
-
-
-class _FarAdapterState(FarState, BaseTunerLayer):  # type: ignore[misc]  # peft has no types
-    """The same in a model that peft has put adapters into: an adapter's file holds the state of peft's layers only."""
-
-    adapter_layer_names = ()
-    other_param_names = ()
-
-
-class ServerStandIn(StandIn):
-    """Stands for the server's blocks, with its trained tensors as proxies, which are nobody's state."""
-
-    def __init__(self, far: FarBlocksOfServer, number: int, *, gives_tuple: bool = False) -> None:
-        super().__init__(far, number, gives_tuple=gives_tuple)
-        self._server = far
-        self._owner: weakref.ref[nn.Module] | None = None
-        self.far_state = FarState(far.backbone)
-        for name, proxy in far.proxies.by_name.items():
-            self.register_parameter(proxy_name(name), proxy)
-
-    def watch(self, owner: nn.Module) -> None:
-        """Take each call's mask and positions from `owner`, and look in it for adapters."""
-        super().watch(owner)
-        self._owner = weakref.ref(owner)
-
-    def _run(self, hidden_BSD: Tensor) -> Tensor:
-        """Return the server's activations, without its adapters where this side's are turned off."""
-        return self._server(
-            hidden_BSD,
-            self._mask_BS,
-            self._position_ids_BS,
-            training=self.training,
-            adapters_off=_are_off(self._adapted()),
-        )
-
-    def _new_cache(self) -> FarCacheOfServer:
-        return self._server.backbone.generator.new_cache(adapters_off=_are_off(self._adapted()))
-
-    def _adapted(self) -> list[BaseTunerLayer]:
-        owner = None if self._owner is None else self._owner()
-        modules = [] if owner is None else owner.modules()
-        return [each for each in modules if isinstance(each, BaseTunerLayer) and not isinstance(each, FarState)]
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Save nothing but the state of the far blocks, which is a child's."""
-        if self._adapted() and not isinstance(self.far_state, _FarAdapterState):
-            # not earlier: peft takes a model that has one of its layers for one that it has wrapped before
-            self.far_state = _FarAdapterState(self._server.backbone)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *_: object, **__: object) -> None:
-        pass
 
 
 def layout_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None) -> Layout:
@@ -251,10 +173,3 @@ def _between(is_border_BS: Tensor) -> tuple[int, ...]:
     row_ends_B1 = torch.ones(len(is_border_BS), 1, dtype=torch.bool)
     ends = torch.cat([is_border_BS, row_ends_B1], dim=1).flatten().nonzero().flatten() + 1
     return tuple(ends.diff(prepend=torch.zeros(1, dtype=ends.dtype)).tolist())
-
-
-def _are_off(adapted: Sequence[BaseTunerLayer]) -> bool:
-    """Tell whether adapters sit out, or a copy of them from before the training is in their place."""
-    return bool(adapted) and all(
-        layer.disable_adapters or layer.active_adapters == [_REFERENCE_ADAPTER] for layer in adapted
-    )
