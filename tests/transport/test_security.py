@@ -65,14 +65,15 @@ def hears(listener: Listener, timeout_s: float = SOON_S) -> Arrived | None:
     return None
 
 
-def ends(endpoint: Endpoint, timeout_s: float = 10.0) -> Exception | None:
-    """What a client is told that is not let in."""
+def told(endpoint: Endpoint, timeout_s: float = 10.0) -> Exception | None:
+    """Say something, and return what a client is told that is not let in: when it sends, or while it listens."""
     deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() < deadline_s:
-        try:
+    try:
+        endpoint.send([b"x"])
+        while time.monotonic() < deadline_s:
             endpoint.recv(0.2)
-        except (Refused, PeerGone) as error:
-            return error
+    except (Refused, PeerGone) as error:
+        return error
     return None
 
 
@@ -89,8 +90,7 @@ def test_who_is_authorised_comes_in_and_is_known_by_its_key(office: Office) -> N
 
 def test_an_unknown_key_is_told_what_to_do(office: Office) -> None:
     with office.endpoint(office.client("mallory", admits=False)) as endpoint:
-        endpoint.send([b"x"])
-        error = ends(endpoint)
+        error = told(endpoint)
         assert isinstance(error, Refused)
         assert "splitfl authorize" in str(error)
         assert hears(office.listener, 0.2) is None
@@ -103,8 +103,7 @@ def test_a_wrong_server_key_and_no_keys_at_all_are_told_what_to_do(office: Offic
         (None, "may want keys"),
     ):
         with office.endpoint(security) as endpoint:
-            endpoint.send([b"x"])
-            error = ends(endpoint)
+            error = told(endpoint)
             assert isinstance(error, PeerGone)
             assert says in str(error)
     assert hears(office.listener, 0.2) is None
@@ -115,11 +114,10 @@ def test_a_proxy_without_a_server_behind_it_is_no_wrong_key(office: Office) -> N
     port = free_port()
     proxy = ChaosProxy(port)
     with office.endpoint(office.client("clinic-a"), address=f"tcp://127.0.0.1:{proxy.port}") as endpoint:
-        endpoint.send([b"x"])
         deadline_s = time.monotonic() + 30.0
         while "no server answers behind it" not in endpoint.finding():
             assert time.monotonic() < deadline_s, endpoint.finding()
-            assert ends(endpoint, 1.0) is None
+            assert told(endpoint, 1.0) is None
         security = office.listener._security
         with Listener(f"tcp://127.0.0.1:{port}", security=security, **OPTIONS) as listener:
             assert hears(listener) is not None
@@ -140,8 +138,7 @@ def test_a_revoked_key_is_seen_on_an_open_connection(office: Office) -> None:
         assert arrived is not None
         assert allowed.client_of(arrived.user_id) is None
     with office.endpoint(security) as endpoint:
-        endpoint.send([b"again"])
-        assert isinstance(ends(endpoint), Refused)
+        assert isinstance(told(endpoint), Refused)
 
 
 def test_without_its_authenticator_a_server_lets_nobody_in(office: Office) -> None:
