@@ -9,22 +9,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypedDict
 
 from server_backbone.compute.queue import Done, Queue
-from server_backbone.deciding.caches import CacheBook
-from server_backbone.desks.arrivals import Arrivals
-from server_backbone.desks.course import Course
-from server_backbone.desks.desk import NOTHING, Desk, Effect, Effects, HasLeft, Lost
-from server_backbone.desks.excuses import Excuses
-from server_backbone.desks.files import Files
-from server_backbone.desks.generations import Generations
-from server_backbone.desks.measurements import Sayer
-from server_backbone.desks.presence import Presence
-from server_backbone.desks.reports import Reports
-from server_backbone.desks.snapshots import Snapshots
-from server_backbone.desks.steps import Steps
-from server_backbone.desks.waiting import Waiting
+from server_backbone.desks.desk import NOTHING, Effect, Effects, HasLeft, Lost
+from server_backbone.desks.roster import roster
 from server_backbone.door.admission import Admission
 from server_backbone.door.mail import Damaged, Illegal, Letter, LockedOut, Mail, Received
 from server_backbone.door.members import Connection, Members
@@ -34,15 +22,13 @@ from server_backbone.kinds import ServerParts
 from server_backbone.provisions import Provisions
 from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
-from splitfl.protocol.messages import Fetch, Leave, Message, Ping, Probe, Resume, Shutdown, Welcome, Why
-from splitfl.protocol.tensors import Tensors
+from splitfl.protocol.messages import Fetch, Leave, Message, Ping, Probe, Resume, Shutdown, Why
 from splitfl.session.limits import Limits
 from splitfl.session.server_session import Reply
 from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import MetricsLog
-from splitfl.training.backbones import backbone_of
 from splitfl.transport.zeromq import Arrived, Listener
 
 # How often the loop looks at its deadlines.
@@ -53,15 +39,6 @@ _STALL_S = 1.0
 _MAX_JOBS = 64
 _ON_EITHER_CONNECTION = (Ping, Leave)
 _BEFORE_RESUMED = (Resume, Fetch, Probe)
-
-
-class _Shared(TypedDict):
-    """For almost every desk."""
-
-    members: Members
-    queue: Queue[Work]
-    mail: Mail
-    metrics: MetricsLog
 
 
 @dataclass(kw_only=True)
@@ -83,70 +60,25 @@ class Server:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        run, members, metrics, engine, now_s = self.run, Members(), self.metrics, self.engine, self.clock()
-        kind = self.kind
-        gate, rounds = kind.gate(run), kind.rounds(run, engine.merger.strategy.configure_train, now_s)
-        self._members, self._gate = members, gate
+        now_s = self.clock()
+        self._members = members = Members()
         self._mail = mail = Mail(self.listener, self.limits, members, self.admission)
-        self._queue: Queue[Work] = Queue(engine.do, mail.wake)
-        shared: _Shared = {"members": members, "queue": self._queue, "mail": mail, "metrics": metrics}
-        self._presence = Presence(run=run, limits=self.limits, admission=self.admission, **shared)
-        excuses = Excuses(members=members, engine=engine, queue=self._queue, metrics=metrics)
-        self._snapshots = snapshots = Snapshots(backbone=backbone_of(run), engine=engine, **shared)
-        sayer = Sayer(metrics)
-        self._course = course = Course(
-            run=run,
-            kind=kind,
-            gate=gate,
-            rounds=rounds,
-            excuses=excuses,
-            engine=engine,
-            sayer=sayer,
-            snapshots=snapshots,
-            num_tensors=len(self.terms.layer_shapes),
-            **shared,
-        )
-        self._arrivals = Arrivals(
-            run=run,
-            kind=kind,
+        self._queue: Queue[Work] = Queue(self.engine.do, mail.wake)
+        self._desks = roster(
+            run=self.run,
+            run_id=self.run_id,
+            kind=self.kind,
             terms=self.terms,
-            greeting=self._greeting(),
-            admission=self.admission,
-            gate=gate,
-            course=course,
-            engine=engine,
-            **shared,
-        )
-        self._waiting = Waiting(
-            run=run,
             limits=self.limits,
+            admission=self.admission,
+            engine=self.engine,
+            provisions=self.provisions,
             members=members,
-            gate=gate,
-            rounds=rounds,
+            queue=self._queue,
             mail=mail,
-            metrics=metrics,
+            metrics=self.metrics,
+            history=self.history,
             now_s=now_s,
-        )
-        self._desks: tuple[Desk, ...] = (
-            self._presence,
-            self._arrivals,
-            Generations(members=members, queue=self._queue, mail=mail, caches=CacheBook(run.link)),
-            self._waiting,
-            excuses,
-            Steps(
-                run=run,
-                kind=kind,
-                gate=gate,
-                excuses=excuses,
-                engine=engine,
-                history=self.history,
-                tensors=Tensors(self.terms.wire_types, frame_bytes=run.link.frame_bytes),
-                **shared,
-            ),
-            course,
-            Reports(course=course, engine=engine, queue=self._queue, metrics=metrics, sayer=sayer),
-            snapshots,
-            Files(link=run.link, provisions=self.provisions, mail=mail),
         )
         self._takes = {message: desk for desk in self._desks for message in desk.takes}
         self._finishes = {work: desk for desk in self._desks for work in desk.finishes}
@@ -154,24 +86,10 @@ class Server:
         self._most_jobs = _MAX_JOBS + 8 * self.limits.micro_batches_in_flight
         self._tick_due_s = now_s
 
-    def _greeting(self) -> Welcome:
-        files = self.provisions.files
-        return Welcome(
-            session="",
-            session_number=0,
-            run_id=self.run_id,
-            settings=self.run.to_json(),
-            fingerprint=self.run.fingerprint(),
-            file_names=tuple(files),
-            file_sizes=tuple(file.num_bytes for file in files.values()),
-            file_hashes=tuple(file.digest for file in files.values()),
-            limits=self.limits.announced(),
-        )
-
     @property
     def reason(self) -> str:
         """Why the run ended before its last round, "" once it has gone through it."""
-        return self._course.reason
+        return self._desks.endings.reason
 
     def serve(self) -> None:
         """Run until the last client has said goodbye, or the run is given up (see `reason`).
@@ -180,7 +98,7 @@ class Server:
         """
         try:
             before_s = self.clock()
-            while not self._course.is_over and not self.stop.is_asked:
+            while not self._desks.endings.is_over and not self.stop.is_asked:
                 arrived = self._mail.receive(_TICK_S)
                 now_s = self.clock()
                 self._forgive(now_s - before_s)
@@ -193,20 +111,15 @@ class Server:
                     self._tick(now_s)
         finally:
             self._queue.close(drops=self.stop.is_asked)
-        if not self._course.is_over:
+        if not self._desks.endings.is_over:
             self._go_on(self.clock())  # clients that wait for the decision hear of it
-        if not self._course.is_over:
+        if not self._desks.endings.is_over:
             self.stop.check()
 
     def recover(self) -> None:
         """Go on where the log ends: every client is expected back."""
-        state, now_s = self.engine.view.state, self.clock()
-        self._course.hold()
-        if state.round is not None or state.turns:
-            self._gate.round_opened((), state.round.step if state.round is not None else 1)
-        for client_id, known in state.members.items():
-            self._arrivals.restore(client_id, known, now_s)
-        self._carry_out(self._course.recover(now_s), now_s)
+        now_s = self.clock()
+        self._carry_out(self._desks.recover(now_s), now_s)
 
     def dismiss(self, reason: str) -> None:
         """Tell every client that the run is over."""
@@ -217,7 +130,7 @@ class Server:
         """Save this moment after an interruption, and tell every client where to resume."""
         try:
             if self._queue.is_quiet:  # else the compute thread may be in the middle of a step
-                self._snapshots.say_failed(self.engine.save())
+                self._desks.snapshots.say_failed(self.engine.save())
         finally:
             self.say_shutdown()
 
@@ -241,18 +154,18 @@ class Server:
         arrived, connection = received.arrived, received.connection
         match received:
             case Damaged():
-                return self._presence.damaged(arrived, connection)
+                return self._desks.presence.damaged(arrived, connection)
             case LockedOut():
-                return self._presence.lock_out(arrived.peer, connection)
+                return self._desks.presence.lock_out(arrived.peer, connection)
             case Illegal(rule=rule):
-                return self._presence.punish(arrived.peer, arrived.user_id, connection, rule)
+                return self._desks.presence.punish(arrived.peer, arrived.user_id, connection, rule)
             case Letter(message=message):
                 try:
                     if connection is None:
-                        return self._arrivals.hear_stranger(arrived, message, now_s)
+                        return self._desks.arrivals.hear_stranger(arrived, message, now_s)
                     return self._take(connection, message, now_s)
                 except RemoteProtocolError as error:
-                    return self._presence.punish(arrived.peer, arrived.user_id, connection, str(error))
+                    return self._desks.presence.punish(arrived.peer, arrived.user_id, connection, str(error))
 
     def _take(self, connection: Connection, message: Message, now_s: float) -> Effects:
         """Hand a message to its desk if it is legal now."""
@@ -282,7 +195,7 @@ class Server:
     def _meet_gone(self, now_s: float) -> None:
         while self._mail.gone:
             connection, reason = self._mail.gone.popleft()
-            self._carry_out(self._presence.lose(connection, reason), now_s)
+            self._carry_out(self._desks.presence.lose(connection, reason), now_s)
 
     def _follow_up(self, done: Done[Work], now_s: float) -> Effects:
         desk = self._finishes.get(type(done.work))
@@ -296,7 +209,7 @@ class Server:
     def _tick(self, now_s: float) -> None:
         for desk in self._desks:
             self._carry_out(desk.ticked(now_s), now_s)
-        self._waiting.say(now_s)
+        self._desks.waiting.say(now_s)
 
     def _carry_out(self, effects: Iterable[Effect], now_s: float) -> None:
         """Work a list of effects off; what follows from one comes before the next."""

@@ -1,6 +1,6 @@
 """What clients have measured is said once, put together, and not kept for ever."""
 
-from server_backbone.desks.measurements import Measurements
+from server_backbone.desks.training.measurements import Measurements
 
 LOSS = {"eval_loss": 2.0}
 

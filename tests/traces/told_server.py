@@ -105,12 +105,12 @@ class ToldServer(Server):
         """Find a client's connection closed, as when something was to be sent on it."""
         connection = self._members[client_id].connection
         if connection is not None:
-            self._carry_out(self._presence.lose(connection, "the peer has closed its connection"), self.clock())
+            self._carry_out(self._desks.presence.lose(connection, "the peer has closed its connection"), self.clock())
 
     @property
     def is_over(self) -> bool:
         """Whether the run has ended, so that the server would stop."""
-        return self._course.is_over
+        return self._desks.endings.is_over
 
     def close(self) -> None:
         """End as a killed process does: nothing is said, and all that is written stays."""
@@ -125,7 +125,7 @@ class ToldServer(Server):
 
     def waits_for(self) -> str:
         """Say what the run waits for."""
-        return self._waiting.waiting_for() or "nothing"
+        return self._desks.waiting.waiting_for() or "nothing"
 
     def _follow(self, effect: Effect, now_s: float) -> Effects:
         self.tell(f"  do: {sentence(effect)}")

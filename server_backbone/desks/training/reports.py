@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from server_backbone.desks.course import Course
 from server_backbone.desks.desk import Desk, Effects, Evaluates, WorkQueue
-from server_backbone.desks.measurements import Sayer
+from server_backbone.desks.training.endings import Endings
+from server_backbone.desks.training.layers import CommonLayers
+from server_backbone.desks.training.measurements import Sayer
 from server_backbone.door.members import Connection
 from server_backbone.engine import work
 from server_backbone.engine.engine import Engine
@@ -19,7 +20,8 @@ from splitfl.telemetry.metrics import MetricsLog
 class Reports(Desk):
     """`Report`."""
 
-    course: Course
+    common: CommonLayers
+    endings: Endings
     engine: Engine
     queue: WorkQueue
     metrics: MetricsLog
@@ -35,7 +37,7 @@ class Reports(Desk):
         return [Evaluates(client_id=client_id)]
 
     def _take(self, client_id: str, report: Report) -> None:
-        if report.round_number > self.course.held_round:
+        if report.round_number > self.common.held_round:
             raise RemoteProtocolError(f"a report of round {report.round_number}, which is not merged")
         if report.topic == "loaded":
             self.metrics.emit("loaded", client_id=client_id, round=report.round_number, digest=report.digest)
@@ -57,4 +59,4 @@ class Reports(Desk):
 
     def _is_of_the_best(self, report: Report) -> bool:
         """Tell whether a report is of the round that the run ends with, whose number clients do not know."""
-        return self.course.have_ended and report.phase == "after" and self.engine.view.state.ends_with > 0
+        return self.endings.have_ended and report.phase == "after" and self.engine.view.state.ends_with > 0

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from server_backbone.deciding.gates import Gate
-from server_backbone.desks.course import Course
+from server_backbone.deciding.rounds import Rounds
 from server_backbone.desks.desk import (
     NOTHING,
     Desk,
@@ -17,6 +17,8 @@ from server_backbone.desks.desk import (
     Strike,
     WorkQueue,
 )
+from server_backbone.desks.training.layers import CommonLayers
+from server_backbone.desks.training.openings import Openings
 from server_backbone.door.admission import Admission
 from server_backbone.door.mail import Mail
 from server_backbone.door.members import Connection, Member, Members
@@ -50,7 +52,9 @@ class Arrivals(Desk):
     admission: Admission
     members: Members
     gate: Gate
-    course: Course
+    rounds: Rounds
+    common: CommonLayers
+    openings: Openings
     engine: Engine
     queue: WorkQueue
     mail: Mail
@@ -111,10 +115,10 @@ class Arrivals(Desk):
             member.session.returned(self.gate.returned(member.client_id))
         resumed = member.session.resume(
             claim,
-            held_round=self.course.held_round,
-            layers=self.course.layers,
-            counted_round=self.course.counted_round(member.client_id),
-            is_parting=self.course.rounds.is_parting,
+            held_round=self.common.held_round,
+            layers=self.common.layers,
+            counted_round=self.common.counted_round(member.client_id),
+            is_parting=self.rounds.is_parting,
         )
         return self._let_go_on(connection, claim, resumed, was_training)
 
@@ -131,7 +135,7 @@ class Arrivals(Desk):
         round_ = state.round_of(client_id)
         member.session.restore(
             applied=known.applied,
-            round_=self.course.opening(round_.opened(), client_id) if round_ is not None else None,
+            round_=self.openings.opening(round_.opened(), client_id) if round_ is not None else None,
             next_step=known.next_step,
             awaits_merge=round_ is not None and (client_id in round_.uploaded or client_id not in round_.trainers),
         )
@@ -145,7 +149,7 @@ class Arrivals(Desk):
             hello,
             arrived.user_id,
             self.members,
-            finished=finished if self.course.rounds.is_parting else "",
+            finished=finished if self.rounds.is_parting else "",
             keeps_copies=self.kind.keeps_copies(self.run),
             now_s=now_s,
         )
@@ -183,7 +187,7 @@ class Arrivals(Desk):
             return known
         self.members.add(newcomer)
         self.queue.put(work.Write(entry=Joined(client_id=newcomer.client_id)))
-        self.course.rounds.joined(newcomer.client_id)
+        self.rounds.joined(newcomer.client_id)
         self.metrics.emit("client_joined", client_id=newcomer.client_id)
         return newcomer
 
@@ -211,9 +215,9 @@ class Arrivals(Desk):
             self.metrics.emit("client_rewinds", client_id=member.client_id, step=resumed.step)
         else:
             connection.is_resumed = True
-            member.held_round = self.course.held_round if resumed.layers else claim.held_round
+            member.held_round = self.common.held_round if resumed.layers else claim.held_round
             if resumed.verdict == "anew":
-                member.held_round = -1 if not resumed.layers else self.course.held_round
+                member.held_round = -1 if not resumed.layers else self.common.held_round
                 self.metrics.emit("client_rejoins", client_id=member.client_id, reason=resumed.reason)
             self._take_back(member)
         self.mail.send(connection, resumed)
@@ -229,6 +233,6 @@ class Arrivals(Desk):
         if member.is_out and takes_part:
             self.queue.put(work.Write(entry=Returned(client_id=member.client_id)))
         if member.is_out or member.absent_since_s is not None:
-            self.course.rounds.joined(member.client_id, takes_part=takes_part)
+            self.rounds.joined(member.client_id, takes_part=takes_part)
             self.metrics.emit("client_returned", client_id=member.client_id, step=member.session.applied.step)
         member.absent_since_s, member.is_out = None, False

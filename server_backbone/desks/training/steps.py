@@ -24,7 +24,7 @@ from server_backbone.desks.desk import (
     WorkQueue,
     refused,
 )
-from server_backbone.desks.excuses import Excuses
+from server_backbone.desks.training.excuses import Excuses
 from server_backbone.door.mail import Mail
 from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work

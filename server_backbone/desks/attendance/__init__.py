@@ -1,0 +1,1 @@
+"""Clients that come, go, or are waited for."""

@@ -1,0 +1,1 @@
+"""Rounds from their opening to their end, and the steps in them."""
