@@ -5,7 +5,6 @@ from typing import Any
 
 from splitfl.protocol.messages import (
     DTYPE_BYTES,
-    Commit,
     Forward,
     Merged,
     RoundOpened,
@@ -58,18 +57,6 @@ def forward(request_id: int, step: int, micro_batch: int = 0, **changed: Any) ->
         "adapters_off": False,
     }
     return Forward(request_id=request_id, step=step, micro_batch=micro_batch, **{**usual, **changed})
-
-
-def commit(step: int, **changed: Any) -> Commit:
-    """Return the request to apply a step."""
-    usual: dict[str, Any] = {
-        "num_label_tokens": 4,
-        "loss": 1.5,
-        "norms_P": frames_of(len(LAYER_SHAPES)),
-        "learning_rate": 0.0,
-        "clip_coefficient": 1.0,
-    }
-    return Commit(step=step, **{**usual, **changed})
 
 
 def opened(round_number: int = 1, first_step: int = 1, num_steps: int = 2, **changed: Any) -> RoundOpened:

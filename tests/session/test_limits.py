@@ -3,12 +3,13 @@
 import pytest
 import torch
 from packed import packed
+from sample_messages import forward
 
 from splitfl.config.operation import LinkSection
 from splitfl.protocol import codec
 from splitfl.protocol.messages import Backward, BackwardDone, Buffer, Chunk, Merged, Message, TensorFrames, Upload
 from splitfl.session.limits import limits_of
-from splitfl.session.terms import Terms
+from splitfl.session.terms import MAX_PACKED_EXAMPLES, Terms
 from splitfl.transport.framing import CHECKSUM_BYTES, Framing
 
 FRAME_BYTES = 1 << 12
@@ -73,3 +74,10 @@ def test_framing_is_counted_frame_by_frame() -> None:
     assert plain.num_bytes(frames) == 1000 * (FRAME_BYTES + 9)
     assert keys.num_bytes(frames) == 1000 * (FRAME_BYTES + 9 + 33)
     assert keys.most_bytes(1000 * FRAME_BYTES, 1000) == keys.num_bytes(frames)
+
+
+def test_the_lengths_of_as_many_packed_examples_as_may_be_fit_into_a_header() -> None:
+    lengths = (300,) * MAX_PACKED_EXAMPLES
+    rows = (300 * len(lengths) // 512,) * 512
+    header = codec.encode(forward(1, 0, example_lengths=lengths, lengths_B=rows))[0]
+    assert len(header) < codec.MAX_HEADER_BYTES
