@@ -27,8 +27,8 @@ class Server:
             choices=("auto", "never"),
             default="auto",
             help="auto (default): go on with the run that server.run_id names, or without it with the latest"
-            " interrupted run in server.runs_dir, if the settings that decide the weights are the same; others may have"
-            " changed. never: begin a new one. More rounds prolong a run that is named, also a finished one"
+            " interrupted run in server.runs_dir. The settings that decide the weights must be the same. never:"
+            " begin a new one. More rounds prolong a run that is named, also a finished one"
             " (docs/reliability.md)",
         )
         parser.add_argument("--json", action="store_true", help="print the report as JSON at the end, and no progress")
@@ -90,7 +90,7 @@ class Rollback:
 
         generation, commit_number = rollback(arguments.run_dir, arguments.to)
         sys.stdout.write(
-            f"back at commit {commit_number} (snapshot {generation}); what came later is kept as state/*.dropped. Start"
+            f"back at commit {commit_number} (snapshot {generation}); later records are kept as state/*.dropped. Start"
             " the server again: clients go back with it\n"
         )
 

@@ -1,6 +1,6 @@
 """Which run a start of the server is: a new one, or one in `server.runs_dir` that goes on; and what its folder says.
 
-A run is known by what decides its weights (`RunConfig.identity`, the model's content among it), not by where it lies:
+A run is known by what decides its weights (`RunConfig.identity`, the model's content among it), not by its place. So
 the folder may be copied to another machine. Other changes since the last start are told, and take effect.
 """
 

@@ -49,7 +49,8 @@ def check_server(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
 def _keys(security: ServerSecurity | None) -> Finding:
     if security is None:
         said = (
-            "No keys: whoever reaches the address is let in, and nothing is encrypted. Only this machine can reach it."
+            "No keys: anybody who reaches the address is let in, and nothing is encrypted. Only this machine can reach"
+            " it."
         )
         return Finding(topic="keys", sentences=(said,), numbers={"encrypted": False, "authorized": []})
     names = sorted(security.allow_list.keys())

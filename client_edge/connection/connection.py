@@ -170,7 +170,8 @@ class Connection:
             if self._setbacks.failing_s(now_s=time.monotonic()) >= patience_s:
                 raise PeerGone(
                     f"gave up on {self.address} after {patience_s:g} s (client.reconnect_timeout):"
-                    f" {reason}; what was learned is kept: start the same command again to resume at step {resume_at}"
+                    f" {reason}; the learned layers are kept: start the same command again to resume at step"
+                    f" {resume_at}"
                 )
             self.on_lost(f"server lost ({reason}), retry {self._setbacks.count}, resuming at step {resume_at}")
             self.stop.sleep(self._setbacks.pause_s)

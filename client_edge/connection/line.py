@@ -1,7 +1,7 @@
 """A data connection and its heartbeat, from the welcome until they are lost: what is on its way, and who is alive.
 
 The server's answers to the heartbeats on the control connection show that it lives, however long a barrier or a merge
-takes; when they stop, a wait is over. They also say what has arrived on the data connection, so one that is dead in one
+takes. When they stop, a wait is over. They also say what has arrived on the data connection, so one that is dead in one
 direction is noticed.
 """
 

@@ -1,8 +1,7 @@
 """Losses of the connection without progress between them: how many, since when, and the pause before the next try.
 
-Joining again is no progress, or a message that never gets through would be tried for ever. Progress is what was never
-reached before: a step, a round, a piece of a file, or one more answer within the same step than on the connections
-before.
+Joining again is no progress, or a message that never gets through would be tried for ever. Progress is something that
+was never reached before: a step, a round, a piece of a file, or one more answer within a step.
 """
 
 from splitfl.protocol.messages import (

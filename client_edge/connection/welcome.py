@@ -94,7 +94,7 @@ def _check_files(welcome: Welcome) -> None:
     for name, digest in zip(names, digests, strict=True):
         if name not in _KNOWN_FILES:
             raise RemoteProtocolError(
-                f"the server announces a file {_quoted(name)}; those of a welcome are {', '.join(sorted(_KNOWN_FILES))}"
+                f"the server announces a file {_quoted(name)}; a welcome has {', '.join(sorted(_KNOWN_FILES))}"
             )
         if not _DIGEST.fullmatch(digest):
             raise RemoteProtocolError(f"the server's hash of {name} is {_quoted(digest)}, no SHA-256 in hex")

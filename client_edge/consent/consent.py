@@ -108,9 +108,8 @@ def require_consent(asked: Consent, run: RunConfig, folder: Path, answer: Answer
         changed = before is not None and not before.withdrawn_at
         what = "it is not what was accepted earlier" if changed else "nobody here has accepted that"
         raise NotAccepted(
-            f"run {asked.run_id} at {asked.server_address} lets the server see what is said above, and {what}: read it,"
-            " then start again with --accept, or on a terminal, where you are asked. Nothing but this client's name was"
-            " sent"
+            f"run {asked.run_id} at {asked.server_address} lets the server see the above, and {what}. Read it, then"
+            " start again with --accept, or on a terminal, where you are asked. Nothing but this client's name was sent"
         )
     replace(asked, agreed_at=_now(), how=how, shown=tuple(shown)).write(folder)
 

@@ -44,14 +44,14 @@ def check_known(policy: PolicySection, digest: str, own_digest: Callable[[], str
     if digest != wanted:
         raise NotAllowed(
             f"the server's layers have SHA-256 {digest:.16}..., and policy.known_weights wants {wanted:.16}...: they"
-            " are not those of the checkpoint that you know, or the model is cut elsewhere (`splitfl check` prints the"
-            " server's). Ask the server's operator, or set policy.known_weights anew"
+            " come from another checkpoint, or the model is cut elsewhere (`splitfl check` prints the server's)."
+            " Ask the server's operator, or set policy.known_weights anew"
         )
     for name in adapters or ():
         if ".lora_B." in name and adapters is not None and bool(torch.count_nonzero(adapters[name])):
             raise NotAllowed(
-                f"the server's adapter {name} is not zero at the start, so the layers are not those that"
-                " policy.known_weights names"
+                f"the server's adapter {name} is not zero at the start, so the layers are not the ones"
+                " of policy.known_weights"
             )
 
 
@@ -113,8 +113,8 @@ class Allowance:
         most = getattr(self._policy, name)
         if value > most:
             raise NotAllowed(
-                f"more than {most:g} {what} in this run: policy.{name} is reached and this client ends; what was"
-                " learned is kept, and a higher bound goes on from there"
+                f"more than {most:g} {what} in this run: policy.{name} is reached and this client ends; the"
+                " learned layers are kept, and a higher bound goes on from there"
             )
 
 

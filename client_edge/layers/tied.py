@@ -59,8 +59,8 @@ class AddedEachTime(Tied):
 class AddedInTheEnd(Tied):
     """Keeps the embedding's gradients out of the head's sum until the step's end, for the loss without logits.
 
-    They are some rows where the head's are a whole matrix; so no second matrix is ever needed, however many
-    micro-batches are under way, and the order of the sum does not depend on how they overlap.
+    They are some rows where the head's are a whole matrix. So no second matrix is ever needed, however many
+    micro-batches are under way. The order of the sum does not depend on how they overlap.
     """
 
     def __init__(self, tied: Sequence[nn.Parameter]) -> None:

@@ -1,7 +1,7 @@
 """What a client measures on held-out text, with the backbone on the server; what comes out of it is numbers.
 
-Three kinds of work: batches with their labels (loss, token accuracy), prompts that are answered (exact match, ROUGE-L),
-and prompts with each label word after them (accuracy, macro-F1).
+Three kinds of work: batches with their labels (loss, token accuracy) and prompts that are answered (exact match,
+ROUGE-L). The third is prompts with each label word after them (accuracy, macro-F1).
 """
 
 import math

@@ -160,7 +160,7 @@ def _refuse_router_losses(model: nn.Module, _args: tuple[Any, ...], kwargs: dict
     asked = kwargs.get("output_router_logits")
     if asked or (asked is None and getattr(model.config, "output_router_logits", False)):
         raise ModelError(
-            "output_router_logits is on: the auxiliary loss of the routers needs those of the server's blocks, which do"
+            "output_router_logits is on: the routers' auxiliary loss needs the logits of the server's blocks, which do"
             " not cross; set model.config.output_router_logits = False"
         )
 

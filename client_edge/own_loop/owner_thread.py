@@ -13,7 +13,7 @@ _PATIENCE_S = 5.0
 
 
 class OwnerThread:
-    """Does one thing after the other, for callers in any thread; they wait for it.
+    """Does one thing after the other for callers in any thread, who wait for it.
 
     torch runs the backward of a GPU's graph in a thread of its own, and a socket must stay in the thread that made it.
     A `ThreadPoolExecutor` would do, but it takes no more work once the interpreter begins to end, when there is still a

@@ -1,9 +1,9 @@
-"""Parameters that stand for the server's on a client that clips in a loop of its own.
+"""Parameters that stand for the server's on an own-loop client, which clips itself.
 
 `clip_grad_norm_` takes the norm of the per-tensor norms in the order of the parameters, and scales every gradient by
 one coefficient. A proxy's gradient is `[norm of the remote gradient, a tiny probe]`: its own norm is the remote one's,
-bit for bit (from 1e-19 to 1e19: there the probe's square vanishes), so the total is that of the whole model; and what
-the probe has become tells the coefficient, exactly, since it is a power of two.
+bit for bit (from 1e-19 to 1e19, where the probe's square vanishes). So the total is the whole model's. The probe's
+value afterwards tells the coefficient, exactly, since it is a power of two.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """The backbone of a user's own loop: the open step, its commit, and the way back when the connection is lost.
 
 A step is open from its first training micro-batch until it is committed or given up. Until then the micro-batches are
-kept as they were sent: on a new connection, or after a step that was given up, they are sent again in their order,
-which gives the server the same gradients, and the loop never learns of it.
+kept as they were sent. On a new connection, or after a step that was given up, they are sent again in their order. That
+gives the server the same gradients, and the loop never learns of it.
 """
 
 import weakref

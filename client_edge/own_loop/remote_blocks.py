@@ -141,7 +141,7 @@ class OwnLoopBlocks:
 def layout_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tensor | None) -> Layout:
     """Return how a batch's rows are filled; raise `DataError` for a mask or positions that are no rows.
 
-    Positions may begin anywhere, as long as they rise by one from token to token: attention only sees distances, and
+    Positions may begin anywhere, as long as they rise by one from token to token. Attention only sees distances, and
     learned positions are added on this side. Where they do not, and there is no mask, another example begins, as
     transformers has it of packed rows.
     """
@@ -160,8 +160,8 @@ def layout_of(hidden_BSD: Tensor, mask_BS: Tensor | None, position_ids_BS: Tenso
         is_border_BS = (steps_BS != 1) & is_token_BS[:, :-1] & is_token_BS[:, 1:]
         if is_border_BS.any() and mask_BS is not None:
             raise DataError(
-                "position_ids that begin anew within a row, as packing makes them, beside an attention_mask: with one"
-                " the examples of a row would see each other, so give none"
+                "position_ids that begin anew within a row, as packing makes them, with an attention_mask: the examples"
+                " of a row would see each other, so give no mask"
             )
         if is_border_BS.any():
             return Layout(lengths_B=lengths_B, example_lengths=_between(is_border_BS))

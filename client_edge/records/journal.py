@@ -1,7 +1,7 @@
 """What a client keeps on disk so that it goes on where it was: its gradients of every step, and snapshots.
 
-A step's gradients are written before its commit is sent, and the server's answer after them; so a client that died
-knows what it had asked for, and the server's last acknowledgement, which the server keeps, settles the rest.
+A step's gradients are written before its commit is sent, and the server's answer after them. So a client that died
+knows what it had asked for. The server keeps its last acknowledgement, which settles the rest.
 """
 
 from collections.abc import Iterable, Mapping

@@ -85,7 +85,7 @@ def grouped_order(
     """Return a permutation of an epoch in which rows of about the same length share a micro-batch of `size` rows.
 
     As transformers' `LengthGroupedSampler`: shuffled, cut into stretches of up to 50 micro-batches, each sorted by
-    length. Beyond it micro-batches are shuffled once more, so that no stretch goes from long to short; and the first
+    length. Beyond it micro-batches are shuffled once more, so that no stretch goes from long to short. The first
     `begun` rows, which fill the micro-batch that the last epoch has begun, are left as they fall, so that micro-batches
     are cut where the sorting meant them to be.
     """

@@ -141,7 +141,7 @@ class PullToCommon:
 class ClipWhole:
     """The step is clipped by the norm of the whole model.
 
-    For the tensors here that is the norm of the sum; for the clients' tensors it is the weighted mean of their norms,
+    For the tensors here that is the norm of the sum. For the clients' tensors it is the weighted mean of their norms,
     an upper bound of the norm of their mean.
     """
 

@@ -52,7 +52,7 @@ def done_for_all(work: Callable[[], T], what: str) -> T:
             raise
         words = _words(error)
     raise Incomplete(
-        f"{what}: {words}; what was acknowledged is written down, so the same command goes on with it when there is"
+        f"{what}: {words}; acknowledged steps are written down, so the same command goes on with them when there is"
         " more memory"
     )
 

@@ -1,7 +1,7 @@
 """The backbone spread over several devices of one machine, by Accelerate's device map. Not run on a GPU.
 
 Accelerate decides from the sizes of the blocks and the free memory, and its hooks carry activations from device to
-device; gradients go back the same way. Optimizer state lies where its weights lie.
+device. Gradients go back the same way. Optimizer state lies where its weights lie.
 """
 
 from collections.abc import Mapping

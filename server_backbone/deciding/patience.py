@@ -17,8 +17,8 @@ class Patience:
     """What each client's misses have cost; one that sits out is waited for again when it begins a step.
 
     It is waited for at once the first time. After that only as long as all its misses are no more than a fifth of the
-    time that has passed, so that who begins steps and never ends them, or ends every other one, cannot hold the others
-    up. What it does in time counts all the while.
+    time that has passed. So a client that begins steps and never ends them, or ends every other one, cannot hold the
+    others up. What it does in time counts all the while.
     """
 
     def __init__(self, max_missed_steps: int, step_timeout: float) -> None:

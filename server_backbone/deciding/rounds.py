@@ -138,7 +138,7 @@ class Rounds:
         """Set where a run stands that was interrupted; `resumed` then says what follows.
 
         `next_steps` are where each client's next round of its own would begin (see `turns`). The last merge is judged,
-        or judged again: whoever is asked for the verdict remembers it.
+        or judged again: the part that is asked for the verdict remembers it.
         """
         self.num_merged = self.round_number = num_merged
         if open_round is not None:
@@ -296,7 +296,7 @@ class Rounds:
 
     @property
     def _fewest(self) -> int:
-        """Clients that must be ready; for the verdict on the last merge, whoever is still there."""
+        """Clients that must be ready; for the verdict on the last merge, all that are still there."""
         return min(1, len(self._connected)) if self._are_all_merged else self._federation.min_available_clients
 
     def _go_on_without(self) -> list[Decision]:

@@ -25,7 +25,7 @@ class Standing:
     def after(self, round_number: int, value: float | None, federation: FederationSection) -> "Standing":
         """Compare a round by its measure over all clients; None, where nobody has measured, changes nothing.
 
-        As transformers has it: any better value makes the best round, and only one that is better by more than
+        As transformers has it, any better value makes the best round. Only one that is better by more than
         `early_stopping_threshold` ends the rounds without improvement.
         """
         if value is None:

@@ -1,7 +1,7 @@
 """Rounds of each client's own, and merges as uploads come in (FedBuff): pure state, time comes in as a number.
 
 A client's turn is a round for it alone: `Open`, its local steps, its upload, `Release`. It is numbered by the merge
-that follows the one whose layers it begins with, as a round is; its steps are counted for it alone. Every `buffer_size`
+that follows the one whose layers it begins with, as a round is. Its steps are counted for it alone. Every `buffer_size`
 uploads, from whomever, are a merge. Nobody waits for another client but at the beginning of the run.
 """
 

@@ -596,7 +596,7 @@ class Engine:
         return EndedRounds(layers=self.describe_layers(), note=note)
 
     def describe_layers(self) -> tuple[TensorFrames, ...]:
-        """Describe everyone's layers: those of the last merge, or what every client starts with; and their controls."""
+        """Describe everyone's layers, the last merge's or the first ones, and their controls."""
         layers = [self._tensors.pack(Role.LAYER, layer) for layer in self.merger.layers().values()]
         return (*layers, *(self._tensors.pack(Role.CONTROL, control) for control in self.merger.controls()))
 

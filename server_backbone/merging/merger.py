@@ -1,7 +1,7 @@
 """The merge at the end of a round: uploads wait on disk, the strategy folds them, and the result is everyone's.
 
-Uploads are spooled so that memory does not grow with the number of clients; they are folded in the order of the
-clients' ids, one tensor at a time, so the order in which they arrived never matters.
+Uploads are spooled so that memory does not grow with the number of clients. They are folded in the order of the
+clients' ids, one tensor at a time, so their order of arrival never matters.
 """
 
 import itertools

@@ -211,7 +211,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prolonged:
-    """There are further rounds after those that were done: clients that had finished are expected."""
+    """There are further rounds after the ones that were done: clients that had finished are expected."""
 
     kind: ClassVar[str] = "prolonged"
     durable: ClassVar[bool] = True

@@ -39,7 +39,7 @@ class KeptSnapshots(ABC):
         if commit_number not in kept:
             known = ", ".join(map(str, kept)) or "none"
             return (
-                f"no snapshot of commit {commit_number} is kept; those that are: {known} (storage.keep_named bounds"
+                f"no snapshot of commit {commit_number} is kept; there are: {known} (storage.keep_named bounds"
                 " how many)"
             )
         then = RunState.from_fields(self._store.kept_at(commit_number).fields)

@@ -1,8 +1,8 @@
 """The server's records, so that nothing acknowledged is lost: one log for commits, membership, rounds and merges.
 
-Every entry is folded into `RunState` as it is written, and read back the same way: a snapshot is the state and the
-tensors of one moment, and recovery is a snapshot with the entries after it. One thread writes: the compute thread,
-whose queue also decides the order of the entries. Any thread may read `state`.
+Every entry is folded into `RunState` as it is written, and read back the same way. A snapshot is the state and the
+tensors of one moment. Recovery is a snapshot with the entries after it. One thread writes: the compute thread, whose
+queue also decides the order of the entries. Any thread may read `state`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -163,8 +163,8 @@ class Ledger:
     ) -> None:
         """Write that no further round is opened.
 
-        `best` are layers and backbone of an earlier round that the run ends with; the entry holds them, so that it can
-        be done again when the kept file is gone.
+        `best` are layers and backbone of an earlier round that the run ends with. The entry holds them, so that it can
+        be done again without the kept file.
         """
         held_round = self.state.num_merged + (best is not None)
         tensors = NO_TENSORS

@@ -1,6 +1,6 @@
 """Records of a run's log that no event tells of: a server may be killed after it has written one.
 
-At most the last merge and the last step of each client can be missing: the next one waits for the answer, and the event
+At most the last merge and the last step of each client can be missing. The next one waits for the answer, and the event
 is written where the answer is given.
 """
 

@@ -232,7 +232,7 @@ class TestServer:
         assert main(["check", "--config", str(config)]) == 0
         words = capsys.readouterr().out
         assert "A llama of 4 blocks: 1 below and 1 above on each client, 2 here." in words
-        assert "No keys: whoever reaches the address is let in" in words
+        assert "No keys: anybody who reaches the address is let in" in words
         assert "A server that wants to can read the text and its labels" in words
         assert words.endswith("all is well\n")
 

@@ -127,7 +127,7 @@ class TestTrainer:
         for batch in batches(4):
             train(model, optimizer, [batch])
             states.append(model.state_dict())
-        with pytest.raises(Refused, match="no snapshot of commit 1 is kept; those that are: 3, 4"):
+        with pytest.raises(Refused, match="no snapshot of commit 1 is kept; there are: 3, 4"):
             model.load_state_dict(states[0])
         model.load_state_dict(states[2])
 

@@ -118,8 +118,8 @@ class Presence(Desk):
         self.mail.refuse(
             peer,
             Why.REVOKED,
-            "this client's key is not, or no longer, among those that the server lets in: ask the server's operator to"
-            " run `splitfl authorize`",
+            "the server does not let this client's key in, or no longer: ask the server's operator to run"
+            " `splitfl authorize`",
         )
         return [] if connection is None else [Lose(connection=connection, reason="its key was revoked", waits=False)]
 
