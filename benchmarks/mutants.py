@@ -178,7 +178,7 @@ MUTANTS = (
         function="Merger.spool",
         letters="min(upload.num_examples, seen.num_examples)",
         instead="upload.num_examples",
-        tests="tests/server_backbone tests/learning/test_bad_uploads.py",
+        tests="tests/learning/test_claims.py",
     ),
     # the audit: what a log must prove
     Mutant(
