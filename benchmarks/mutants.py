@@ -200,7 +200,7 @@ MUTANTS = (
         function="_check_order",
         letters="!= state.commit_number + 1",
         instead="<= state.commit_number",
-        tests="tests/server_backbone tests/benchmarks",
+        tests="tests/test_recorded_runs.py",
     ),
     # limits
     Mutant(

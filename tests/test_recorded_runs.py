@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from benchmarks.replay import Replayed, quiet_replay
+from server_backbone.records.entries import Committed
 from server_backbone.replay import replay
 from splitfl.config.trees import ClientConfig
+from splitfl.durability.record import pack
+from splitfl.durability.store import Store
 
 RECORDED = Path(__file__).parent / "recorded"
 RUNS = ("buffered", "copies", "rounds")
@@ -34,6 +37,22 @@ def test_its_log_leads_to_its_snapshots_and_to_what_was_saved(recorded: Path) ->
     assert found.problems == []
     assert found.commits == COMMITS[recorded.name]
     assert found.snapshots_equal >= 2
+
+
+def test_a_commit_that_is_left_out_of_a_log_is_found(recorded: Path) -> None:
+    state = recorded / "run" / "state"
+    store = Store.reading(state)
+    for generation in store.generations():
+        entries = list(store.entries_of(generation))
+        if sum(entry.kind == Committed.kind for entry in entries) > 1:
+            break
+    gone = next(entry for entry in entries if entry.kind == Committed.kind)
+    entries.remove(gone)
+    (state / f"log-{generation:08d}.bin").write_bytes(
+        b"".join(bytes(part) for entry in entries for part in pack(entry))
+    )
+    number = gone.fields["number"]
+    assert f"commit {number + 1} after commit {number - 1}" in replay(recorded / "run").problems
 
 
 def test_training_it_again_gives_the_same_weights(recorded: Path) -> None:
