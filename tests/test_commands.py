@@ -50,7 +50,7 @@ def take_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
 
 
 class TestServer:
-    """What the operator may get wrong."""
+    """Mistakes that an operator may make."""
 
     def test_no_such_config(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run_one("server", Server(), ["--config", "nowhere.toml"]) == 2

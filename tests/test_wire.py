@@ -118,7 +118,7 @@ class Secrets:
 
 
 class Watched:
-    """A run whose every byte is recorded, with what its clients computed beside it."""
+    """A run whose every byte is recorded, and the values that its clients computed."""
 
     def __init__(self) -> None:
         self.secrets = Secrets()

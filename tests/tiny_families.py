@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 NUM_BLOCKS = 4
 WIDTH = 32
 
-# What a field is in a tiny model, whichever family has it.
+# The value of a field in a tiny model, whichever family has it.
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,

@@ -56,7 +56,7 @@ def test_a_round_that_counted_leaves_the_mean_gradient_as_its_own() -> None:
         step(client, gradient)
     load(client, 10.0, counted=True)
     assert corrections(client) == {7.0}
-    step(client, 5.0)  # applied as 5 + 10 - 3 = 12; what is settled is the 5
+    step(client, 5.0)  # applied as 5 + 10 - 3 = 12; the 5 are settled
     load(client, 10.0, counted=True)
     assert corrections(client) == {5.0}
 

@@ -253,7 +253,7 @@ class TestServer:
             code, found = said(config)
         assert (code, found["error"]["exit_code"]) == (TransportError.exit_code, 6)
         assert "is in use" in found["error"]["says"]
-        assert "keys" in found  # what was well is said all the same
+        assert "keys" in found  # the parts that were well are said all the same
 
     def test_a_model_that_cannot_be_cut_there(
         self, make_model: Callable[..., Path], tmp_path: Path, said: Callable[..., tuple[int, dict[str, Any]]]

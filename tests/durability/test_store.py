@@ -54,7 +54,7 @@ def filled(tmp_path: Path) -> Path:
 
 
 class TestTwoVersions:
-    """What another splitfl has written is refused with both numbers, and left as it is."""
+    """Records of another splitfl are refused with both numbers, and left as they are."""
 
     @pytest.mark.parametrize(
         ("said", "why"),

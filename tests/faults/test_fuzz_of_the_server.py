@@ -1,6 +1,6 @@
 """Messages of every kind with contents that are legal, nearly legal or absurd, in any order, over a real connection.
 
-No handler raises, whatever the mode: the server goes on, and an honest client beside the liars finishes its run.
+No handler raises, whatever the mode: the server goes on, and an honest client among the liars finishes its run.
 """
 
 import random
@@ -66,7 +66,7 @@ QUICK: dict[str, Any] = {
 
 
 def any_message(liar: Liar, draw: random.Random) -> Message:
-    """Make one; half of the numbers are those of an honest client at its beginning."""
+    """Make one; half of the numbers are an honest client's at its beginning."""
 
     def number() -> int:
         return draw.choice((0, 1, liar.request_id, *NUMBERS)) if draw.random() < 0.5 else draw.choice((0, 1))

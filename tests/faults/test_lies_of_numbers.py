@@ -1,4 +1,5 @@
-"""Numbers that are legal one by one and harm whoever shares a step with them; a row each in docs/reliability.md."""
+"""Numbers that are legal one by one and harm the clients that share a step with them; a row each in
+docs/reliability.md."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What a server may say and a client must not believe: each lie against the real client, in one thing at a time.
+"""Lies of a server that a client must not believe: each against the real client, in one thing at a time.
 
 docs/reliability.md has the table. Nothing may be written outside the client's folders, nothing sent beyond what was
 accepted, and what is said about it is a sentence.

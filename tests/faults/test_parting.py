@@ -1,4 +1,4 @@
-"""The last words between a client and the server may be lost: whoever has done everything ends with 0."""
+"""The last words between a client and the server may be lost: a client that has done everything ends with 0."""
 
 import signal
 import time

@@ -116,7 +116,7 @@ CLIENT_POINTS = [
 def test_a_client_that_is_stopped_in_the_middle_of_something(
     town: Callable[..., Town], durability: str, point: str
 ) -> None:
-    """What it is at, such as an optimizer step of many tensors, is finished first, and nothing half done is kept."""
+    """Its present work, such as an optimizer step of many tensors, is finished first, and nothing half done is kept."""
     number = STOPS[len(point) % 2]
     evaluates = {"data.eval_fraction": 0.2}
     run = town(2, **SMALL, storage__durability=durability, own=evaluates, pause={"clinic-1": f"{point}:60"})

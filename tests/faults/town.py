@@ -171,7 +171,7 @@ class Town:
         return code, (self.processes[name].said().strip().splitlines() or [""])[-1]
 
     def keep_alive(self, timeout_s: float = 90.0) -> None:
-        """Start again whoever ends before the run's end, until all have ended in order."""
+        """Start every process again that ends before the run's end, until all have ended in order."""
         deadline = time.monotonic() + timeout_s
         while True:
             ended = {name: process.poll() for name, process in self.processes.items()}

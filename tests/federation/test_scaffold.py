@@ -1,6 +1,6 @@
 """SCAFFOLD: algorithm 1 of the paper on quadratics, its laws, and what FedAvg misses where clients are unlike.
 
-The reference is written from the paper (arXiv:1910.06378, algorithm 1, option II) in numpy float64. What is tested is
+The reference is written from the paper (arXiv:1910.06378, algorithm 1, option II) in numpy float64. The tests are of
 the client's `Controls` and the server's `Merger`, with plain SGD between them.
 """
 
@@ -47,7 +47,7 @@ def best_for_all(clients: Sequence[Quadratic]) -> Array:
 def algorithm_1(
     clients: Sequence[Quadratic], rounds: Sequence[Sequence[int]], rates: Sequence[float], server_rate: float
 ) -> tuple[list[Array], Array, list[Array]]:
-    """Return x after each round, and c and all c_i in the end; `rates` are those of a round's steps."""
+    """Return x after each round, and c and all c_i in the end; `rates` are of a round's steps."""
     x, c = np.zeros(SIZE), np.zeros(SIZE)
     own = [np.zeros(SIZE) for _ in clients]
     history = []

@@ -1,7 +1,7 @@
 """A router far away: takes TCP connections and passes them on, every byte as much later as it is told.
 
-`python delay.py HOST:PORT TO_HOST:PORT SECONDS`. The kernel's own (`tc netem`) is not in every kernel. What is under
-way is bounded, and whoever sends too much is made to wait, as TCP is used to.
+`python delay.py HOST:PORT TO_HOST:PORT SECONDS`. The kernel's own (`tc netem`) is not in every kernel. The bytes under
+way are bounded, and a sender of too much is made to wait, as TCP is used to.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ async def _serve(here: tuple[str, int], there: tuple[str, int], delay_s: float) 
                 both.create_task(_pass_on(reader, forth, delay_s))
                 both.create_task(_pass_on(answers, writer, delay_s))
         except* OSError:
-            pass  # whoever breaks off ends both ways
+            pass  # a peer that breaks off ends both ways
         finally:
             forth.close()
             writer.close()

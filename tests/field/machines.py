@@ -39,7 +39,7 @@ def why_not() -> str:
 
 
 class Program:
-    """A program on a machine: what it has said so far, and how it ended."""
+    """A program on a machine: its words so far, and how it ended."""
 
     def __init__(self, command: Sequence[str], said: Path, environment: Mapping[str, str]) -> None:
         """Start it; what it says on standard output and standard error goes to one file, as on a screen."""

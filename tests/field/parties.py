@@ -20,7 +20,7 @@ KEYS_PAGE = ROOT / "docs" / "keys.md"
 HOST = "gpu-box"
 PORT = 5555
 
-# What a server's events tell of trouble with a client, whoever is to blame.
+# A server's events about trouble with a client, whether it is to blame or not.
 _TROUBLES = (
     "client_lost",
     "client_left",

@@ -1,4 +1,4 @@
-"""A server that is short of memory, or held up: whoever is honest goes on, and nobody honest is cut off or punished."""
+"""A server that is short of memory, or held up: honest clients go on, and none of them is cut off or punished."""
 
 import re
 import resource

@@ -1,4 +1,4 @@
-"""Whatever ends a process or a link in the middle of a round: the weights are those of the run that nothing harmed."""
+"""Whatever ends a process or a link in the middle of a round: the weights equal the undisturbed run's."""
 
 import hashlib
 import signal

@@ -1,4 +1,4 @@
-"""What a new user does: two machines with keys, by the README; then a second clinic, the first behind a slow link."""
+"""A new user's way: two machines with keys, by the README; then a second clinic, the first behind a slow link."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ def test_one_round_and_the_model_is_an_ordinary_one(parties: Parties, models: Pa
 
 
 def test_a_second_clinic_and_the_first_behind_a_slow_link(network: Network, parties: Parties) -> None:
-    """20 Mbit/s and a round trip of 200 ms; what the clinic has had sent once it still has."""
+    """20 Mbit/s and a round trip of 200 ms; the clinic still has the files that were sent once."""
     operator, far, near = parties.operator, parties.clinics[0], parties.add(network, "clinic-b")
     router = network.machine("router")
     there, _ = network.join(operator.machine, router)

@@ -86,7 +86,7 @@ def test_the_run_ends_with_its_best_round(run: Callable[..., Finished]) -> None:
 
 
 def test_scaffold_ends_with_its_best_round(run: Callable[..., Finished]) -> None:
-    """Its merged layers come with controls, those of the best round as well."""
+    """Its merged layers come with controls, the best round's as well."""
     sgd = {
         "learning_rate": 4.0,
         "lr_scheduler_type": "constant",

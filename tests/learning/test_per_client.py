@@ -198,7 +198,7 @@ def test_one_client_trains_alike_in_every_mode_that_learns(
 def test_a_client_sees_nothing_of_the_others_before_the_merge(
     make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
 ) -> None:
-    """Losses of the first round are those of a client alone; of the second round no more."""
+    """Losses of the first round equal a client's alone; of the second round no more."""
     directory = make_model("llama")
     data = {
         name: {"path": write_text(tmp_path / f"{name}.txt", num_lines=number, seed=number), "eval_fraction": 0.0}

@@ -26,7 +26,7 @@ def train(folder: Path, **federation: Any) -> Finished:
     usual = {"num_rounds": 3, "local_steps": 2, "per_device_train_batch_size": 2, "step_timeout": 2.0}
     settings = {
         "model": {"model_name_or_path": str(write_model(folder / "model"))},
-        "strategy": {"max_update": 1e9},  # what mallory does is within all bounds
+        "strategy": {"max_update": 1e9},  # mallory stays within all bounds
         "federation": {**usual, "min_available_clients": 3, "min_train_clients": 2, **federation},
         "server": {"export_model": False},
     }

@@ -99,7 +99,7 @@ def test_evaluation_leaves_no_trace(train: Callable[..., Any]) -> None:
     model = {"attention_dropout": 0.2}
     never = {"eval_path": None, "eval_fraction": 0.0}
     finished, without = train(1, model=model, data=never)
-    # the same training text: what is evaluated is another file
+    # the same training text, and another file for evaluation
     other = finished.run_dir.parent.parent / "other.txt"
     write_text(other, num_lines=5, seed=99)
     evaluated, with_evaluation = train(1, model=model, data={"eval_path": other}, evaluate="rounds")

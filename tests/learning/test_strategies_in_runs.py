@@ -219,7 +219,7 @@ class TestMergeParts:
         finished, trained = train(merge={"parts": ["top"]})
         report = json.loads((finished.run_dir / "report.json").read_text())
         assert report["merges"]
-        assert all(merge["equal"] for merge in report["merges"])  # what is personal is not compared
+        assert all(merge["equal"] for merge in report["merges"])  # personal parts are not compared
         assert spread(finished, ".layers.3.") == 0.0
         assert spread(finished, ".layers.0.") > 0.0
         assert not any(".layers.0." in name for name in trained)

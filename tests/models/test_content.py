@@ -1,4 +1,4 @@
-"""What a model is, in one hash: the same wherever it lies and however it is cut into files, another for any value."""
+"""A model's content in one hash: the same wherever it lies and however it is cut into files, another for any value."""
 
 import json
 import shutil

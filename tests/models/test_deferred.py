@@ -1,4 +1,4 @@
-"""Logits that are put off: the loss never makes them, and whoever reads them gets the plain model's."""
+"""Logits that are put off: the loss never makes them, and a reader gets the plain model's."""
 
 import copy
 from typing import Any

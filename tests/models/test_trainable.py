@@ -1,4 +1,4 @@
-"""What trains is configuration: per part, with adapters or in full, and never by accident."""
+"""Configuration decides what trains: per part, with adapters or in full, and never by accident."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A model from `connect` takes its loss without logits, by the run's `train.loss`, and gives them to whoever asks."""
+"""A model from `connect` takes its loss without logits, by the run's `train.loss`, and gives them to a reader."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -114,7 +114,7 @@ def test_exports_one_clients_model(host: Start, tmp_path: Path) -> None:
 
 
 def test_more_clients_than_the_server_has_room_for_are_refused(host: Start) -> None:
-    """Those who have left count as well: their copies are kept for when they come back."""
+    """Clients that have left count as well: their copies are kept for when they come back."""
     server = host(federation=PER_CLIENT, server={"max_clients": 2})
     for name in ("a", "b"):
         client_edge.disconnect(server.connect(name))

@@ -143,7 +143,7 @@ def test_a_client_evaluates_and_generates_with_its_own() -> None:
 
 
 def test_a_merge_under_a_live_graph_harms_nobody() -> None:
-    """Whoever is late computes for nothing; its next round begins with the merged weights."""
+    """A late client computes for nothing; its next round begins with the merged weights."""
     worker = made("full")
     two_steps(worker, "a")
     forward(worker, "late", 2, 1)

@@ -34,7 +34,7 @@ class Relay:
                 back.join(_SOON_S)
 
     def _pump(self, source: socket.socket, target: socket.socket, seen: bytearray) -> None:
-        with contextlib.suppress(OSError):  # whoever closes first ends both ways
+        with contextlib.suppress(OSError):  # the peer that closes first ends both ways
             while chunk := source.recv(1 << 16):
                 seen += chunk
                 target.sendall(chunk)
