@@ -143,7 +143,7 @@ def _model_around(cut: Cut, link: OwnLoopLink, thread: OwnerThread) -> PreTraine
         if zero_grad is not None:
             zero_grad()
 
-    backbone.on_refused = drop_gradients
+    backbone.tell_refused(drop_gradients)
     model.register_forward_pre_hook(_refuse_router_losses, with_kwargs=True)
     model.register_forward_pre_hook(_refuse_batches_that_cannot_be, with_kwargs=True)
     watch_optimizers_of(model, remote)

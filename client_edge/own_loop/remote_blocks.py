@@ -117,8 +117,9 @@ class OwnLoopBlocks:
                 " clip once, just before optimizer.step()"
             )
         back_BSD = self.backbone.backward(ticket, sent_BSD)
-        if self.backbone.norms_Q is not None:
-            self.proxies.show(self.backbone.norms_Q)
+        norms_Q = self.backbone.norms()
+        if norms_Q is not None:
+            self.proxies.show(norms_Q)
         return back_BSD
 
     def _drop_what_was_zeroed(self) -> None:
