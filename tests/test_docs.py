@@ -1,6 +1,7 @@
 """The documentation says what the code does: settings, commands, exit codes, messages, links and examples."""
 
 import argparse
+import ast
 import configparser
 import importlib
 import json
@@ -8,7 +9,7 @@ import re
 import runpy
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,22 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tests_named_exist(page: Path, tests: Set[str]) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"\b(?:test_\w+|Test[A-Z]\w+)", text)) <= tests
+
+
+@pytest.fixture(scope="module")
+def tests() -> Set[str]:
+    """Return the names of all tests, their classes and their files."""
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    return {file.stem for file in files} | {
+        node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
 
 
 def test_the_python_block_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
