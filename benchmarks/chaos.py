@@ -1,15 +1,14 @@
 """Random faults of all kinds, every few seconds, on a real training run; then counts what was lost.
 
 `python -m benchmarks.chaos --minutes 30 --seed 1 --json FILE`. A server and some clients train with keys, each client
-through a proxy of its own. They are killed, stopped, frozen, cut off, delayed and damaged, one of them sends its
-commits twice, and each is started again with the same command. At the end the histories of all processes are counted
+through a proxy of its own. They are killed, stopped, frozen, cut off, delayed and damaged, and one of them sends its
+commits twice. Each is started again with the same command. At the end the histories of all processes are counted
 (benchmarks/history.py) and the run is trained again, quietly, from its log (benchmarks/replay.py). Everything stays in
 `--folder`.
 
 The tiny model is harmed every one to three seconds and has a link that notices quickly; `--model smollm2` trains
-SmolLM2-135M on definitions of the Human Phenotype Ontology with the link's and the storage's settings as they are
-shipped (but all of the log is kept), harmed every ten to thirty seconds, since a process that loads it is not at work
-earlier.
+SmolLM2-135M on definitions of the Human Phenotype Ontology. Link and storage have the shipped settings, but all of the
+log is kept. There is a harm every ten to thirty seconds, since a process that loads the model is not at work earlier.
 """
 
 import argparse

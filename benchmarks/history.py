@@ -3,10 +3,10 @@
 `python -m benchmarks.history RUN_DIR CLIENT_DIR ...` reads the `history.jsonl` of a server and of its clients
 (`server.history = true`, `client.history = true`).
 
-What must hold: commit numbers rise by one; each commit's step is its members' next one; every step that was
-acknowledged to a client is in the server's order and was applied by the client, once; what is applied again after a
-crash gives the same weights as before it; all sides agree on merges. Where a side goes back (`rewound`, `rolled_back`),
-what came later counts as not having been.
+Five rules must hold. Commit numbers rise by one. Each commit's step is its members' next one. Every step that was
+acknowledged to a client is in the server's order and was applied by the client, once. A step that is applied again
+after a crash gives the same weights as before it. All sides agree on merges. Where a side goes back (`rewound`,
+`rolled_back`), what came later counts as not having been.
 
 With `storage.durability = "snapshot"` a side that starts again goes back as well, to its last snapshot and no further.
 Undone steps are counted (`steps_undone`), and the steps after them must go on from there.
@@ -63,7 +63,7 @@ class _Server:
 
 
 def check(server_history: Path, client_histories: Mapping[str, Path], *, keeps_records: bool = True) -> Verdict:
-    """Compare a server's history with those of its clients; `keeps_records` is `durability = "redo"`."""
+    """Compare a server's history with its clients'; `keeps_records` is `durability = "redo"`."""
     verdict = Verdict()
     server = _read_server(read_events(server_history), verdict, keeps_records=keeps_records)
     applied_of = {

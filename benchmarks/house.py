@@ -6,7 +6,7 @@ all down. `--root DIR` counts another checkout.
 
 The length of a class or a function goes from its first line to its last, with docstring and comments. A room is what
 lies directly in one of the three packages: a package or a module. A crossing is one name that a module imports from
-another room, at its top or inside a function; two modules that import the same name are two crossings.
+another room, at its top or inside a function. Two modules that import the same name are two crossings.
 """
 
 import argparse

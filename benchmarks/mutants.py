@@ -1,9 +1,9 @@
 """Breaks the code in one place after the other, and sees which test notices.
 
-`python -m benchmarks.mutants` takes some minutes; with names it does those alone, `--list` names all. Each mutant is
-a few letters of one function, found by the function's name wherever that lies, and changed in a copy of the working
-tree; the test that notices must pass once the code is whole again. `--root DIR` does it with another checkout, `--json
-FILE` writes what was found. It ends with 1 if a mutant lives.
+`python -m benchmarks.mutants` takes some minutes; with names it does those alone, `--list` names all. Each mutant is a
+few letters of one function, found by the function's name wherever that lies, and changed in a copy of the working tree.
+The test that notices must pass once the code is whole again. `--root DIR` does it with another checkout, `--json FILE`
+writes what was found. It ends with 1 if a mutant lives.
 
 A mutant whose function or letters no longer exist is a mistake of this list: change it together with the code, and keep
 what it breaks. Tests that take too long have noticed as well, since that is how a hang is seen.

@@ -1,14 +1,14 @@
 """Ends a server and its clients where it hurts most, one life after the other, and compares with the undisturbed run.
 
 `python -m benchmarks.points --model smollm2 --server-mode per_client --durability snapshot --json FILE`. The run is
-done twice, with keys: undisturbed, and with each process ended at a point of its own in every life: in the middle of a
-step, of the optimizer's step, of a record, of an upload, of a merge, of a snapshot, of doing the log again, at the last
-goodbye. Every process that has ended is started again with the same command. Then the histories are counted
-(benchmarks/history.py), the run is trained again from its log (benchmarks/replay.py), and the weights are compared with
-the undisturbed run's.
+done twice, with keys: undisturbed, and with each process ended at a point of its own in every life. The points are in
+the middle of a step, of the optimizer's step, of a record, of an upload, of a merge, of a snapshot, of redoing the log,
+and at the last goodbye. Every process that has ended is started again with the same command. Then the histories are
+counted (benchmarks/history.py), the run is trained again from its log (benchmarks/replay.py), and the weights are
+compared with the undisturbed run's.
 
-With `--durability snapshot` only the server is ended: a client that is killed alone begins anew with the next round, so
-that the run is another one than the undisturbed (benchmarks/chaos.py does that).
+With `--durability snapshot` only the server is ended. A client that is killed alone begins anew with the next round, so
+the run would differ from the undisturbed one (benchmarks/chaos.py does that).
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.replay RUN_DIR CLIENT.toml ...` needs the model and every client's text, and a run whose log is
 whole (`storage.keep_snapshots = 0`). It takes order and membership from the log, the schedule's horizon of each start
-from the run's events, and nothing else: activations, gradients and weights are computed anew from the texts.
+from the run's events, and nothing else. Activations, gradients and weights are computed anew from the texts.
 
 With `storage.durability = "snapshot"` what the server lost in a crash is left out. A client that crashed begins the
 next round with older moments of its optimizer, which the server's log does not say: its own history does.

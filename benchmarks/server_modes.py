@@ -1,9 +1,9 @@
 """The four server modes against each other on the same text: seconds, server memory and held-out loss.
 
 `python -m benchmarks.server_modes --clients 2 4 8 --json FILE`. A server and its clients are processes over loopback,
-one thread each, on a Llama with random weights; what is timed lies between the first round's opening and the last
-merge. Ratios are to `sequential` with as many clients. Everybody shares this machine's cores, so what a mode saves is
-waiting: with fewer cores than processes there is little of that to save.
+one thread each, on a Llama with random weights. The time runs from the first round's opening to the last merge. Ratios
+are to `sequential` with as many clients. Everybody shares this machine's cores, so what a mode saves is waiting: with
+fewer cores than processes there is little of that to save.
 """
 
 import argparse

@@ -2,10 +2,9 @@
 
 `python -m benchmarks.soak --commits 3000 --json FILE`: a server and eight clients with keys, each a process of its own,
 train a tiny model in rounds of ten steps; `--minutes 2` stops that long after the first commit instead (`make soak`),
-but not before commit 150.
-Memory, descriptors and threads of every process are sampled once a second. Medians over the last tenth of the commits
-are held against medians over the second tenth: both must agree within 5 %, and so must the bytes of a client's step.
-What grows on disk by design is reported as bytes per commit.
+but not before commit 150. Memory, descriptors and threads of every process are sampled once a second. Medians over the
+last tenth of the commits are held against medians over the second tenth. Both must agree within 5 %, and so must the
+bytes of a client's step. What grows on disk by design is reported as bytes per commit.
 """
 
 import argparse

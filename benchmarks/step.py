@@ -7,13 +7,13 @@
   micro-batches and once with the whole batch at once; the faster one counts.
 
 Both train all parameters of the same Llama with random weights (33.7 M; blocks 1-6 of 0-7 on the server) with AdamW and
-clipping in float32, on the same examples; the split losses must be the unsplit ones bit for bit. Each burst starts all
+clipping in float32, on the same examples. The split losses must be the unsplit ones bit for bit. Each burst starts all
 processes anew; its first step is left out. A ratio is taken round by round, and the median of the rounds is reported.
 
 Not compared: more clients than one, a real network, encryption, a GPU, evaluation, merging, start-up. The unsplit model
 uses one core where the split one uses two. So the figures show that splitting costs no time, not that it saves work.
 Two idle cores are needed: with one taken by other work nothing can overlap. So steps during which other work kept more
-than 0.15 cores busy do not count, unless there are no others (`quiet_steps` says how many were left of each kind).
+than 0.15 cores busy do not count, unless there are no others. `quiet_steps` says how many were left of each kind.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def settings(plan: Plan, directory: Path, folder: Path, port: int) -> ServerConf
     tree = {
         "model": {"model_name_or_path": str(directory), "bottom_layers": 1, "top_layers": 1},
         "train": dict.fromkeys(("bottom", "top", "backbone"), "full")
-        | {"loss": "plain", "norm_head": True, "embeddings": True},  # what bits are compared for
+        | {"loss": "plain", "norm_head": True, "embeddings": True},  # the plain loss, whose bits are compared
         "optimizer": {"learning_rate": 1e-3, "lr_scheduler_type": "constant"},
         "federation": {
             "num_rounds": 1,

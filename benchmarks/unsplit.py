@@ -1,7 +1,7 @@
 """The other side of the comparison: the whole model in one process, in plain transformers and torch.
 
 Nothing of splitfl's is used but the settings and the batches. `python -m benchmarks.unsplit` reads the server's and the
-client's settings of a run, trains as many steps as the run has, and writes seconds and losses as JSON.
+client's settings of a run. It trains as many steps as the run has, and writes seconds and losses as JSON.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The Flower app of the arms "LoRA FL" and "full FL": imported by Flower's own processes, and by nothing else.
 
-Client state (AdamW's moments) is kept in a file of the client's own, as splitfl's clients keep theirs: sent back and
+Client state (AdamW's moments) is kept in a file of the client's own, as splitfl's clients keep theirs. Sent back and
 forth with Flower's context it would cost much more.
 """
 

@@ -1,7 +1,7 @@
 """The whole model in one process, in plain transformers, peft and torch: the other side of the comparison.
 
-Batches are splitfl's, so that every arm sees the same examples in the same order; nothing else of splitfl's takes part
-but the adapters' first values, so that every arm starts from the same weights.
+Batches are splitfl's, so that every arm sees the same examples in the same order. The adapters' first values are
+splitfl's too, so that every arm starts from the same weights. Nothing else of splitfl's takes part.
 """
 
 from collections.abc import Mapping, Sequence

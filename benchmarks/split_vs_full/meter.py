@@ -1,7 +1,7 @@
 """Memory and CPU time of trees of processes, read from /proc (Linux).
 
-Trees are sampled five times a second: what a process used after its last sample is lost, a tenth of a second of CPU
-time per process on average. Peak memory is the kernel's own high-water mark, which a later sample still sees.
+Trees are sampled five times a second. The use after a process's last sample is lost: a tenth of a second of CPU time
+per process on average. Peak memory is the kernel's own high-water mark, which a later sample still sees.
 """
 
 import json

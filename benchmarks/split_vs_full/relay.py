@@ -1,7 +1,7 @@
 """Counts what a client and its server send each other: a TCP relay on loopback, one for each client.
 
-Every arm goes through the same relay, so bytes are counted in the same way: all that is written to the sockets,
-framing, heartbeats and HTTP headers included, and TCP's own headers not.
+Every arm goes through the same relay, so bytes are counted in the same way. All bytes that are written to the sockets
+count, framing, heartbeats and HTTP headers included, and TCP's own headers not.
 """
 
 import socket

@@ -1,7 +1,8 @@
 """The one scoring of every arm, in plain transformers and peft.
 
-Each file of trained tensors is laid over the base model, and all clients' held-out text is scored: the mean loss of a
-label token, and where the text has labels, the share of examples whose label's words are the likeliest ones.
+Each file of trained tensors is laid over the base model, and all clients' held-out text is scored. The score is the
+mean loss of a label token. Where the text has labels, it is also the share of examples whose label's words are the
+likeliest.
 """
 
 import json

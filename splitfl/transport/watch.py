@@ -5,10 +5,10 @@ application sees nothing of it. So the accepted TCP connections are watched from
 system does not tell (`TCP_INFO.tcpi_bytes_received`, RFC 4898's tcpEStatsAppHCThruOctetsReceived).
 
 The watch counts the bytes that libzmq has read from a connection since its last whole message was taken from the
-socket: received, less the bytes that wait in the kernel. Honest peers exceed a message too: whole messages wait while
-the socket's thread is busy. So a connection is cut off when it holds more than a message although the socket was found
-empty since. It is also cut off when it holds more than all messages that may wait (ZMQ_RCVHWM), the arriving one, and
-one in libzmq's hand. A cut is a lost connection and nothing else.
+socket. That is the bytes received, less the bytes that wait in the kernel. Honest peers exceed a message too: whole
+messages wait while the socket's thread is busy. So a connection is cut off when it holds more than a message although
+the socket was found empty since. It is also cut off when it holds more than all messages that may wait (ZMQ_RCVHWM),
+the arriving one, and one in libzmq's hand. A cut is a lost connection and nothing else.
 """
 
 import ipaddress

@@ -4,9 +4,8 @@ Both keep order and move whole messages. A socket stays in the thread that made 
 from another. Over `inproc://` the same code runs without a network, for tests and for parts within one process.
 
 With keys every connection is encrypted and authenticated (`transport.security`). Without them, over TCP, a message has
-one frame more: the CRC-32 of the others, since TCP's own checksum is weak.
-A connection that was once made and broke is not mended. libzmq would make a new one in silence, and the messages on
-their way would be missing.
+one frame more: the CRC-32 of the others, since TCP's own checksum is weak. A connection that was once made and broke is
+not mended, since libzmq would make a new one in silence. The messages on their way would be missing.
 
 Ownership: large buffers are sent without a copy, so the caller must never write to one again.
 """
