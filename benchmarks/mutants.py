@@ -213,9 +213,9 @@ MUTANTS = (
     Mutant(
         name="a client begins sessions without end",
         function="Admission._may_begin",
-        letters="if left < 1:",
-        instead="if left < 0:",
-        tests="tests/server_backbone tests/test_config.py",
+        letters="(left - 1, now_s)",
+        instead="(left, now_s)",
+        tests="tests/server_backbone",
     ),
     Mutant(
         name="an allowance begins anew with each start",

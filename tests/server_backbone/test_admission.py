@@ -1,10 +1,11 @@
-"""A client whose connections are cut off again and again has to wait a minute, and no longer."""
+"""Who comes too often waits: connections that are cut off again and again, sessions without end."""
 
 from pathlib import Path
 
 from server_backbone.door.admission import Admission
+from server_backbone.door.members import Members
 from splitfl.config.operation import LinkSection
-from splitfl.protocol.messages import Why
+from splitfl.protocol.messages import WIRE_VERSION, Hello, Why
 from splitfl.session.limits import limits_of
 from splitfl.session.terms import Terms
 from splitfl.transport.keys import AllowList, authorize, keygen
@@ -45,3 +46,18 @@ def test_three_cuts_within_ten_minutes(tmp_path: Path) -> None:
     assert admission.too_soon(keys["clinic-b"], 1111.0) is None
     assert admission.too_soon("", 1111.0) is None
     assert admission.too_soon(keys["clinic-a"], 1161.0) is None
+
+
+def test_sixty_sessions_at_once_and_one_more_a_second() -> None:
+    admission = Admission(None, limits_of(TERMS, LinkSection(), clients=2))
+
+    def objection(client_id: str, now_s: float) -> str:
+        hello = Hello(wire_version=WIRE_VERSION, software="test", client_id=client_id)
+        refused = admission.objection(hello, "", Members(), now_s=now_s)
+        return "" if refused is None else f"{refused.code.name}: {refused.reason}"
+
+    assert [objection("mallory", 10.0) for _ in range(60)] == [""] * 60
+    said = "FULL: mallory has begun 60 sessions in short order: one a second is taken, try again"
+    assert objection("mallory", 10.9) == said
+    assert objection("clinic", 10.9) == ""
+    assert [objection("mallory", 11.0), objection("mallory", 11.0)] == ["", said]
