@@ -175,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         name="an upload weighs what its client says",
-        function="Merger.spool",
+        function="Uploads.spool",
         letters="min(upload.num_examples, seen.num_examples)",
         instead="upload.num_examples",
         tests="tests/learning/test_claims.py",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from server_backbone.compute.blocks_worker import COMMON, BlocksWorker
 from server_backbone.compute.copies import owners_in
-from server_backbone.merging.merger import SHARED, Backbones, OwnCopies
+from server_backbone.merging.merging import Backbones, OwnCopies, Shared
 from server_backbone.records.kept import KeptOfAll, KeptOfEach, KeptSnapshots
 from splitfl.config.kind import BackboneKind
 from splitfl.config.trees import RunConfig
@@ -33,7 +33,7 @@ class OneForAll:
     kept: type[KeptSnapshots] = KeptOfAll
 
     def merged_from(self, worker: BlocksWorker) -> Backbones:
-        return SHARED
+        return Shared()
 
     def trained_by(self, state: Mapping[str, Tensor]) -> Sequence[str]:
         return (COMMON,)

@@ -16,13 +16,18 @@ from rich.console import Console
 from torch import Tensor
 
 from server_backbone.backbones import backbone_parts
+from server_backbone.compute.blocks_worker import COMMON
+from server_backbone.compute.copies import digest_in
 from server_backbone.compute.placement import DeviceMap, device_map_of, devices_of
 from server_backbone.compute.worker import worker_of
+from server_backbone.deciding.uploads import owner_of
 from server_backbone.disk_space import room_for
 from server_backbone.door.admission import Admission
 from server_backbone.engine.engine import Engine
 from server_backbone.kinds import server_parts
-from server_backbone.merging.merger import FirstLayers
+from server_backbone.merging.layers import FirstLayers, Layers
+from server_backbone.merging.trained_files import TrainedFiles
+from server_backbone.merging.uploads import Uploads
 from server_backbone.provisions import prepare
 from server_backbone.records.entries import Prolonged
 from server_backbone.records.ledger import Ledger
@@ -159,7 +164,7 @@ def _recover(server: Server, folder: RunFolder, history: History) -> list[str]:
 
     def redone(commit_number: int, client_id: str) -> None:
         if history.is_on:
-            history.note("redone", commit_number=commit_number, digest=engine.digest(client_id))
+            history.note("redone", commit_number=commit_number, digest=digest_in(engine.worker.state(client_id)))
         server.stop.check()  # nothing has been written yet
 
     notes = ledger.recover(redone) if folder.is_resumed else []
@@ -181,15 +186,10 @@ def _go_on(server: Server, metrics: MetricsLog, notes: list[str], begun_s: float
     engine = server.engine
     for name in engine.restore():
         then = server.kind.then_of_lost
-        metrics.emit("note", text=f"the layers that {name.partition('@')[0]} had uploaded cannot be read: {then}")
-    state = engine.ledger.state
-    if state.has_ended:
-        engine.merger.forget_other_bests(0)  # it may have ended before that
-    if state.round is None and state.num_merged:
-        engine.merger.save(engine.trained())  # it may have ended between a merge and this
-    for name, fields in untold(state, read_events(metrics.path), engine.merger.layers()):
+        metrics.emit("note", text=f"the layers that {owner_of(name)} had uploaded cannot be read: {then}")
+    state = engine.view.state
+    for name, fields in untold(state, read_events(metrics.path), engine.layers.held):
         metrics.emit(name, **fields)
-    engine.refresh()
     server.recover()
     metrics.emit(
         "resumed",
@@ -222,7 +222,7 @@ def _finish(
     model_dir = _export(folder.config, model, folder.path) if not server.reason else None
     server.stop.raises = False
     if history.is_on:
-        history.note("finished", digest=server.engine.digest())
+        history.note("finished", digest=digest_in(server.engine.worker.state(COMMON)))
     totals = _totals(server, listener, begun_s)
     server.metrics.emit("run_finished", **totals, reason=server.reason, model_dir=model_dir)
     if not server.reason:
@@ -295,16 +295,17 @@ def build_server(
         model.weights.read(stored[name][0], values)
         return values
 
-    first_layers = FirstLayers(list(layers), read)
-    strategy = strategy_for(run.federation, run.strategy, run.seed)
     kind = server_parts(run)
     worker = worker_of(cut, run, kind.gradient_rules(run, cut), device, model.device_map)
     storage = run.storage
     ledger = Ledger(store, worker, keeps_records=storage.durability == "redo", snapshot_steps=storage.snapshot_steps)
-    kept = backbone_parts(run).kept(ledger, store, worker, limit=storage.keep_named)
+    backbones = backbone_parts(run)
+    kept = backbones.kept(ledger, store, worker, limit=storage.keep_named)
     terms = kind.checked(terms_of(run, cut), partial(worker.blocks.check_packing, run.text.max_seq_length))
     tensors = Tensors(terms.wire_types, frame_bytes=run.link.frame_bytes, max_rms=run.link.max_rms)
-    merger = kind.merger(strategy, first_layers, run_dir, run.federation.weight_by, tensors, Bound.of(run))
+    everyones = Layers(strategy_for(run.federation, run.strategy, run.seed), FirstLayers(list(layers), read))
+    uploads = Uploads(list(layers), run_dir, run.federation.weight_by, tensors, Bound.of(run))
+    merging = kind.merging(run, everyones, uploads, backbones.merged_from(worker), run_dir)
     limits = limits_of(terms, run.link, clients=config.server.max_clients)
     listener.bound_messages(num_bytes=limits.message_bytes, num_frames=limits.message_frames)
     return Server(
@@ -315,7 +316,7 @@ def build_server(
         limits=limits,
         listener=listener,
         admission=Admission(security.allow_list if security else None, limits),
-        engine=Engine(run, kind, worker, merger, ledger, kept, history, tensors),
+        engine=Engine(run, kind, backbones, worker, merging, TrainedFiles(run_dir), ledger, kept, history, tensors),
         provisions=prepare(model.directory, cut, model.weights, cache_dir=_cache_dir(config), run_dir=run_dir),
         metrics=metrics,
         history=history,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from server_backbone.compute.blocks_worker import Scaling
@@ -9,8 +10,12 @@ from server_backbone.compute.gradient_rules import GradientRule, rules_of_own_lo
 from server_backbone.deciding.gates import Gate, PatientGate, gate_for
 from server_backbone.deciding.rounds import Choose, Endless, Rounds
 from server_backbone.deciding.turns import Turns
-from server_backbone.merging.buffered import BufferedMerger
-from server_backbone.merging.merger import Merger
+from server_backbone.merging.buffered import BufferedMerging
+from server_backbone.merging.layers import Layers
+from server_backbone.merging.merging import Backbones, Merging
+from server_backbone.merging.rounds import RoundMerging
+from server_backbone.merging.uploads import Uploads
+from server_backbone.merging.versions import Versions
 from server_backbone.records.entries import Entry, Left, RoundBegan, TurnBegan, TurnEnded
 from splitfl.config.kind import BackboneKind, RunKind
 from splitfl.config.trees import RunConfig
@@ -25,7 +30,6 @@ from splitfl.session.terms import Terms
 class ServerParts(Protocol):
     """What the server asks of a kind of run."""
 
-    merger: type[Merger]
     begins: type[RoundBegan | TurnBegan]
     """The entry of a round that opens."""
     then_of_lost: str
@@ -41,6 +45,10 @@ class ServerParts(Protocol):
 
     def rounds(self, run: RunConfig, choose: Choose, now_s: float) -> Rounds:
         """Return what decides when rounds open and close; `choose` picks who trains in one that all share."""
+        ...
+
+    def merging(self, run: RunConfig, layers: Layers, uploads: Uploads, backbones: Backbones, run_dir: Path) -> Merging:
+        """Return what makes uploads everyone's layers."""
         ...
 
     def session(self, terms: Terms) -> ServerSession:
@@ -110,12 +118,14 @@ class _WithRounds:
 class WithSharedRounds(_WithRounds):
     """Rounds of all clients."""
 
-    merger: type[Merger] = Merger
     begins: type[RoundBegan | TurnBegan] = RoundBegan
     then_of_lost = "it is asked for them again"
 
     def rounds(self, run: RunConfig, choose: Choose, now_s: float) -> Rounds:
         return Rounds(run.federation, choose, now_s)
+
+    def merging(self, run: RunConfig, layers: Layers, uploads: Uploads, backbones: Backbones, run_dir: Path) -> Merging:
+        return RoundMerging(layers, uploads, backbones, takes_partial=run.federation.partial_work == "accept")
 
     def gone(self, client_id: str) -> Entry:
         return Left(client_id=client_id)
@@ -127,12 +137,14 @@ class WithSharedRounds(_WithRounds):
 class WithOwnRounds(_WithRounds):
     """Rounds of each client's own, and merges as uploads come in (FedBuff)."""
 
-    merger: type[Merger] = BufferedMerger
     begins: type[RoundBegan | TurnBegan] = TurnBegan
     then_of_lost = "they are in no merge"
 
     def rounds(self, run: RunConfig, choose: Choose, now_s: float) -> Rounds:
         return Turns(run.federation, run.strategy.buffer_size, now_s)
+
+    def merging(self, run: RunConfig, layers: Layers, uploads: Uploads, backbones: Backbones, run_dir: Path) -> Merging:
+        return BufferedMerging(layers, uploads, Versions(run_dir), max_staleness=run.strategy.max_staleness)
 
     def gone(self, client_id: str) -> Entry:
         return TurnEnded(client_id=client_id)
@@ -144,7 +156,6 @@ class WithOwnRounds(_WithRounds):
 class WithOwnLoops:
     """Loops of the clients' own: steps without rounds and merges."""
 
-    merger: type[Merger] = Merger
     begins: type[RoundBegan | TurnBegan] = RoundBegan
     then_of_lost = ""
     has_merges = False
@@ -163,6 +174,9 @@ class WithOwnLoops:
 
     def session(self, terms: Terms) -> ServerSession:
         return OwnLoopServerSession(terms)
+
+    def merging(self, run: RunConfig, layers: Layers, uploads: Uploads, backbones: Backbones, run_dir: Path) -> Merging:
+        return RoundMerging(layers, uploads, backbones, takes_partial=False)  # and nothing is ever merged
 
     def gone(self, client_id: str) -> Entry:
         return Left(client_id=client_id)

@@ -88,7 +88,7 @@ def roster(
     now_s: float,
 ) -> Roster:
     """Build the desks of a run; what several of them need is made here, and given to each."""
-    gate, rounds = kind.gate(run), kind.rounds(run, engine.merger.strategy.configure_train, now_s)
+    gate, rounds = kind.gate(run), kind.rounds(run, engine.layers.strategy.configure_train, now_s)
     sayer, common = Sayer(metrics), CommonLayers(kind=kind, engine=engine)
     office = _Office(members=members, queue=queue, mail=mail, metrics=metrics)
     excuses = Excuses(members=members, engine=engine, queue=queue, metrics=metrics)

@@ -1,11 +1,12 @@
 """Where a run stands: the fold of its log. Nothing here changes in place, so any thread may read it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from server_backbone.deciding.rounds import Open
 from server_backbone.deciding.standing import Standing
+from server_backbone.deciding.uploads import owner_of
 from server_backbone.records import entries as log
 from server_backbone.records.entries import Entry
 from splitfl.config.sections import FederationSection
@@ -159,6 +160,16 @@ class RunState:
         if self.round is not None:
             return self.round.uploaded
         return {name: upload.weight for name, upload in self.buffer.items()}
+
+    def moved_by(self, uploads: Iterable[str]) -> dict[str, float]:
+        """Return by client how far the layers of these uploads, on disk, have gone of what they may."""
+        buffered = {name: upload.moved for name, upload in self.buffer.items()}
+        known = self.round.moved if self.round is not None else buffered
+        moved: dict[str, float] = {}
+        for name in uploads:
+            owner = owner_of(name)
+            moved[owner] = max(moved.get(owner, 0.0), known.get(name, 0.0))
+        return moved
 
     def round_of(self, client_id: str) -> RoundState | None:
         """Return the open round that a client is in: its own, or everybody's if it was there when that opened."""

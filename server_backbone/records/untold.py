@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from server_backbone.deciding.uploads import by_client
 from server_backbone.records.state import RunState
 from splitfl.protocol.tensors import digest_of
 from splitfl.telemetry.metrics import Event
@@ -30,7 +31,7 @@ def untold(state: RunState, events: Sequence[Event], layers: Mapping[str, Tensor
                 "round": state.num_merged,
                 "accepted": state.last_merge["accepted"],
                 "reason": state.last_merge["reason"],
-                "clients": _by_client(state.last_merge["weights"]),
+                "clients": by_client(state.last_merge["weights"]),
                 "moved": state.last_merge["moved"],
                 "absent": [],
                 "num_tensors": len(layers),
@@ -60,12 +61,3 @@ def _steps(state: RunState, events: Sequence[Event]) -> Iterator[Untold]:
                 "bytes_received": 0,
             },
         )
-
-
-def _by_client(weights: dict[str, float]) -> dict[str, float]:
-    """Add up what uploads weighed; a buffer's have names of their own, which begin with the client's."""
-    summed: dict[str, float] = {}
-    for name, weight in weights.items():
-        client_id = name.partition("@")[0]
-        summed[client_id] = summed.get(client_id, 0.0) + weight
-    return summed

@@ -1,7 +1,7 @@
 """SCAFFOLD: algorithm 1 of the paper on quadratics, its laws, and what FedAvg misses where clients are unlike.
 
 The reference is written from the paper (arXiv:1910.06378, algorithm 1, option II) in numpy float64. The tests are of
-the client's `Controls` and the server's `Merger`, with plain SGD between them.
+the client's `Controls` and the server's `Layers`, with plain SGD between them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packed import UNAGREED, packed
+from folding import Folding
+from packed import packed
 from torch import Tensor, nn
 
 from client_edge.layers.controls import Controls
-from server_backbone.merging.merger import Merger
 from splitfl.config.identity import StrategyName
 from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.federation.strategies import strategy_for
@@ -101,12 +101,12 @@ class Party:
     def begin(self) -> None:
         self.rate = 0.0
 
-    def load(self, merger: Merger, *, counted: bool) -> None:
+    def load(self, merger: Folding, *, counted: bool) -> None:
         self.controls.round_ends(counted=counted)
         with torch.no_grad():
-            for name, layer in merger.layers().items():
+            for name, layer in merger.layers.held.items():
                 self.layers[name].copy_(layer)
-        self.controls.round_begins(merger.controls())
+        self.controls.round_begins(merger.layers.controls())
         self.begin()
 
     @property
@@ -129,7 +129,7 @@ class Federation:
     ) -> None:
         folder.mkdir(exist_ok=True)
         strategy = strategy_for(FederationSection(strategy=name), StrategySection(**options), 0)
-        self.merger = Merger(strategy, shaped(np.zeros(SIZE), dtype), folder, "uniform", UNAGREED)
+        self.merger = Folding.of(strategy, shaped(np.zeros(SIZE), dtype), folder, "uniform")
         self.parties = [Party(loss, dtype, has_controls=name == "SCAFFOLD") for loss in losses]
         self.num_clients = len(losses)
         for party in self.parties:
@@ -153,12 +153,12 @@ class Federation:
             for rate in rates:
                 self.parties[number].step(rate)
         self.merge(sampled)
-        return flat(self.merger.layers())
+        return flat(self.merger.layers.held)
 
     @property
     def control(self) -> Array:
         """The server's c."""
-        return flat(self.merger.controls())
+        return flat(self.merger.layers.controls())
 
 
 LOSSES = [Quadratic(seed) for seed in range(6)]
@@ -239,8 +239,8 @@ class TestLaws:
         ours = Federation(tmp_path, LOSSES[:2], dtype=torch.bfloat16)
         for _ in range(3):
             ours.round([0, 1], (0.1, 0.1))
-        assert {layer.dtype for layer in ours.merger.layers().values()} == {torch.bfloat16}
-        assert {control.dtype for control in ours.merger.controls()} == {torch.float32}
+        assert {layer.dtype for layer in ours.merger.layers.held.values()} == {torch.bfloat16}
+        assert {control.dtype for control in ours.merger.layers.controls()} == {torch.float32}
         np.testing.assert_allclose(ours.control, np.mean([party.own for party in ours.parties], axis=0), atol=1e-5)
 
 
@@ -252,7 +252,7 @@ class TestUnlikeClients:
     def distance(self, federation: Federation, rounds: Sequence[Sequence[int]]) -> float:
         for sampled in rounds:
             federation.round(sampled, self.STEPS)
-        return float(np.abs(flat(federation.merger.layers()) - best_for_all(LOSSES)).max())
+        return float(np.abs(flat(federation.merger.layers.held) - best_for_all(LOSSES)).max())
 
     def test_fed_avg_stays_away_from_the_best_and_scaffold_finds_it(self, tmp_path: Path) -> None:
         everyone = [range(len(LOSSES))] * 20
@@ -276,11 +276,11 @@ class TestWhatOutlivesARestart:
             federation.round((0, 2), (0.1, 0.1))
         before = restarted.merger
         restarted.merger = Federation(tmp_path / "b", LOSSES[:3]).merger
-        restarted.merger.restore(dict(before.layers()), dict(before.state()), {})
+        restarted.merger.layers.restore(dict(before.layers.held), dict(before.layers.state))
         np.testing.assert_array_equal(through.control, restarted.control)
         for federation in (through, restarted):
             federation.round((0, 1), (0.1, 0.1))
-        np.testing.assert_array_equal(flat(through.merger.layers()), flat(restarted.merger.layers()))
+        np.testing.assert_array_equal(flat(through.merger.layers.held), flat(restarted.merger.layers.held))
         np.testing.assert_array_equal(through.control, restarted.control)
 
     def test_a_restarted_client_too(self) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from packed import UNAGREED, packed
+from folding import Folding
+from packed import packed
 from torch import Tensor
 
-from server_backbone.merging.merger import Merger, Seen
+from server_backbone.merging.uploads import Seen
 from splitfl.config.identity import StrategyName
 from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.errors import ConfigError
@@ -161,29 +162,30 @@ class TestFedBuff:
         assert is_same(strategy("FedBuff").aggregate_train([(Rebased(old, old, held, 7), 3.0)], held, {}).layers, held)
 
 
-class TestMergerWithEveryStrategy:
+class TestFoldingWithEveryStrategy:
     @pytest.mark.parametrize("name", STRATEGIES)
     def test_arrival_never_matters(self, name: StrategyName, tmp_path: Path) -> None:
         results = []
         for order in itertools.permutations((1, 2, 3)):
-            merger = Merger(strategy(name), layers(0), tmp_path, "num_examples", UNAGREED)
+            merger = Folding.of(strategy(name), layers(0), tmp_path, "num_examples")
             for seed in order:
                 frames = tuple(packed(layer, 1 << 10) for layer in layers(seed).values())
                 upload = Upload(round_number=1, num_examples=seed, num_tokens=1, layers=frames)
                 merger.spool(f"clinic-{seed}", upload)
             merger.merge([f"clinic-{seed}" for seed in order])
-            results.append((dict(merger.layers()), dict(merger.state())))
+            results.append((dict(merger.layers.held), dict(merger.layers.state)))
         assert all(is_same(one, results[0][0]) and is_same(state, results[0][1]) for one, state in results)
 
     @pytest.mark.parametrize("name", ["FedMedian", "FedTrimmedAvg", "Krum", "MultiKrum"])
     def test_who_weighs_nothing_is_not_counted(self, name: StrategyName, tmp_path: Path) -> None:
-        merger = Merger(strategy(name), {"x": torch.zeros(1)}, tmp_path, "num_tokens", UNAGREED)
+        merger = Folding.of(strategy(name), {"x": torch.zeros(1)}, tmp_path, "num_tokens")
         for client_id, value, num_tokens in (("a", 1.0, 3), ("b", 1.0, 3), ("c", 1.0, 3), ("d", 5.0, 0), ("e", 5.0, 0)):
             frames = (packed(torch.tensor([value]), 1 << 10),)
             merger.spool(client_id, Upload(round_number=1, num_examples=1, num_tokens=num_tokens, layers=frames))
-        assert merger.objection("abcde") == ""
+        weights = merger.uploads.weights_of("abcde")
+        assert merger.layers.strategy.objection(list(weights.values())) == ""
         assert merger.merge("abcde").used == {"a": 3, "b": 3, "c": 3}
-        assert merger.layers()["x"].item() == 1.0
+        assert merger.layers.held["x"].item() == 1.0
 
     @pytest.mark.parametrize(
         ("weight_by", "share", "weight"),
@@ -197,14 +199,14 @@ class TestMergerWithEveryStrategy:
     )
     def test_what_weighs_an_upload(self, weight_by: Any, share: float, weight: float, tmp_path: Path) -> None:
         """With the share of the round's steps that are done; only finished steps' tokens count anyway."""
-        merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, UNAGREED)
+        merger = Folding.of(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by)
         frames = (packed(torch.ones(1), 1 << 10),)
         upload = Upload(round_number=1, num_examples=30, num_tokens=11, layers=frames)
         assert merger.spool("a", upload, Seen(share=share)).weight == weight
 
     @pytest.mark.parametrize(("weight_by", "weight"), [("num_examples", 30.0), ("num_tokens", 70.0), ("uniform", 1.0)])
     def test_no_claim_goes_beyond_what_the_server_has_seen(self, tmp_path: Path, weight_by: Any, weight: float) -> None:
-        merger = Merger(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by, UNAGREED)
+        merger = Folding.of(strategy("FedAvg"), {"x": torch.zeros(1)}, tmp_path, weight_by)
         upload = Upload(round_number=1, num_examples=2**61, num_tokens=2**62, layers=(packed(torch.ones(1), 1 << 10),))
         seen = Seen(num_examples=60, num_tokens=70, share=0.5)
         assert merger.spool("a", upload, seen).weight == weight
@@ -212,12 +214,13 @@ class TestMergerWithEveryStrategy:
     @pytest.mark.parametrize("name", [name for name in STRATEGIES if name not in UNWEIGHTED + CHOOSERS])
     def test_nobody_is_more_than_half_of_three(self, name: StrategyName, tmp_path: Path) -> None:
         """Whatever one claims, the merge is the one in which it weighs as much as the two others together."""
+        for which in ("claimed", "held down"):
+            (tmp_path / which).mkdir()
         merger, reference = (
-            Merger(strategy(name), {"x": torch.zeros(1)}, tmp_path / which, "num_examples", UNAGREED)
+            Folding.of(strategy(name), {"x": torch.zeros(1)}, tmp_path / which, "num_examples")
             for which in ("claimed", "held down")
         )
         for each, claim in ((merger, 2**61), (reference, 7 + 12)):
-            each._run_dir.mkdir()
             for client_id, value, examples in (("a", 1.0, 7), ("b", 2.0, 12), ("liar", 50.0, claim)):
                 layers = (packed(torch.full((1,), value), 1 << 10),)
                 each.spool(
@@ -226,7 +229,7 @@ class TestMergerWithEveryStrategy:
         weighed = merger.merge(["a", "b", "liar"])
         assert weighed.used == reference.merge(["a", "b", "liar"]).used == {"a": 7, "b": 12, "liar": 19}
         assert weighed.lowered == {"liar": 2**61}
-        assert is_same(merger.layers(), reference.layers())
+        assert is_same(merger.layers.held, reference.layers.held)
 
     def test_multi_krum_bounds_those_it_keeps(self) -> None:
         updates = [({"x": torch.tensor([value])}, weight) for value, weight in ((0.0, 1), (0.1, 1), (0.2, 2), (9.0, 4))]
@@ -238,23 +241,23 @@ class TestMergerWithEveryStrategy:
 
     @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
     def test_a_restart_changes_nothing(self, name: StrategyName, tmp_path: Path) -> None:
-        def merger() -> Merger:
-            return Merger(strategy(name), layers(0), tmp_path, "uniform", UNAGREED)
+        def merger() -> Folding:
+            return Folding.of(strategy(name), layers(0), tmp_path, "uniform")
 
-        def merge(into: Merger, seed: int) -> None:
+        def merge(into: Folding, seed: int) -> None:
             frames = tuple(packed(layer, 1 << 10) for layer in layers(seed).values())
             into.spool("a", Upload(round_number=1, num_examples=1, num_tokens=1, layers=frames))
             into.merge(["a"])
 
         through, forgetful = merger(), merger()
         merge(through, 1)
-        forgetful.restore(through.layers(), {}, {})
+        forgetful.layers.restore(through.layers.held, {})
         restarted = merger()
-        restarted.restore(through.layers(), through.state(), {})
+        restarted.layers.restore(through.layers.held, through.layers.state)
         for each in (through, restarted, forgetful):
             merge(each, 2)
-        assert is_same(restarted.layers(), through.layers())
-        assert not is_same(forgetful.layers(), through.layers())
+        assert is_same(restarted.layers.held, through.layers.held)
+        assert not is_same(forgetful.layers.held, through.layers.held)
 
 
 class TestRobustRules:

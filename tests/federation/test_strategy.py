@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from folding import Folding
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed import UNAGREED, packed
+from packed import packed
 from torch import Tensor
 
-from server_backbone.merging.merger import Merger
 from splitfl.config.sections import FederationSection, StrategySection
 from splitfl.errors import ConfigError, RemoteProtocolError
 from splitfl.federation.strategies.fed_avg import FedAvg
@@ -84,7 +84,7 @@ class TestWeightedMean:
             weighted_mean(updates)
 
 
-class TestMerger:
+class TestFolding:
     """Uploads wait on disk and are folded in the order of the clients' ids."""
 
     def upload(self, seed: int, **changed: Any) -> Upload:
@@ -92,8 +92,8 @@ class TestMerger:
         usual: dict[str, Any] = {"num_examples": 10 * seed + 1, "num_tokens": 3, "layers": frames}
         return Upload(round_number=1, **{**usual, **changed})
 
-    def merger(self, tmp_path: Path, weight_by: Any = "num_examples") -> Merger:
-        return Merger(FedAvg(FederationSection(), StrategySection(), 0), layers(0), tmp_path, weight_by, UNAGREED)
+    def merger(self, tmp_path: Path, weight_by: Any = "num_examples") -> Folding:
+        return Folding.of(FedAvg(FederationSection(), StrategySection(), 0), layers(0), tmp_path, weight_by)
 
     def test_arrival_never_matters(self, tmp_path: Path) -> None:
         results = []
@@ -105,7 +105,7 @@ class TestMerger:
                 frames = tuple(packed(layer, 16) for layer in far.values())
                 merger.spool(f"clinic-{seed}", self.upload(seed, layers=frames))
             merger.merge([f"clinic-{seed}" for seed in order])
-            results.append(dict(merger.layers()))
+            results.append(dict(merger.layers.held))
         assert len(results) == 6
         assert all(is_same(result, results[0]) for result in results)
 
@@ -123,7 +123,7 @@ class TestMerger:
         merger = self.merger(tmp_path)
         merger.spool("a", self.upload(1))
         assert list(tmp_path.rglob("a.safetensors"))
-        merger.forget_uploads()
+        merger.uploads.forget()
         assert list(tmp_path.rglob("*.safetensors")) == []
 
     def test_an_upload_that_is_not_finite_is_not_spooled(self, tmp_path: Path) -> None:

@@ -163,14 +163,12 @@ def told_server(
 
 
 def _begin(server: ToldServer, config: ServerConfig, *, resumes: bool) -> None:
-    ledger, engine = server.engine.ledger, server.engine
+    ledger = server.engine.ledger
     if not resumes:
         ledger.begin(config.run_config().fingerprint())
-        engine.refresh()
         return
     ledger.recover(lambda _number, _client: None)
-    engine.restore()
-    engine.refresh()
+    server.engine.restore()
     server.recover()
 
 

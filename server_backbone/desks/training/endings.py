@@ -10,7 +10,8 @@ from server_backbone.desks.training.measurements import Sayer
 from server_backbone.door.mail import Mail
 from server_backbone.door.members import Member, Members
 from server_backbone.engine import work
-from server_backbone.engine.engine import EndedRounds, Engine, Verdict
+from server_backbone.engine.engine import Engine
+from server_backbone.engine.merges import EndedRounds, Verdict
 from server_backbone.engine.work import Work
 from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError

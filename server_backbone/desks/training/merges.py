@@ -16,8 +16,9 @@ from server_backbone.desks.training.layers import CommonLayers
 from server_backbone.door.mail import Mail
 from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
-from server_backbone.engine.engine import MergedLayers, Spooled
+from server_backbone.engine.merges import MergedLayers
 from server_backbone.engine.work import Work
+from server_backbone.merging.merging import Spooled
 from splitfl.config.trees import RunConfig
 from splitfl.errors import RemoteProtocolError
 from splitfl.protocol.messages import Merged, Message, Upload

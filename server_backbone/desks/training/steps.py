@@ -28,7 +28,8 @@ from server_backbone.desks.training.excuses import Excuses
 from server_backbone.door.mail import Mail
 from server_backbone.door.members import Connection, Member, Members
 from server_backbone.engine import work
-from server_backbone.engine.engine import Decided, Engine
+from server_backbone.engine.engine import Engine
+from server_backbone.engine.steps import Decided
 from server_backbone.engine.work import Work
 from server_backbone.kinds import ServerParts
 from splitfl.config.trees import RunConfig
