@@ -31,6 +31,7 @@ from server_backbone.merging.uploads import Uploads
 from server_backbone.provisions import prepare
 from server_backbone.records.entries import Prolonged
 from server_backbone.records.ledger import Ledger
+from server_backbone.records.prolonging import has_more_to_do, objection_to_rounds
 from server_backbone.records.untold import untold
 from server_backbone.run_folder import STATE_DIR, RunFolder, search
 from server_backbone.server import Server
@@ -171,9 +172,9 @@ def _recover(server: Server, folder: RunFolder, history: History) -> list[str]:
     if not ledger.state.fingerprint:  # new, or ended before its first snapshot
         ledger.begin(folder.config.run_config().fingerprint())
     federation, is_raised = folder.config.federation, folder.raises_num_rounds
-    if objection := ledger.state.objection_to(federation, is_raised=is_raised):
+    if objection := objection_to_rounds(ledger.state, federation, is_raised=is_raised):
         raise ConfigError(f"{folder.path}: {objection}")
-    if ledger.state.has_more_to_do(federation.num_rounds, is_raised=is_raised):
+    if has_more_to_do(ledger.state, federation.num_rounds, is_raised=is_raised):
         ledger.write(Prolonged(num_rounds=federation.num_rounds))
     history.note("started", resumed=folder.is_resumed, commit_number=ledger.state.commit_number)
     return notes

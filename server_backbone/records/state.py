@@ -9,7 +9,6 @@ from server_backbone.deciding.standing import Standing
 from server_backbone.deciding.uploads import owner_of
 from server_backbone.records import entries as log
 from server_backbone.records.entries import Entry
-from splitfl.config.sections import FederationSection
 from splitfl.session.server_session import Applied
 
 
@@ -181,38 +180,6 @@ class RunState:
         """Return where a client's next turn begins."""
         turn, member = self.turns.get(client_id), self.members[client_id]
         return turn.first_step + turn.num_steps if turn is not None else member.next_step
-
-    def objection_to(self, federation: FederationSection, *, is_raised: bool) -> str:
-        """Say why a run that stands here cannot have as many rounds as these settings say, "" when it can.
-
-        `is_raised` says that they are more than it had.
-        """
-        if not federation.num_rounds:
-            return ""
-        is_open = self.round is not None or bool(self.turns)
-        fewest = self.num_merged + is_open
-        if federation.num_rounds < fewest:
-            opened = f" and round {fewest} is open" if is_open else ""
-            return (
-                f"federation.num_rounds = {federation.num_rounds}, but {self.num_merged} rounds are merged{opened}: set"
-                f" it to {fewest} or more"
-            )
-        if not is_raised or not self.has_ended:
-            return ""
-        if self.end_reason:
-            return f"the run was stopped early, and more rounds would change nothing: {self.end_reason}"
-        if federation.load_best_model_at_end:
-            return (
-                "the run has ended with the layers of its best round (federation.load_best_model_at_end), so there is"
-                " no last round to go on from: begin another run, with the exported model if you like"
-            )
-        return ""
-
-    def has_more_to_do(self, num_rounds: int, *, is_raised: bool) -> bool:
-        """Tell whether clients that had done their part, or rounds that had ended, go on."""
-        if self.has_ended:
-            return is_raised
-        return self.num_merged < num_rounds and any(member.has_finished for member in self.members.values())
 
     def after(self, entry: Entry) -> "RunState":
         """Return where the run stands after an entry."""

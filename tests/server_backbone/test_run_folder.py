@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from server_backbone.records.entries import Prolonged
+from server_backbone.records.prolonging import has_more_to_do, objection_to_rounds
 from server_backbone.records.state import MemberState, RoundState, RunState
 from server_backbone.run_folder import RunFolder, search
 from splitfl.config.sections import FederationSection
@@ -234,24 +235,24 @@ class TestHowManyRounds:
     )
     def test_no_fewer_than_there_are(self, state: RunState, num_rounds: int, why: str) -> None:
         federation = FederationSection(num_rounds=num_rounds, server_mode="frozen")
-        assert why in state.objection_to(federation, is_raised=False)
-        assert bool(why) == bool(state.objection_to(federation, is_raised=False))
+        assert why in objection_to_rounds(state, federation, is_raised=False)
+        assert bool(why) == bool(objection_to_rounds(state, federation, is_raised=False))
 
     def test_no_more_once_it_was_stopped_early(self) -> None:
         state = state_of(has_ended=True, end_reason="eval_loss has not improved")
-        assert "stopped early" in state.objection_to(FederationSection(num_rounds=9), is_raised=True)
-        assert state.objection_to(FederationSection(num_rounds=9), is_raised=False) == ""
+        assert "stopped early" in objection_to_rounds(state, FederationSection(num_rounds=9), is_raised=True)
+        assert objection_to_rounds(state, FederationSection(num_rounds=9), is_raised=False) == ""
 
     def test_no_more_once_it_has_gone_back_to_its_best(self) -> None:
         federation = FederationSection(num_rounds=9, evaluate="rounds", load_best_model_at_end=True)
-        assert "layers of its best round" in state_of(has_ended=True).objection_to(federation, is_raised=True)
+        assert "layers of its best round" in objection_to_rounds(state_of(has_ended=True), federation, is_raised=True)
 
     def test_more_for_those_who_had_finished(self) -> None:
         state = state_of(has_ended=True)
-        assert state.has_more_to_do(9, is_raised=True)
-        assert not state.has_more_to_do(9, is_raised=False)  # stopped early, and not gone on with
-        assert state_of().has_more_to_do(3, is_raised=False)
-        assert not state_of().has_more_to_do(2, is_raised=False)
+        assert has_more_to_do(state, 9, is_raised=True)
+        assert not has_more_to_do(state, 9, is_raised=False)  # stopped early, and not gone on with
+        assert has_more_to_do(state_of(), 3, is_raised=False)
+        assert not has_more_to_do(state_of(), 2, is_raised=False)
         state = state.after(Prolonged(num_rounds=9))
         assert not state.has_ended
         assert not state.members["a"].has_finished

@@ -6,7 +6,7 @@ from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
 from server_backbone.compute.blocks_worker import Contribution, MicroBatch
-from server_backbone.compute.gradient_rules import rules_of_rounds
+from server_backbone.compute.gradient_rules import Draft, rules_of_rounds
 from server_backbone.compute.worker import Worker, worker_of
 from splitfl.config.trees import RunConfig
 from splitfl.models.cut import Cut
@@ -98,3 +98,24 @@ def test_one_clients_bfloat16_gradients_are_torchs_own() -> None:
     learn(worker, 3)
     gradients = [each.clone() for each in worker._under_way[CLIENTS[3]].gradients if each is not None]
     assert all(map(torch.equal, reduced(worker, [3], num_norms).values(), gradients))
+
+
+def test_another_rule_is_one_more_class() -> None:
+    """As noise on the sum would be: it sees the sum of all members, and what it makes of that is the step."""
+    worker, num_norms = half_worker()
+    seen: list[int] = []
+
+    class Halve:
+        def __call__(self, draft: Draft) -> None:
+            seen.append(len(draft.members))
+            draft.total = [None if each is None else each / 2 for each in draft.total]
+
+    for number in (1, 2):
+        learn(worker, number)
+    plain = reduced(worker, [1, 2], num_norms)
+    for number in (1, 2):
+        learn(worker, number)
+    worker._rules = [*worker._rules, Halve()]
+    halved = reduced(worker, [1, 2], num_norms)
+    assert all(torch.equal(halved[name] * 2, plain[name]) for name in plain)
+    assert seen == [2]
