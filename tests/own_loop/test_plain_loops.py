@@ -219,7 +219,7 @@ class TestRefused:
 
     def test_router_losses(self, host: Start) -> None:
         model = host(model={"family": "mixtral"}, lora={"target_modules": ["q_proj"]}).connect().train()
-        with pytest.raises(ModelError, match="auxiliary loss of the routers"):
+        with pytest.raises(ModelError, match="the routers' auxiliary loss"):
             model(**batches(1)[0], output_router_logits=True)
         model(**batches(1)[0]).loss.backward()
 
