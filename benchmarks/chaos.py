@@ -39,12 +39,12 @@ from benchmarks.history import HISTORY_FILE, check
 from benchmarks.keyed import KeyRing
 from benchmarks.proxy import ChaosProxy
 from benchmarks.replay import differences
-from splitfl.commands.demo import prepare_model
 from splitfl.commands.fleet import free_port
-from splitfl.commands.hpo import write_clinics
 from splitfl.config.operation import LinkSection
 from splitfl.config.own import default_cache_dir
 from splitfl.config.trees import ClientConfig
+from splitfl.demo.hpo import write_clinics
+from splitfl.demo.model import prepare_model
 from splitfl.telemetry.metrics import read_events
 from splitfl.telemetry.versions import versions_of
 

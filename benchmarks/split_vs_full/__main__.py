@@ -150,7 +150,7 @@ def _model(arguments: argparse.Namespace, work_dir: Path, console: Console) -> P
     if arguments.model:
         return arguments.model.resolve()
     if arguments.size != "tiny":
-        from splitfl.commands.demo import prepare_model
+        from splitfl.demo.model import prepare_model
 
         return prepare_model(default_cache_dir(), console)
     directory = work_dir / "toy-model"

