@@ -29,7 +29,7 @@ from splitfl.session.terms import Terms
 from splitfl.stopping import StopRequest
 from splitfl.telemetry.history import History
 from splitfl.telemetry.metrics import MetricsLog
-from splitfl.transport.zeromq import Arrived, Listener
+from splitfl.transport.zeromq import Listener
 
 # How often the loop looks at its deadlines.
 _TICK_S = 0.25
@@ -62,8 +62,8 @@ class Server:
     def __post_init__(self) -> None:
         now_s = self.clock()
         self._members = members = Members()
-        self._mail = mail = Mail(self.listener, self.limits, members, self.admission)
-        self._queue: Queue[Work] = Queue(self.engine.do, mail.wake)
+        self._mail = mail = Mail(self.listener, self.limits, members, self.admission, self.clock)
+        self._queue: Queue[Work] = Queue(self.engine.doers, self.engine.publish, mail.wake)
         self._desks = roster(
             run=self.run,
             run_id=self.run_id,
@@ -99,12 +99,12 @@ class Server:
         try:
             before_s = self.clock()
             while not self._desks.endings.is_over and not self.stop.is_asked:
-                arrived = self._mail.receive(_TICK_S)
+                received = self._mail.receive(_TICK_S)
                 now_s = self.clock()
-                self._forgive(now_s - before_s)
+                self._forgive(now_s - before_s, now_s)
                 before_s = now_s
-                if arrived is not None:
-                    self._take_in(arrived, now_s)
+                if received is not None:
+                    self._take_in(received, now_s)
                 self._go_on(now_s)
                 if now_s >= self._tick_due_s:
                     self._tick_due_s = now_s + _TICK_S
@@ -141,14 +141,14 @@ class Server:
             known = members.get(connection.member.client_id)
             self._mail.say_last(connection.peer, Shutdown(resume_at=known.step + 1 if known is not None else 1))
 
-    def _forgive(self, stalled_s: float) -> None:
+    def _forgive(self, stalled_s: float, now_s: float) -> None:
         """After a stall of this loop nobody has been silent: what they have said waits to be read."""
         if stalled_s > _STALL_S:
             for connection in self._members.connections():
-                connection.last_heard_s += stalled_s
+                connection.last_heard_s = min(now_s, connection.last_heard_s + stalled_s)
 
-    def _take_in(self, arrived: Arrived, now_s: float) -> None:
-        self._carry_out(self._hear(self._mail.open(arrived, now_s), now_s), now_s)
+    def _take_in(self, received: Received, now_s: float) -> None:
+        self._carry_out(self._hear(received, now_s), now_s)
 
     def _hear(self, received: Received, now_s: float) -> Effects:
         arrived, connection = received.arrived, received.connection

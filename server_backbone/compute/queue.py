@@ -1,10 +1,10 @@
 """Work for the compute thread: one piece at a time in the order given, and the results in the same order."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 
 class Work(Protocol):
@@ -20,6 +20,10 @@ class Work(Protocol):
 
 
 W = TypeVar("W", bound=Work)
+
+
+Doers: TypeAlias = Mapping[type[W], Callable[[Any], Any]]
+"""Who does which type of work."""
 
 
 class _Dropped(Exception):  # noqa: N818  # no error: nobody waits for it any more
@@ -38,9 +42,10 @@ class Done(Generic[W]):
 class Queue(Generic[W]):
     """Work for one thread. The caller of `done` hands its results over in order."""
 
-    def __init__(self, do: Callable[[W], Any], wake: Callable[[], None]) -> None:
-        """`do` runs on the compute thread, and so does `wake`, after each piece."""
-        self._do = do
+    def __init__(self, doers: Doers[W], after: Callable[[], None], wake: Callable[[], None]) -> None:
+        """All run on the compute thread: the doer of a piece, by its type, then `after`, then `wake`."""
+        self._doers = doers
+        self._after = after
         self._wake = wake
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="backbone")
         self._waiting: deque[tuple[W, Future[Any]]] = deque()
@@ -91,4 +96,7 @@ class Queue(Generic[W]):
     def _run(self, work: W) -> Any:
         if self._drops and not work.always:
             raise _Dropped
-        return self._do(work)
+        try:
+            return self._doers[type(work)](work)
+        finally:
+            self._after()

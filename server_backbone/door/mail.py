@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -56,7 +56,15 @@ Received: TypeAlias = Letter | Damaged | LockedOut | Illegal
 class Mail:
     """What comes in and goes out. Sending never loses anybody: a lost peer is noted, and met by the loop."""
 
-    def __init__(self, listener: Listener, limits: Limits, members: Members, admission: Admission) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        limits: Limits,
+        members: Members,
+        admission: Admission,
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
         self._listener = listener
         self._limits = limits
         self._members = members
@@ -64,9 +72,10 @@ class Mail:
         self.gone: deque[tuple[Connection, str]] = deque()
         """Connections that were found closed, and how."""
 
-    def receive(self, timeout_s: float) -> Arrived | None:
-        """Return the next message as it came, None if there is none within `timeout_s`."""
-        return self._listener.recv(timeout_s)
+    def receive(self, timeout_s: float) -> Received | None:
+        """Return the next letter, or why it is none; None if nothing comes within `timeout_s`."""
+        arrived = self._listener.recv(timeout_s)
+        return None if arrived is None else self.open(arrived, self._clock())
 
     def wake(self) -> None:
         """Have `receive` return; any thread may call it."""

@@ -5,6 +5,9 @@ from torch import Tensor
 from server_backbone.backbones import BackboneParts
 from server_backbone.compute.blocks_worker import COMMON, BlocksWorker
 from server_backbone.compute.copies import weights_in
+from server_backbone.compute.queue import Doers
+from server_backbone.engine import work
+from server_backbone.engine.work import Work
 from server_backbone.merging.layers import Layers
 from server_backbone.merging.trained_files import TrainedFiles
 from server_backbone.records.kept import KeptSnapshots
@@ -35,6 +38,14 @@ class Keeping:
         self._ledger = ledger
         self._kept = kept
         self._history = history
+
+    def doers(self) -> Doers[Work]:
+        """Return who does the work of snapshots."""
+        return {
+            work.TakeSnapshot: lambda _: self.snapshot(),
+            work.KeepSnapshot: lambda asked: self.keep(asked.client_id),
+            work.GoBack: lambda asked: self.go_back(asked.client_id, asked.commit_number),
+        }
 
     def snapshot(self) -> str:
         """Take a snapshot; a full disk is survived with the log alone, and said."""

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from server_backbone.compute.blocks_worker import BlocksWorker
 from server_backbone.compute.mishaps import done_for, done_for_all
+from server_backbone.compute.queue import Doers
 from server_backbone.deciding.rounds import Merge, Open
 from server_backbone.deciding.standing import Standing, value_of
 from server_backbone.deciding.uploads import by_client
+from server_backbone.engine import work
 from server_backbone.engine.keeping import Keeping
+from server_backbone.engine.work import Work
 from server_backbone.kinds import ServerParts
 from server_backbone.merging.merging import Merging, Spooled
 from server_backbone.merging.trained_files import TrainedFiles
@@ -89,6 +92,20 @@ class Merges:
         self._keeping = keeping
         self._history = history
         self._tensors = tensors
+
+    def doers(self) -> Doers[Work]:
+        """Return who does the work of rounds."""
+        return {
+            work.OpenRound: lambda asked: self.opened(asked.round),
+            work.FindFinished: lambda _: self.finished(),
+            work.MakeMerge: lambda asked: self.merge(asked.merge),
+            work.JudgeMerge: lambda asked: self.judge(asked.round_number),
+            work.EndRounds: lambda asked: self.end(asked.reason),
+            work.Spool: lambda asked: self.spool(asked.asked_by, asked.upload),
+            work.Announce: lambda asked: self.announced(asked.client_id, asked.num_examples),
+            work.NoteMeasured: lambda asked: self.measured(asked.client_id, asked.round_number, asked.measured),
+            work.FindSnapshotBefore: lambda _: self.generation_before(),
+        }
 
     def restore(self) -> list[str]:
         """Go on with what the ledger has; return the names of uploads that cannot be read any more.

@@ -6,6 +6,9 @@ from typing import TypeVar
 
 from server_backbone.compute.blocks_worker import BlocksWorker, MicroBatch, Positions
 from server_backbone.compute.mishaps import Mishap, done_for
+from server_backbone.compute.queue import Doers
+from server_backbone.engine import work
+from server_backbone.engine.work import Work
 from server_backbone.kinds import ServerParts
 from splitfl.config.trees import RunConfig
 from splitfl.durability.crash import crash_point
@@ -27,27 +30,43 @@ class MicroBatches:
         self._worker = worker
         self._tensors = tensors
 
-    def evaluate(self, client_id: str, message: Forward) -> ForwardDone:
-        """Run a micro-batch of an evaluation."""
-        return self._for(client_id, message.hidden_BSD, partial(self._evaluate, client_id, message))
+    def doers(self) -> Doers[Work]:
+        """Return who does what clients have computed, and who frees it."""
+        return {
+            work.Run: self.run,
+            work.Generate: self.generate,
+            work.FreeCache: lambda asked: self._worker.generations.end(asked.client_id, asked.cache_id),
+            work.FreeCaches: lambda asked: self._worker.generations.end(asked.client_id),
+            work.Discard: lambda asked: self._worker.discard(asked.client_id),
+        }
 
-    def decode(self, client_id: str, message: Decode) -> ForwardDone | Declined:
-        """Run new positions of a generation."""
+    def run(self, asked: work.Run) -> ForwardDone | BackwardDone | None:
+        """Run a micro-batch forward and keep its graph, or backward and free it; None where nobody waits any more."""
+        client_id = asked.ticket.client_id
+        if asked.ticket.is_void:
+            return None
+        match asked.message:
+            case Forward(step=0) as message:
+                return self._for(client_id, message.hidden_BSD, partial(self._evaluate, client_id, message))
+            case Forward() as message:
+                return self._for(client_id, message.hidden_BSD, partial(self._forward, client_id, message))
+            case Backward() as message:
+                return self._for(client_id, message.gradient_BSD, partial(self._backward, client_id, message))
+
+    def generate(self, asked: work.Generate) -> ForwardDone | Declined | None:
+        """Run new positions of a generation, or decline; None where nobody waits any more."""
+        client_id, message = asked.ticket.client_id, asked.message
+        if asked.ticket.is_void:
+            return None
+        if asked.objection:
+            return Declined(request_id=message.request_id, reason=asked.objection)
         return self._for(client_id, message.hidden_BSD, partial(self._decode, client_id, message))
 
-    def forward(self, client_id: str, message: Forward) -> ForwardDone:
-        """Run a micro-batch forward and keep its graph."""
-        return self._for(client_id, message.hidden_BSD, partial(self._forward, client_id, message))
-
-    def backward(self, client_id: str, message: Backward) -> BackwardDone:
-        """Run a micro-batch backward and free its graph."""
-        return self._for(client_id, message.gradient_BSD, partial(self._backward, client_id, message))
-
-    def _for(self, client_id: str, tensor: TensorFrames, work: Callable[[], T]) -> T:
+    def _for(self, client_id: str, tensor: TensorFrames, compute: Callable[[], T]) -> T:
         """Compute for one client; raise `Mishap`, with all that it had under way freed, where torch could not."""
         rows, length, _ = tensor.shape
         try:
-            return done_for(work, f"the server could not compute {rows} x {length} tokens of {client_id}")
+            return done_for(compute, f"the server could not compute {rows} x {length} tokens of {client_id}")
         except Mishap:
             self._worker.discard(client_id)
             self._worker.generations.end(client_id)

@@ -7,7 +7,10 @@ from functools import partial
 from server_backbone.compute.blocks_worker import BlocksWorker, Contribution, ReducedStep
 from server_backbone.compute.copies import digest_in
 from server_backbone.compute.mishaps import Mishap, done_for, done_for_all
+from server_backbone.compute.queue import Doers
+from server_backbone.engine import work
 from server_backbone.engine.keeping import Keeping
+from server_backbone.engine.work import Work
 from server_backbone.records import entries as log
 from server_backbone.records.ledger import Ledger
 from splitfl.durability.crash import crash_point
@@ -34,6 +37,15 @@ class Steps:
         self._history = history
         self._decided: ReducedStep | None = None
         """Written down, and to be applied next."""
+
+    def doers(self) -> Doers[Work]:
+        """Return who does the work of steps."""
+        return {
+            work.Decide: lambda asked: self.decide(asked.contributions),
+            work.ApplyStep: lambda asked: self.apply(asked.contributions),
+            work.CloseStep: lambda asked: self.closed(asked.client_id, asked.step, asked.next_step),
+            work.GiveUpStep: lambda asked: self.given_up(asked.client_id, asked.step),
+        }
 
     def decide(self, contributions: Sequence[Contribution]) -> Decided:
         """Reduce a step's gradients and write its record."""

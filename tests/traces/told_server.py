@@ -72,7 +72,8 @@ class ToldServer(Server):
     def take(self, peer: bytes, message: Message) -> None:
         """Take a message as if it had just arrived."""
         frames = [memoryview(bytes(frame)) for frame in codec.encode(message)]
-        self._take_in(Arrived(peer=peer, user_id="", frames=frames), self.clock())
+        now_s = self.clock()
+        self._take_in(self._mail.open(Arrived(peer=peer, user_id="", frames=frames), now_s), now_s)
 
     def settle(self) -> None:
         """Have the compute thread do all that it was given, and go on with the results."""
