@@ -280,6 +280,8 @@ def broken(root: Path, mutant: Mutant) -> tuple[Path, str]:
     found = []
     for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
         source = path.read_text(encoding="utf-8")
+        if mutant.letters not in source:
+            continue
         lines = source.splitlines(keepends=True)
         for first, last in _lines_of(source, mutant.function):
             function = "".join(lines[first - 1 : last])
@@ -294,8 +296,6 @@ def broken(root: Path, mutant: Mutant) -> tuple[Path, str]:
 
 def _lines_of(source: str, function: str) -> Iterator[tuple[int, int]]:
     """Yield the first and the last line, from 1, of every function with this name."""
-    if function.rpartition(".")[2] not in source:
-        return
     nodes: list[tuple[str, ast.AST]] = [("", ast.parse(source))]
     while nodes:
         prefix, node = nodes.pop()

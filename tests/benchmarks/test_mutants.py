@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.house import ROOT
 from benchmarks.mutants import MUTANTS, Misplaced, Mutant, broken, fate_of
 
 BARREL = """class Barrel:
@@ -44,6 +45,13 @@ def inn(tmp_path: Path) -> Path:
 def mutant(letters: str, instead: str, *, function: str = "Barrel.tap") -> Mutant:
     tests = "tests/test_barrel.py tests/gone.py"
     return Mutant(name="broken", function=function, letters=letters, instead=instead, tests=tests)
+
+
+@pytest.mark.parametrize("each", MUTANTS, ids=lambda each: each.name)
+def test_each_mutant_fits_the_code(each: Mutant) -> None:
+    path, text = broken(ROOT, each)
+    assert text != path.read_text(encoding="utf-8")
+    compile(text, str(path), "exec")
 
 
 def test_names_are_told_apart() -> None:
