@@ -1,14 +1,13 @@
 """Messages and terms for tests that need some, whatever they carry."""
 
-import math
 from typing import Any
 
 from splitfl.protocol.messages import (
-    DTYPE_BYTES,
     Forward,
     Merged,
     RoundOpened,
     TensorFrames,
+    wire_bytes,
 )
 from splitfl.session.terms import Terms
 
@@ -18,7 +17,7 @@ LAYER_SHAPES = ((2, 3), (5,))
 
 def frames_of(*shape: int, dtype: str = "f32") -> TensorFrames:
     """Describe a tensor of zeros in one frame."""
-    return TensorFrames(dtype=dtype, shape=shape, buffers=(bytes(math.prod(shape) * DTYPE_BYTES[dtype]),))
+    return TensorFrames(dtype=dtype, shape=shape, buffers=(bytes(wire_bytes(dtype, shape)),))
 
 
 def layers() -> tuple[TensorFrames, ...]:

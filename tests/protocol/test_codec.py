@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 import random
 import tracemalloc
 import typing
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from splitfl.errors import LocalProtocolError, RemoteProtocolError
 from splitfl.protocol import messages
 from splitfl.protocol.codec import MAX_HEADER_BYTES, decode, encode
-from splitfl.protocol.messages import DTYPE_BYTES, KINDS, Buffer, Message, TensorFrames
+from splitfl.protocol.messages import DTYPE_BYTES, KINDS, Buffer, Message, TensorFrames, wire_bytes
 
 MAX_FRAME_BYTES = 64
 NUM_MUTATIONS = 200_000
@@ -69,7 +68,7 @@ NUMBERS = {
 def described(draw: st.DrawFn) -> TensorFrames:
     dtype = draw(st.sampled_from(sorted(DTYPE_BYTES)))
     shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
-    content = draw(st.binary(min_size=(size := math.prod(shape) * DTYPE_BYTES[dtype]), max_size=size))
+    content = draw(st.binary(min_size=(size := wire_bytes(dtype, shape)), max_size=size))
     step = draw(st.integers(1, MAX_FRAME_BYTES))
     return TensorFrames(
         dtype=dtype, shape=shape, buffers=tuple(content[at : at + step] for at in range(0, len(content), step))
