@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
-from client_edge.measuring.scores import exact_match, rouge_l
+from client_edge.measuring.scores import SCORES
 from client_edge.text.encoding import Tokenizer
 from client_edge.text.exam import Exam
 from splitfl.config.trees import RunConfig
@@ -26,14 +26,11 @@ class Answerer:
         model.generation_config = GenerationConfig(eos_token_id=self._stops, pad_token_id=(self._stops or [0])[0])
 
     def measures(self, exam: Exam, run: RunConfig, *, rows: int) -> dict[str, float]:
-        """Return exact match and ROUGE-L over the questions that are to be answered, up to `rows` at once."""
+        """Return the mean of each score over the questions that are to be answered, up to `rows` at once."""
         texts = self._answers([question.prompt_ids for question in exam.to_answer], run, rows)
         pairs = [(text, self._text(q.completion_ids)) for text, q in zip(texts, exam.to_answer, strict=True)]
-        return {
-            "exact_match": sum(exact_match(*pair) for pair in pairs) / len(pairs),
-            "rouge_l": sum(rouge_l(*pair) for pair in pairs) / len(pairs),
-            "num_generated": float(len(pairs)),
-        }
+        measured: dict[str, float] = {"num_generated": float(len(pairs))}
+        return measured | {name: sum(score(*pair) for pair in pairs) / len(pairs) for name, score in SCORES.items()}
 
     def _answers(self, prompts: Sequence[Tensor], run: RunConfig, rows: int) -> list[str]:
         """Return what the model says after each prompt, in their order."""

@@ -17,7 +17,7 @@ from client_edge.text.batches import Batch, collate, eval_batches
 from client_edge.text.dealing import pieces_of
 from client_edge.text.exam import Exam, Question
 from client_edge.text.examples import Dataset, Example
-from splitfl.config.identity import OPTIONAL_MEASURES
+from splitfl.config.optional_measures import OF_ANSWERS, OF_LABELS
 from splitfl.config.trees import RunConfig
 from splitfl.models.loss import IGNORED_LABEL
 from splitfl.telemetry.measures import complete
@@ -41,7 +41,7 @@ class Evaluator:
             found |= class_measures(self._edge, self._link, self._exam, self._rows_at_once)
         if self._answerer is not None:
             found |= self._answerer.measures(self._exam, self._run, rows=self._rows_at_once)
-        unwanted = set(OPTIONAL_MEASURES) - set(self._run.evaluation.measures)
+        unwanted = (OF_ANSWERS | OF_LABELS) - set(self._run.evaluation.measures)
         return {name: value for name, value in complete(found).items() if name not in unwanted}
 
     def loss(self, text: Dataset) -> float:

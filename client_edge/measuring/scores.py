@@ -1,11 +1,14 @@
 """Scores of answers and of chosen labels, from texts alone: no model."""
 
 import unicodedata
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import regex
+
+from splitfl.config.optional_measures import MeasureOfAnswers
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -54,6 +57,12 @@ def _rouge_scorer() -> "RougeScorer":
     from rouge_score.rouge_scorer import RougeScorer  # brings nltk, 30 MB that other runs do without
 
     return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+SCORES: Mapping[MeasureOfAnswers, Callable[[str, str], float]] = MappingProxyType(
+    {"exact_match": exact_match, "rouge_l": rouge_l}
+)
+"""What answers are scored by: of the generated text and its reference."""
 
 
 def accuracy(labels: Sequence[Hashable], predicted: Sequence[Hashable]) -> float:

@@ -4,6 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from splitfl.config.optional_measures import OF_ANSWERS, OF_LABELS, OptionalMeasure
 from splitfl.config.section import Section, SettingClass
 
 
@@ -23,7 +24,7 @@ class FederationExposure(Exposed):
 class EvaluationSection(Exposed):
     """What is measured on held-out text besides loss, perplexity and token accuracy; see docs/evaluation.md."""
 
-    measures: tuple[Literal["exact_match", "rouge_l", "accuracy", "macro_f1"], ...] = ()
+    measures: tuple[OptionalMeasure, ...] = ()
     """`exact_match` and `rouge_l` compare greedily generated text with the completions; `accuracy` and `macro_f1`
     classify: the label word that is likeliest as completion is the prediction. All need prompts and completions."""
 
@@ -41,12 +42,12 @@ class EvaluationSection(Exposed):
     @property
     def generates(self) -> bool:
         """Whether prompts are answered."""
-        return bool({"exact_match", "rouge_l"} & set(self.measures))
+        return not OF_ANSWERS.isdisjoint(self.measures)
 
     @property
     def classifies(self) -> bool:
         """Whether label words are compared."""
-        return bool({"accuracy", "macro_f1"} & set(self.measures))
+        return not OF_LABELS.isdisjoint(self.measures)
 
     @model_validator(mode="after")
     def _has_words_to_choose_from(self) -> Self:

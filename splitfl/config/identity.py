@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from splitfl.config.optional_measures import OptionalMeasure
 from splitfl.config.patterns import SHA256_PATTERN
 from splitfl.config.section import Exposure, Section, SettingClass
 
@@ -25,18 +26,7 @@ StrategyName = Literal[
     "NormClippedMean",
 ]
 
-MeasureName = Literal[
-    "eval_loss",
-    "perplexity",
-    "token_accuracy",
-    "exact_match",
-    "rouge_l",
-    "accuracy",
-    "macro_f1",
-]
-
-# Measured only where `evaluation.measures` has them.
-OPTIONAL_MEASURES = ("exact_match", "rouge_l", "accuracy", "macro_f1")
+MeasureName = Literal["eval_loss", "perplexity", "token_accuracy", OptionalMeasure]
 
 
 class Identity(Section):

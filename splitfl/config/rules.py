@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
-from splitfl.config.identity import OPTIONAL_MEASURES, StrategyName
+from splitfl.config.identity import StrategyName
 from splitfl.config.kind import BackboneKind, RunKind
+from splitfl.config.optional_measures import OF_ANSWERS, OF_LABELS
 from splitfl.config.own import PolicySection
 from splitfl.config.run import RunSettings
 
@@ -94,7 +95,7 @@ def _objections_to_fed_buff(run: RunSettings) -> Iterator[str]:
 
 def _measures_what_it_compares(run: RunSettings) -> None:
     metric = run.federation.metric_for_best_model
-    if metric in OPTIONAL_MEASURES and metric not in run.evaluation.measures and run.federation.compares_rounds:
+    if metric in OF_ANSWERS | OF_LABELS and metric not in run.evaluation.measures and run.federation.compares_rounds:
         raise ValueError(
             f"federation.metric_for_best_model = {metric}, which is not measured: add it to evaluation.measures"
         )

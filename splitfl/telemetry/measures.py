@@ -22,17 +22,21 @@ class Measure:
     """The count that weighs it where several clients' numbers are put together."""
     highest: float = 1.0
     greater_is_better: bool = True
+    is_share: bool = True
+    """Whether it is a share of what it counts over, and written as a percentage."""
 
 
 MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
-        "eval_loss": Measure(title="loss", counted_by="num_eval_tokens", highest=math.inf, greater_is_better=False),
+        "eval_loss": Measure(
+            title="loss", counted_by="num_eval_tokens", highest=math.inf, greater_is_better=False, is_share=False
+        ),
         "perplexity": Measure(
-            title="perplexity", counted_by="num_eval_tokens", highest=math.inf, greater_is_better=False
+            title="perplexity", counted_by="num_eval_tokens", highest=math.inf, greater_is_better=False, is_share=False
         ),
         "token_accuracy": Measure(title="token accuracy", counted_by="num_eval_tokens"),
         "exact_match": Measure(title="exact match", counted_by="num_generated"),
-        "rouge_l": Measure(title="ROUGE-L", counted_by="num_generated"),
+        "rouge_l": Measure(title="ROUGE-L", counted_by="num_generated", is_share=False),
         "accuracy": Measure(title="accuracy", counted_by="num_classified"),
         "macro_f1": Measure(title="macro-F1", counted_by="num_classified"),
     }

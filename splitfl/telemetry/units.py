@@ -47,7 +47,7 @@ def format_measure(name: str, value: float | None) -> str:
     if value is None:
         return "-"
     measure = MEASURES[name]
-    if measure.highest == 1.0 and name != "rouge_l":
+    if measure.is_share:
         return f"{value:.1%}"
     return f"{value:,.3f}" if value < 1e5 else f"{value:.3g}"
 

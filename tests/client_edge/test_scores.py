@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from client_edge.measuring.scores import accuracy, exact_match, macro_f1, rouge_l, words
+from client_edge.measuring.scores import SCORES, accuracy, exact_match, macro_f1, rouge_l, words
+from splitfl.config.optional_measures import MeasureOfAnswers
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "rouge_score_and_scikit_learn.json").read_text())
 
@@ -84,3 +86,7 @@ def test_exact_match_looks_past_white_space_alone() -> None:
     assert exact_match("A word", "a word") == 0.0
     assert exact_match("a word.", "a word") == 0.0
     assert exact_match("", " ") == 1.0
+
+
+def test_every_measure_of_answers_has_a_score() -> None:
+    assert list(SCORES) == list(get_args(MeasureOfAnswers))

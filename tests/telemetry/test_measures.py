@@ -1,9 +1,11 @@
 """What several clients' numbers say together, and which numbers are none."""
 
 import math
+from typing import get_args
 
 import pytest
 
+from splitfl.config.identity import MeasureName
 from splitfl.telemetry.measures import MEASURES, complete, federated, objection, perplexity
 
 TWO = {
@@ -76,3 +78,7 @@ def test_a_measure_has_a_range(name: str) -> None:
 )
 def test_other_numbers_are_refused(measured: dict[str, float]) -> None:
     assert objection(measured)
+
+
+def test_every_name_that_a_config_may_use_is_a_measure() -> None:
+    assert list(MEASURES) == list(get_args(MeasureName))
