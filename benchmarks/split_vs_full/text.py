@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.split_vs_full.plan import ClientText
-from splitfl.commands import hpo
 from splitfl.config.own import default_cache_dir
+from splitfl.demo import hpo
 from splitfl.errors import ConfigError, DataError
 from splitfl.federation.partition import DirichletPartitioner, IidPartitioner, read_records
 
