@@ -57,13 +57,14 @@ def walk() -> Any:
 def test_a_step_passes_all_stops_in_the_order_of_the_page(
     walk: Walk, make_model: Callable[..., Path], federate: Callable[..., Finished], tmp_path: Path
 ) -> None:
+    # several steps: the last stops are on both sides at once, and a later step passes them in the page's order as well
     text = write_text(tmp_path / "a.txt", num_lines=12, seed=1)
     finished = federate(
         {
             "model": {"model_name_or_path": str(make_model("llama"))},
             "federation": {
                 "num_rounds": 1,
-                "local_steps": 2,
+                "local_steps": 8,
                 "per_device_train_batch_size": 2,
                 "min_available_clients": 1,
             },
