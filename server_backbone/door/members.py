@@ -1,6 +1,7 @@
 """Who is there: a member is a client of the run, connected or not; a connection is one session's two sockets of it."""
 
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -37,8 +38,6 @@ class Member:
     """How often it was told to go back, which this process has had no reason for but once."""
     num_ends_told: int = 0
     """How often it was told that there is no further round."""
-    num_mishaps: int = 0
-    """How often in a row something could not be done for it."""
     tickets: set[Ticket] = field(default_factory=set)
     """Of the answers that it waits for."""
 
@@ -93,6 +92,8 @@ class Members:
     """All members and connections, by the names they are looked up by."""
 
     def __init__(self) -> None:
+        self.mishaps: Counter[str] = Counter()
+        """How often in a row something could not be done for a client, by name: it may fail before it is a member."""
         self._members: dict[str, Member] = {}
         self._by_peer: dict[bytes, Connection] = {}
         self._by_token: dict[str, Connection] = {}

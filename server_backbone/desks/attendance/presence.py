@@ -169,8 +169,8 @@ class Presence(Desk):
     def _could_not(self, effect: CouldNot) -> Effects:
         """Tell a client that something could not be done for it; the third time, what to change."""
         member, mishap = effect.connection.member, effect.mishap
-        member.num_mishaps += 1
-        count = member.num_mishaps
+        self.members.mishaps[member.client_id] += 1
+        count = self.members.mishaps[member.client_id]
         code, then = Why.FAILED, f"time {count}: it is tried again"
         if count >= _LAST_MISHAP and mishap.is_memory:
             code, then = Why.TOO_LARGE, "set client.micro_batch_rows so that a step goes in smaller pieces"

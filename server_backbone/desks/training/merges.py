@@ -156,7 +156,8 @@ class Merges(Desk):
 
     def _end_round(self, member: Member, message: Merged) -> None:
         member.session.merged(message)
-        member.idle_s, member.num_mishaps = 0.0, 0
+        member.idle_s = 0.0
+        self.members.mishaps.pop(member.client_id, None)
         member.drop(unwanted_only=True)
         self.excuses.forget(member.client_id)
         self.queue.put(work.Discard(client_id=member.client_id))

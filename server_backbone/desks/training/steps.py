@@ -172,7 +172,7 @@ class Steps(Desk):
             clip_coefficient=decided.clip_coefficient,
             durable_step=decided.durable_step,
         )
-        member.num_mishaps = 0
+        self.members.mishaps.pop(client_id, None)
         if member.session.phase in (Phase.TRAINING, Phase.COMMITTING):
             member.session.committed(reply)
         else:  # the round closed meanwhile; it counts all the same
