@@ -57,11 +57,10 @@ def rates(run: Town) -> Callable[[], float]:
 def test_three_violations_are_enough_and_others_go_on(town: Callable[..., Town]) -> None:
     run = town(1, **LONG)
     run.wait_for("step", 20)
-    quiet = rates(run)
-    time.sleep(3)
-    baseline = quiet()
+    before = rate_of_seconds(run)
     disturbed = rates(run)
     for strike in range(1, 4):
+        time.sleep(1)
         welcome, refusal = ask(run, hello("mallory"), [b"\xc1 no header"])
         assert isinstance(welcome, Welcome)
         assert welcome.limits["message_bytes"] > 0
@@ -72,8 +71,16 @@ def test_three_violations_are_enough_and_others_go_on(town: Callable[..., Town])
     (refusal,) = ask(run, hello("mallory"))
     assert isinstance(refusal, Refusal)
     assert refusal.code == "QUARANTINED"
-    assert disturbed() >= 0.8 * baseline * 0.8  # four fifths, and a machine that others use
+    while_disturbed = disturbed()
+    # four fifths of what it was before or is after, on a machine that others use
+    assert while_disturbed >= 0.8 * 0.8 * min(before, rate_of_seconds(run))
     assert [event["strikes"] for event in run.events("violation")] == [1, 2, 3]
+
+
+def rate_of_seconds(run: Town) -> float:
+    rate = rates(run)
+    time.sleep(3)
+    return rate()
 
 
 def test_a_message_without_end_is_cut_off(town: Callable[..., Town]) -> None:
