@@ -82,7 +82,7 @@ class Connection:
         self.on_settings: Callable[[RunConfig, RunConfig], None] = lambda _before, _now: None
         """Told of the run's settings, before and now, where a server that came back has others."""
         self._joined = self._joining.first()
-        self._line = self._begin()
+        self._begin()
 
     # what was joined
 
@@ -141,11 +141,11 @@ class Connection:
     def agree(self, new_session: Callable[[RunConfig], ClientSession]) -> None:
         """Set how a session follows from the run's settings, known once the model's config has arrived."""
         self._new_session = new_session
-        self._begin_session(self._line)
+        self._begin_session()
 
     def agree_again(self) -> None:
         """Begin the session's state anew on the same connection, after going back."""
-        self._begin_session(self._line)
+        self._begin_session()
         self._setbacks.goes_back()
 
     def resume(self, *, held_round: int, step: int, commit_number: int, pending_step: int) -> Resumed:
@@ -193,22 +193,22 @@ class Connection:
     def _start_over(self) -> None:
         self._line.end()
         before, self._joined = self._joined, self._joining.again(self._joined)
-        self._line = self._begin()
+        self._begin()
         if self.run != before.run:
             self.on_settings(before.run, self.run)
 
-    def _begin(self) -> Line:
-        line = Line(self._joined, self._joining.connect, self._setbacks, on_waiting=self._tell_waiting)
-        self._begin_session(line)
-        return line
+    def _begin(self) -> None:
+        """Hold the new line first: where no session can begin on it, closing ends it all the same."""
+        self._line = Line(self._joined, self._joining.connect, self._setbacks, on_waiting=self._tell_waiting)
+        self._begin_session()
 
     def _tell_waiting(self, text: str) -> None:
         self.on_waiting(text)
 
-    def _begin_session(self, line: Line) -> None:
+    def _begin_session(self) -> None:
         if self._new_session is not None:
             self._session = self._new_session(self.run)
-            line.agree(self._session.terms)
+            self._line.agree(self._session.terms)
 
     # one message, one answer
 

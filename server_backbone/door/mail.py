@@ -92,25 +92,26 @@ class Mail:
             return Damaged(arrived=arrived, connection=connection)
         if not self._admission.is_let_in(arrived.user_id):
             return LockedOut(arrived=arrived, connection=connection)
+        num_bytes = codec.payload(arrived.frames)
         if connection is not None:
-            self._count(connection, arrived, now_s)
+            self._count(connection, arrived, num_bytes, now_s)
         try:
-            return Letter(arrived=arrived, connection=connection, message=self._read(arrived))
+            return Letter(arrived=arrived, connection=connection, message=self._read(arrived, num_bytes))
         except RemoteProtocolError as error:
             return Illegal(arrived=arrived, connection=connection, rule=str(error))
 
-    def _read(self, arrived: Arrived) -> Message:
+    def _read(self, arrived: Arrived, num_bytes: int) -> Message:
         if len(arrived.frames) > self._limits.message_frames:
             raise RemoteProtocolError(f"a message of more than message_frames = {self._limits.message_frames}")
-        if codec.payload(arrived.frames) > self._limits.message_bytes:
+        if num_bytes > self._limits.message_bytes:
             raise RemoteProtocolError(f"a message of more than message_bytes = {self._limits.message_bytes}")
         return codec.decode(arrived.frames, max_frame_bytes=self._limits.frame_bytes)
 
-    def _count(self, connection: Connection, arrived: Arrived, now_s: float) -> None:
+    def _count(self, connection: Connection, arrived: Arrived, num_bytes: int, now_s: float) -> None:
         connection.last_heard_s, connection.heard_at = now_s, arrived.peer
         connection.member.received += arrived.num_bytes
         if arrived.peer == connection.peer:
-            connection.data_received += codec.payload(arrived.frames)
+            connection.data_received += num_bytes
 
     def tell(self, member: Member, message: Message) -> None:
         """Send to a member if it is connected; if not, it learns what it must when it resumes."""
