@@ -82,6 +82,7 @@ class Liar:
         self._stopping = threading.Event()
         self.request_id = 0
         self.heard: list[Message] = []
+        self._has_resumed = False
 
     def _connect(self) -> Endpoint:
         return Endpoint(self._address, security=self._security, **OPTIONS)
@@ -99,7 +100,16 @@ class Liar:
     def resume(self, **claims: int) -> Resumed:
         """Say where we are: at the beginning, unless the claims say otherwise."""
         self.say(Resume(**{"held_round": 0, "step": 0, "commit_number": 0, "pending_step": 0, **claims}))
+        self._has_resumed = True
         return self.wait_for(Resumed)
+
+    def come_again(self) -> None:
+        """Connect anew, and be where we were with a new session."""
+        self.close()
+        self.endpoint, self._stopping = self._connect(), threading.Event()
+        self.join()
+        if self._has_resumed:
+            self.resume()
 
     def _ping(self) -> None:
         with self._connect() as control:
@@ -253,11 +263,12 @@ def flood(liar: Liar, message: Callable[[int], Message], times: int = 200_000, p
         while not _is_sent(liar, message(number)):
             assert time.monotonic() < deadline_s, f"message {number} of {times} is not taken"
         if number % _BURST == 0:
-            time.sleep(
-                0.002
-            )  # a server that cannot get its answers rid takes the connection for dead, and says no more
+            time.sleep(0.002)  # to hear the answers: a server that cannot get rid of them says no more
             if (refusal := _refused(liar)) is not None:
                 return refusal
+            if any(isinstance(each, Refusal) for each in liar.heard):
+                liar.heard.clear()  # no session here: the word that ended it found no room after the answers
+                liar.come_again()
     while time.monotonic() < deadline_s:
         if (refusal := _refused(liar)) is not None:
             return refusal
