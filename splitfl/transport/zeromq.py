@@ -190,8 +190,9 @@ class Listener(_Socket):
         """
         check_address(address, has_keys=security is not None)
         self._security = security
-        # an authenticator serves a whole context, so a listener with keys has one of its own
-        self._context = zmq.Context() if security else zmq.Context.instance()
+        # of its own: an authenticator serves a whole context, and only the end of one says that the address is free
+        self._shares_context = address.startswith("inproc") and security is None
+        self._context = zmq.Context.instance() if self._shares_context else zmq.Context()
         self._doorkeeper = Doorkeeper(self._context, security) if security else None
         self._watch: Watch | None = None
         self._early: deque[Arrived] = deque()
@@ -323,7 +324,7 @@ class Listener(_Socket):
         return size
 
     def close(self, *, linger_s: float = 0.0) -> None:
-        """Stop listening."""
+        """Stop listening; the address is free when this returns."""
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
@@ -331,6 +332,7 @@ class Listener(_Socket):
         if self._doorkeeper is not None:
             self._doorkeeper.stop()
             self._doorkeeper = None
+        if not self._shares_context:
             self._context.term()
         for end in ("_wake_in", "_wake_out"):
             if hasattr(self, end):
