@@ -324,7 +324,7 @@ class Listener(_Socket):
         return size
 
     def close(self, *, linger_s: float = 0.0) -> None:
-        """Stop listening; the address is free when this returns."""
+        """Stop listening; unless it is inproc, the address is free when this returns."""
         if self._watch is not None:
             self._watch.stop()
             self._watch = None

@@ -248,7 +248,8 @@ class TestContract:
         for _ in range(30):
             with bind(place) as listener, place.connect() as endpoint:
                 endpoint.send([b"question"])
-                peer, _frames = arrived(listener)
+                peer, frames = arrived(listener)
+                assert frames == [b"question"]
                 listener.send(peer, [b"answer" * 30_000])
 
 
